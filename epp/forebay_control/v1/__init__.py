@@ -1,0 +1,1 @@
+"""The contract between operator and endpoint picker: messages only, no behaviour."""

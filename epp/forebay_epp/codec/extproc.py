@@ -1,0 +1,700 @@
+"""One ext_proc stream as a state machine: bytes in, bytes and events out.
+
+Rule 1: all knowledge of Envoy's external processing protocol is here; nothing here knows grpc,
+time or queues. Rule 2: once a request has been seen, the stream ends only after an answer to it,
+because a proxy that sees a clean end without one forwards the request unexamined.
+
+    HEADERS ──> BODY ──> QUEUED ──> RESPONSE ──> DONE
+       └──────────┴─────────┴── refuse ───────────^
+
+HEADERS: nothing seen. BODY: reading the request. QUEUED: the request is the flow controller's.
+RESPONSE: dispatched, every message is answered at once. DONE: nothing more is expected.
+
+How a request and its answer travel depends on the proxy's body modes, given in the first message:
+
+* FULL_DUPLEX_STREAMED: the body is collected silently, then headers and body go out together.
+* BUFFERED: headers are waved through, the decision rides on the answer to the body.
+* STREAMED: the proxy sends headers on before it shows the body, unless it says otherwise, so the
+  decision rides on the answer to the headers and the request is classified without its model.
+
+The source is Envoy's external_processor.proto (v3) and the endpoint picker protocol of the
+Gateway API inference extension (proposal 004).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from enum import Enum, auto
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from google.protobuf.message import DecodeError
+
+from forebay_epp.codec import openai
+from forebay_epp.core.terms import Outcome
+from forebay_extproc.v3 import external_processor_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MAX_CHUNK_BYTES = 62_000
+DESTINATION = "x-gateway-destination-endpoint"
+LB_NAMESPACE = "envoy.lb"
+SUBSET_NAMESPACE = "envoy.lb.subset_hint"
+SUBSET = "x-gateway-destination-endpoint-subset"
+OUTCOME = "x-forebay-outcome"
+
+# Tags of the messages that are written by hand: field number << 3 | 2 (length-delimited).
+_REQUEST_BODY = b"\x1a"
+_RESPONSE_BODY = b"\x22"
+_IN_RESPONSE_BODY = 0x2A
+_BODY_FIELD = 0x0A
+_END_OF_STREAM = b"\x10\x01"
+_SHORT_VARINT = 0x80
+
+_READ_HEADERS = frozenset({":method", ":path", "content-length", "content-encoding"})
+
+
+class State(Enum):
+    """Where a stream stands; see the module's picture."""
+
+    HEADERS = auto()
+    BODY = auto()
+    QUEUED = auto()
+    RESPONSE = auto()
+    DONE = auto()
+
+
+class Event(Enum):
+    """What a message means for flow control."""
+
+    ARRIVED = auto()
+    """The request is complete: `model`, `size_bytes` and `subset` are set; submit it."""
+
+    REFUSED = auto()
+    """The request was refused by the codec itself, as `refusal` says; it was never submitted."""
+
+    ABANDONED = auto()
+    """The queued request needs no decision any more; cancel it."""
+
+    FIRST_CHUNK = auto()
+    """The answer has begun."""
+
+    FINISHED = auto()
+    """The answer has ended: `status` and `usage` are set; its slot is free."""
+
+    FINISHED_BLIND = auto()
+    """The proxy shows nothing of the answer: its end is unknown."""
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value >= _SHORT_VARINT:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+@lru_cache(maxsize=4096)
+def _frame(tag: bytes, size: int) -> bytes:
+    """Header of a BodyResponse whose StreamedBodyResponse has `size` bytes.
+
+    ProcessingResponse{tag: BodyResponse{1: CommonResponse{3: BodyMutation{3: ...}}}}
+    """
+    header = b"\x1a" + _varint(size)
+    for outer in (b"\x1a", b"\x0a", tag):
+        header = outer + _varint(size + len(header)) + header
+    return header
+
+
+def _streamed(tag: bytes, body: bytes, *, end_of_stream: bool) -> bytes:
+    """A streamed piece of body, serialised as protobuf does it but three times faster."""
+    inner = b"\x0a" + _varint(len(body)) + body if body else b""
+    if end_of_stream:
+        inner += _END_OF_STREAM
+    return _frame(tag, len(inner)) + inner
+
+
+def _header(key: str, value: str) -> pb.HeaderValueOption:
+    # Always raw_value: Envoy sets an empty header when only `value` is filled.
+    return pb.HeaderValueOption(header=pb.HeaderValue(key=key, raw_value=value.encode()))
+
+
+def _route(
+    response: pb.CommonResponse, message: pb.ProcessingResponse, endpoint: str, length: int | None
+) -> None:
+    """Write the destination, equal in header and metadata, and the length of a changed body."""
+    response.clear_route_cache = True
+    headers = response.header_mutation.set_headers
+    headers.append(_header(DESTINATION, endpoint))
+    if length is not None:
+        headers.append(_header("content-length", str(length)))
+    metadata = message.dynamic_metadata.get_or_create_struct(LB_NAMESPACE)
+    metadata[DESTINATION] = endpoint
+
+
+@lru_cache(maxsize=1024)
+def _routed_headers(endpoint: str, length: int | None) -> bytes:
+    message = pb.ProcessingResponse()
+    _route(message.request_headers.response, message, endpoint, length)
+    return message.SerializeToString()
+
+
+_CONTINUE_HEADERS = pb.ProcessingResponse(request_headers=pb.HeadersResponse()).SerializeToString()
+_CONTINUE_BODY = pb.ProcessingResponse(request_body=pb.BodyResponse()).SerializeToString()
+_CLEAR_BODY = pb.ProcessingResponse(
+    request_body=pb.BodyResponse(
+        response=pb.CommonResponse(body_mutation=pb.BodyMutation(clear_body=True))
+    )
+).SerializeToString()
+_CONTINUE_TRAILERS = pb.ProcessingResponse(
+    request_trailers=pb.TrailersResponse()
+).SerializeToString()
+_CONTINUE_RESPONSE_HEADERS = pb.ProcessingResponse(
+    response_headers=pb.HeadersResponse()
+).SerializeToString()
+_UNSIZED_RESPONSE_HEADERS = pb.ProcessingResponse(
+    response_headers=pb.HeadersResponse(
+        response=pb.CommonResponse(
+            header_mutation=pb.HeaderMutation(remove_headers=["content-length"])
+        )
+    )
+).SerializeToString()
+_CONTINUE_RESPONSE_BODY = pb.ProcessingResponse(response_body=pb.BodyResponse()).SerializeToString()
+_CONTINUE_RESPONSE_TRAILERS = pb.ProcessingResponse(
+    response_trailers=pb.TrailersResponse()
+).SerializeToString()
+
+
+def _read_streamed(data: bytes) -> tuple[bytes, bytes, bool] | None:
+    """Read a response body message by hand, for it is the one that comes per token.
+
+    Returns:
+        (HttpBody's bytes, which are a StreamedBodyResponse's too; body; end_of_stream), or None
+        where the message is not in the usual form and protobuf has to read it.
+    """
+    size = data[1]
+    at = 2
+    if size >= _SHORT_VARINT:
+        size, at = _read_varint(data, 1)
+    inner = data[at : at + size]
+    if len(inner) != size:
+        return None
+    if not inner or inner == _END_OF_STREAM:
+        return inner, b"", bool(inner)
+    if inner[0] != _BODY_FIELD:
+        return None
+    size = inner[1]
+    at = 2
+    if size >= _SHORT_VARINT:
+        size, at = _read_varint(inner, 1)
+    body = inner[at : at + size]
+    rest = inner[at + size :]
+    if len(body) != size or (rest and rest != _END_OF_STREAM):
+        return None
+    return inner, body, bool(rest)
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < _SHORT_VARINT:
+            return value, at
+        shift += 7
+
+
+class ExtProcStream:
+    """The protocol state of one HTTP request.
+
+    Bytes to send collect in `outbox`; once `ended` is set and the outbox is sent, the stream is to
+    be closed, with status OK, or with INVALID_ARGUMENT and `failure` as its text if that is set.
+
+    Args:
+        max_body_bytes: larger request bodies are refused.
+    """
+
+    __slots__ = (
+        "_answered_headers",
+        "_begun",
+        "_body",
+        "_chunks",
+        "_duplex",
+        "_half_closed",
+        "_max_body_bytes",
+        "_method",
+        "_owed_bodies",
+        "_path",
+        "_reader",
+        "_request_mode",
+        "_response_mode",
+        "_restorer",
+        "_trailers",
+        "ended",
+        "failure",
+        "model",
+        "outbox",
+        "refusal",
+        "size_bytes",
+        "state",
+        "status",
+        "subset",
+    )
+
+    def __init__(self, max_body_bytes: int) -> None:
+        self._max_body_bytes = max_body_bytes
+        self.state = State.HEADERS
+        self.outbox: deque[bytes] = deque()
+        self.ended = False
+        self.failure: str | None = None
+        self.model = ""
+        self.size_bytes = 0
+        self.subset: frozenset[str] | None = None
+        self.refusal: Outcome | None = None
+        self.status = 0
+        self._method = ""
+        self._path = ""
+        self._chunks: list[bytes] = []
+        self._body: bytes | None = None
+        self._request_mode: int = pb.FULL_DUPLEX_STREAMED
+        self._response_mode: int = pb.FULL_DUPLEX_STREAMED
+        self._duplex = False
+        self._answered_headers = False
+        self._begun = False
+        self._owed_bodies = 0
+        self._trailers = False
+        self._half_closed = False
+        self._restorer: openai.ModelRestorer | None = None
+        self._reader: openai.UsageReader | None = None
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether nothing will be sent before the next message has come."""
+        return self.state is State.RESPONSE
+
+    def usage(self) -> openai.Usage | None:
+        """Return the usage of the answer so far, or None where it cannot be read."""
+        return self._reader.usage() if self._reader else None
+
+    # --- what the proxy says
+
+    def receive(self, data: bytes) -> Event | None:
+        """Take one message from the proxy; whatever it contains, nothing is raised."""
+        if self._duplex and data and data[0] == _IN_RESPONSE_BODY:
+            try:
+                streamed = _read_streamed(data)
+            except IndexError:
+                streamed = None
+            if streamed is not None:
+                return self._echo(*streamed)
+        try:
+            message = pb.ProcessingRequest.FromString(data)
+        except DecodeError:
+            return self.fail("not a ProcessingRequest")
+        kind = message.WhichOneof("request")
+        handler = _HANDLERS.get((self.state, kind or ""))
+        if handler is None:
+            return self._unexpected(kind)
+        return handler(self, message)
+
+    def half_close(self) -> Event | None:
+        """The proxy will send nothing more.
+
+        One that never shows the answer does so right behind the body, and still reads. While an
+        answer streams it is how Envoy reports that the client has gone.
+        """
+        self._half_closed = True
+        match self.state:
+            case State.HEADERS:
+                self.ended = True
+                self.state = State.DONE
+            case State.BODY:
+                return self._refuse(
+                    Outcome.REJECTED_BAD_REQUEST, "the request ended before its body did"
+                )
+            case State.RESPONSE:
+                blind = not self.status
+                self.state = State.DONE
+                self.ended = True
+                return Event.FINISHED_BLIND if blind else Event.FINISHED
+            case State.DONE:
+                self.ended = True
+            case State.QUEUED:
+                pass
+        return None
+
+    def reset(self) -> Event | None:
+        """The stream is gone; nothing can be sent any more."""
+        state, self.state = self.state, State.DONE
+        self.ended = True
+        self.outbox.clear()
+        self._chunks.clear()
+        self._body = None
+        if state is State.QUEUED:
+            return Event.ABANDONED
+        if state is State.RESPONSE:
+            return Event.FINISHED
+        return None
+
+    # --- what flow control says
+
+    def dispatch(self, endpoint: str, target_model: str | None) -> Event | None:
+        """Send the queued request to `endpoint`, under another model name if one is given.
+
+        Returns:
+            FINISHED_BLIND where the proxy has already stopped sending.
+        """
+        body = self._body
+        self._body = None
+        if target_model is not None and self.model and body is not None:
+            self._restorer = openai.ModelRestorer(target_model, self.model)
+            body = openai.with_model(body, target_model)
+            length: int | None = len(body)
+        else:
+            length = None
+        if self._request_mode in _BUFFERED_MODES and self._answered_headers:
+            self._send_buffered(endpoint, body, length)
+        else:
+            self.outbox.append(_routed_headers(endpoint, length))
+            if self._request_mode == pb.STREAMED:
+                self._send_owed_bodies(body if length is not None else None)
+            elif body is not None:
+                self._send_duplex(body)
+        if self._trailers:
+            self.outbox.append(_CONTINUE_TRAILERS)
+        self.state = State.RESPONSE
+        self._duplex = self._response_mode == pb.FULL_DUPLEX_STREAMED and self._restorer is None
+        if self._half_closed:
+            self.state = State.DONE
+            self.ended = True
+            return Event.FINISHED_BLIND
+        return None
+
+    def refuse(
+        self,
+        outcome: Outcome,
+        message: str,
+        retry_after_seconds: int | None = None,
+        param: str | None = None,
+    ) -> None:
+        """Answer the request with an error and end the stream."""
+        self.state = State.DONE
+        self.ended = True
+        self.refusal = outcome
+        self._chunks.clear()
+        self._body = None
+        response = pb.ProcessingResponse()
+        immediate = response.immediate_response
+        immediate.status.code = openai.HTTP_STATUS[outcome]
+        headers = [("content-type", "application/json"), (OUTCOME, str(outcome))]
+        if retry_after_seconds is not None:
+            headers.append(("retry-after", str(retry_after_seconds)))
+        immediate.headers.set_headers.extend(_header(key, value) for key, value in headers)
+        immediate.body = openai.error_body(outcome, message, param)
+        immediate.details = f"forebay_{outcome}"
+        self.outbox.append(response.SerializeToString())
+
+    def extend_timeout(self, seconds: float) -> None:
+        """Ask the proxy for patience while the request waits.
+
+        Only proxies whose message timeout runs meanwhile are asked; those in full duplex do not
+        arm it.
+        """
+        if self._request_mode != pb.FULL_DUPLEX_STREAMED and self.state is State.QUEUED:
+            response = pb.ProcessingResponse()
+            response.override_message_timeout.FromMilliseconds(int(seconds * 1000))
+            self.outbox.append(response.SerializeToString())
+
+    # --- request
+
+    def _on_headers(self, message: pb.ProcessingRequest) -> Event | None:
+        if message.HasField("protocol_config"):
+            config = message.protocol_config
+            self._request_mode = config.request_body_mode
+            self._response_mode = config.response_body_mode
+            shows_body_first = config.send_body_without_waiting_for_header_response
+        else:
+            shows_body_first = False
+        self._read_subset(message)
+        self._chunks = []
+        found: dict[str, str] = {}
+        for header in message.request_headers.headers.headers:
+            key = header.key
+            if key in _READ_HEADERS:
+                found[key] = header.raw_value.decode("latin-1") or header.value
+        self._method = found.get(":method", "")
+        self._path = found.get(":path", "")
+        self.state = State.BODY
+        length = found.get("content-length", "")
+        if length.isdecimal() and len(length) < 20 and int(length) > self._max_body_bytes:
+            return self._too_large()
+        encoding = found.get("content-encoding", "identity").strip().lower()
+        if encoding not in ("", "identity") and self._names_model():
+            return self._refuse(
+                Outcome.REJECTED_UNSUPPORTED_ENCODING,
+                f"content-encoding {encoding[:40]!r} is not supported: send the body uncompressed",
+            )
+        if message.request_headers.end_of_stream:
+            return self._arrive(None)
+        if self._request_mode == pb.NONE or (
+            self._request_mode == pb.STREAMED and not shows_body_first
+        ):
+            return self._queue(None)
+        if self._request_mode in _BUFFERED_MODES:
+            self._answered_headers = True
+            self.outbox.append(_CONTINUE_HEADERS)
+        return None
+
+    def _on_body(self, message: pb.ProcessingRequest) -> Event | None:
+        self._read_subset(message)
+        body = message.request_body
+        if self._request_mode == pb.STREAMED:
+            self._owed_bodies += 1
+        self.size_bytes += len(body.body)
+        if self.size_bytes > self._max_body_bytes:
+            return self._too_large()
+        if body.body:
+            self._chunks.append(body.body)
+        if body.end_of_stream or self._request_mode in _BUFFERED_MODES:
+            return self._arrive(self._join())
+        return None
+
+    def _on_trailers(self, message: pb.ProcessingRequest) -> Event | None:
+        """Trailers are the end of a body whose last message did not say so."""
+        self._read_subset(message)
+        self._trailers = True
+        return self._arrive(self._join())
+
+    def _join(self) -> bytes:
+        chunks = self._chunks
+        body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        self._chunks = []
+        return body
+
+    def _names_model(self) -> bool:
+        return openai.names_model(self._method, self._path)
+
+    def _arrive(self, body: bytes | None) -> Event | None:
+        """The request is complete; `body` is None where it has none."""
+        if self._names_model() and not (body is None and not self._path):
+            try:
+                self.model = openai.read_model(body or b"")
+            except openai.BadRequestError as error:
+                return self._refuse(Outcome.REJECTED_BAD_REQUEST, str(error), error.param)
+        return self._queue(body)
+
+    def _queue(self, body: bytes | None) -> Event:
+        self._body = body
+        self.state = State.QUEUED
+        return Event.ARRIVED
+
+    def _read_subset(self, message: pb.ProcessingRequest) -> None:
+        """Take the proxy's subset hint from whichever message of the request carries it."""
+        namespaces = message.metadata_context.filter_metadata
+        if SUBSET_NAMESPACE not in namespaces:
+            return
+        fields = namespaces[SUBSET_NAMESPACE].fields
+        if SUBSET not in fields:
+            return
+        value = fields[SUBSET]
+        if value.WhichOneof("kind") == "list_value":
+            addresses = [item.string_value for item in value.list_value.values]
+        else:
+            addresses = value.string_value.split(",")
+        self.subset = frozenset(address.strip() for address in addresses if address.strip())
+
+    def _send_buffered(self, endpoint: str, body: bytes | None, length: int | None) -> None:
+        message = pb.ProcessingResponse()
+        response = message.request_body.response
+        _route(response, message, endpoint, length)
+        if length is not None and body is not None:
+            response.body_mutation.body = body
+        self.outbox.append(message.SerializeToString())
+
+    def _send_duplex(self, body: bytes) -> None:
+        pieces = openai.split(body, MAX_CHUNK_BYTES)
+        last = len(pieces) - 1
+        for number, piece in enumerate(pieces):
+            end = number == last and not self._trailers
+            self.outbox.append(_streamed(_REQUEST_BODY, piece, end_of_stream=end))
+
+    def _send_owed_bodies(self, changed: bytes | None) -> None:
+        """Answer body messages that came before the decision; a changed body replaces the first."""
+        for number in range(self._owed_bodies):
+            if changed is None:
+                self.outbox.append(_CONTINUE_BODY)
+            elif number:
+                self.outbox.append(_CLEAR_BODY)
+            else:
+                message = pb.ProcessingResponse()
+                message.request_body.response.body_mutation.body = changed
+                self.outbox.append(message.SerializeToString())
+        self._owed_bodies = 0
+
+    def _on_late_body(self, message: pb.ProcessingRequest) -> Event | None:
+        """More body behind a decision on the headers alone: it passes as it is.
+
+        Before the decision the answer is owed; a proxy in another mode has no business here.
+        """
+        if self._request_mode != pb.STREAMED:
+            return self._unexpected("request_body after its end")
+        self.size_bytes += len(message.request_body.body)
+        if self.state is State.QUEUED:
+            self._owed_bodies += 1
+        else:
+            self.outbox.append(_CONTINUE_BODY)
+        return None
+
+    def _on_late_trailers(self, _: pb.ProcessingRequest) -> Event | None:
+        """Trailers behind a request that was complete without them."""
+        if self.state is State.QUEUED:
+            self._trailers = True
+        else:
+            self.outbox.append(_CONTINUE_TRAILERS)
+        return None
+
+    # --- response
+
+    def _on_response_headers(self, message: pb.ProcessingRequest) -> Event | None:
+        headers = message.response_headers
+        events = encoded = False
+        for header in headers.headers.headers:
+            value = header.raw_value or header.value.encode()
+            match header.key:
+                case ":status":
+                    self.status = int(value) if value.isdigit() else 500
+                case "content-type":
+                    events = b"text/event-stream" in value
+                case "content-encoding":
+                    encoded = value not in (b"", b"identity")
+        self.status = self.status or 200
+        if not encoded:
+            self._reader = openai.UsageReader(events=events)
+        else:
+            self._restorer = None
+        self.outbox.append(
+            _UNSIZED_RESPONSE_HEADERS if self._restorer is not None else _CONTINUE_RESPONSE_HEADERS
+        )
+        return self._finish() if headers.end_of_stream else None
+
+    def _on_local_reply(self, message: pb.ProcessingRequest) -> Event | None:
+        """The proxy answers a queued request itself (a timeout of its own): let it."""
+        self._body = None
+        self.state = State.RESPONSE
+        self._on_response_headers(message)
+        return Event.ABANDONED
+
+    def _echo(self, inner: bytes, body: bytes, end_of_stream: bool) -> Event | None:  # noqa: FBT001  # unpacked from _read_streamed
+        if self.state is not State.RESPONSE:
+            return self._late_response_body(end_of_stream=end_of_stream)
+        if len(body) <= MAX_CHUNK_BYTES:
+            self.outbox.append(_frame(_RESPONSE_BODY, len(inner)) + inner)
+        else:
+            self._send_pieces(body, end_of_stream=end_of_stream)
+        return self._progress(body, end_of_stream=end_of_stream)
+
+    def _on_response_body(self, message: pb.ProcessingRequest) -> Event | None:
+        body = message.response_body.body
+        end_of_stream = message.response_body.end_of_stream
+        answer = body
+        if self._restorer is not None:
+            last = end_of_stream or self._response_mode == pb.BUFFERED
+            answer = self._restorer.feed(body, last=last)
+        if self._response_mode == pb.FULL_DUPLEX_STREAMED:
+            if answer or end_of_stream or not body:
+                self._send_pieces(answer, end_of_stream=end_of_stream)
+        elif answer == body:
+            self.outbox.append(_CONTINUE_RESPONSE_BODY)
+        else:
+            response = pb.ProcessingResponse()
+            mutation = response.response_body.response.body_mutation
+            if answer:
+                mutation.body = answer
+            else:
+                mutation.clear_body = True
+            self.outbox.append(response.SerializeToString())
+        return self._progress(body, end_of_stream=end_of_stream)
+
+    def _send_pieces(self, body: bytes, *, end_of_stream: bool) -> None:
+        pieces = openai.split(body, MAX_CHUNK_BYTES)
+        last = len(pieces) - 1
+        for number, piece in enumerate(pieces):
+            end = end_of_stream and number == last
+            self.outbox.append(_streamed(_RESPONSE_BODY, piece, end_of_stream=end))
+
+    def _progress(self, body: bytes, *, end_of_stream: bool) -> Event | None:
+        if self._reader is not None and body:
+            self._reader.feed(body)
+        if end_of_stream:
+            return self._finish()
+        if body and not self._begun:
+            self._begun = True
+            return Event.FIRST_CHUNK
+        return None
+
+    def _late_response_body(self, *, end_of_stream: bool) -> Event | None:
+        """An answer after the end of ours has no meaning; answering keeps the proxy going."""
+        self.outbox.append(_streamed(_RESPONSE_BODY, b"", end_of_stream=end_of_stream))
+        return None
+
+    def _on_response_trailers(self, _: pb.ProcessingRequest) -> Event | None:
+        if self._restorer is not None and self._response_mode == pb.FULL_DUPLEX_STREAMED:
+            held = self._restorer.feed(b"", last=True)
+            if held:
+                self._send_pieces(held, end_of_stream=False)
+        self.outbox.append(_CONTINUE_RESPONSE_TRAILERS)
+        return self._finish()
+
+    def _on_done_trailers(self, _: pb.ProcessingRequest) -> Event | None:
+        self.outbox.append(_CONTINUE_RESPONSE_TRAILERS)
+        return None
+
+    def _finish(self) -> Event | None:
+        self.state = State.DONE
+        return Event.FINISHED
+
+    # --- what should not happen
+
+    def _too_large(self) -> Event:
+        return self._refuse(
+            Outcome.REJECTED_TOO_LARGE,
+            f"the request body is larger than {self._max_body_bytes} bytes",
+        )
+
+    def _refuse(self, outcome: Outcome, message: str, param: str | None = None) -> Event:
+        self.refuse(outcome, message, param=param)
+        return Event.REFUSED
+
+    def _unexpected(self, kind: str | None) -> Event | None:
+        return self.fail(f"unexpected {kind or 'empty message'} in state {self.state.name}")
+
+    def fail(self, failure: str) -> Event | None:
+        """End the stream with an error, which a proxy that fails closed turns into a 500."""
+        if self.ended:
+            return None
+        event = self.reset()
+        self.failure = failure
+        return event
+
+
+_BUFFERED_MODES = frozenset({int(pb.BUFFERED), int(pb.BUFFERED_PARTIAL)})
+
+_HANDLERS: dict[
+    tuple[State, str], Callable[[ExtProcStream, pb.ProcessingRequest], Event | None]
+] = {
+    (State.HEADERS, "request_headers"): ExtProcStream._on_headers,  # noqa: SLF001  # the table is the class's own
+    (State.BODY, "request_body"): ExtProcStream._on_body,  # noqa: SLF001
+    (State.BODY, "request_trailers"): ExtProcStream._on_trailers,  # noqa: SLF001
+    (State.QUEUED, "request_body"): ExtProcStream._on_late_body,  # noqa: SLF001
+    (State.QUEUED, "request_trailers"): ExtProcStream._on_late_trailers,  # noqa: SLF001
+    (State.QUEUED, "response_headers"): ExtProcStream._on_local_reply,  # noqa: SLF001
+    (State.RESPONSE, "request_body"): ExtProcStream._on_late_body,  # noqa: SLF001
+    (State.RESPONSE, "request_trailers"): ExtProcStream._on_late_trailers,  # noqa: SLF001
+    (State.RESPONSE, "response_headers"): ExtProcStream._on_response_headers,  # noqa: SLF001
+    (State.RESPONSE, "response_body"): ExtProcStream._on_response_body,  # noqa: SLF001
+    (State.RESPONSE, "response_trailers"): ExtProcStream._on_response_trailers,  # noqa: SLF001
+    (State.DONE, "response_trailers"): ExtProcStream._on_done_trailers,  # noqa: SLF001
+}

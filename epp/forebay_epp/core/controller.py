@@ -1,0 +1,402 @@
+"""The flow controller: admits, queues, dispatches, evicts.
+
+Ownership: from `submit` until its decision a request belongs to the controller; each submitted id
+gets exactly one decision, in the list of some later `poll`. A dispatched request occupies a slot of
+its endpoint until the caller says `complete` or `cancel`, which it owes exactly once.
+
+The caller does the waiting: after any call it polls, and polls again at `next_wakeup()`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from forebay_epp.core import selection
+from forebay_epp.core.registry import Registry
+from forebay_epp.core.saturation import STALE_SECONDS, EndpointState
+from forebay_epp.core.terms import (
+    ControllerSnapshot,
+    Decision,
+    Dispatched,
+    EndpointSnapshot,
+    Outcome,
+    Refused,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from forebay_epp.core.plan import Plan
+    from forebay_epp.core.registry import Band
+    from forebay_epp.core.terms import Endpoint, EndpointMetrics, Request
+
+NEVER = float("inf")
+
+
+class FlowController:
+    """Flow control of one pool.
+
+    Args:
+        plan: a plan; validated.
+        random: source of the lots drawn among equal endpoints and target models.
+
+    Raises:
+        PlanError: the plan is not valid.
+    """
+
+    def __init__(self, plan: Plan, random: selection.RandomSource) -> None:
+        plan.validate()
+        self._plan = plan
+        self._random = random
+        self._registry = Registry(plan, random)
+        self._endpoints: dict[str, EndpointState] = {}
+        self._present: tuple[EndpointState, ...] = ()
+        self._regime_since = -NEVER
+        self._waiting: dict[int, Request] = {}
+        self._size_bytes = 0
+        self._dispatched: dict[int, Request] = {}
+        self._decisions: list[Decision] = []
+        self._draining = False
+        self._free = 0
+        self._changed = False
+        self._next_expiry = NEVER
+        self._next_staleness = NEVER
+
+    # --- configuration and observation
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in force."""
+        return self._plan
+
+    def reconfigure(self, plan: Plan, now: float) -> None:
+        """Put a new plan in force, whole or not at all; nothing queued is lost.
+
+        Requests that wait keep their band, their place in time and their claim: a lowered cap
+        refuses new arrivals only.
+
+        Raises:
+            PlanError: the plan is not valid; the one in force stays.
+        """
+        plan.validate()
+        self._plan = plan
+        self._registry.reconfigure(plan)
+        for endpoint in self._endpoints.values():
+            with_slots = endpoint.free
+            endpoint.reconfigure(plan.saturation)
+            self._moved(endpoint, with_slots)
+        self._reschedule(now)
+
+    def set_endpoints(self, endpoints: Iterable[Endpoint], now: float) -> None:
+        """Replace the pool's endpoints; what is in flight on one that left may still complete."""
+        wanted = {endpoint.address: endpoint for endpoint in endpoints}
+        for address, state in list(self._endpoints.items()):
+            if address not in wanted and state.present:
+                with_slots = state.free
+                state.leave()
+                self._moved(state, with_slots)
+                if not state.in_flight:
+                    del self._endpoints[address]
+        for address, endpoint in wanted.items():
+            state_or_none = self._endpoints.get(address)
+            if state_or_none is None:
+                state = self._endpoints[address] = EndpointState(endpoint, self._plan.saturation)
+                self._moved(state, 0)
+            else:
+                with_slots = state_or_none.free
+                state_or_none.rejoin(endpoint)
+                self._moved(state_or_none, with_slots)
+        had_endpoints = bool(self._present)
+        self._present = tuple(state for state in self._endpoints.values() if state.present)
+        if bool(self._present) != had_endpoints:
+            self._regime_since = now
+        self._reschedule(now)
+
+    def observe(self, metrics: EndpointMetrics, now: float) -> None:
+        """Take what a scrape said; an endpoint that is not in the pool is ignored."""
+        endpoint = self._endpoints.get(metrics.address)
+        if endpoint is None:
+            return
+        with_slots = endpoint.free
+        endpoint.observe(metrics, now)
+        self._moved(endpoint, with_slots)
+        self._next_staleness = min(self._next_staleness, now + STALE_SECONDS)
+
+    def drain(self) -> None:
+        """Stop queueing: what waits may still be dispatched, a new request only at once."""
+        self._draining = True
+
+    def flush(self, now: float) -> None:
+        """Evict everything that waits, because the process ends."""
+        for request in list(self._waiting.values()):
+            self._evict(
+                request, Outcome.EVICTED_SHUTTING_DOWN, "the endpoint picker shuts down", now
+            )
+
+    # --- requests
+
+    def submit(self, request: Request, now: float) -> None:
+        """Take a request; its decision comes with a poll.
+
+        Raises:
+            ValueError: the id is already in use.
+        """
+        if request.id in self._waiting or request.id in self._dispatched:
+            raise ValueError(f"request id {request.id} is in use")
+        request.enqueued_at = now
+        band = self._registry.classify(request)
+        if band is None:
+            self._reject(
+                request, Outcome.REJECTED_UNKNOWN_MODEL, 1, "the pool does not serve this model"
+            )
+            return
+        if self._draining and not self._admissible(request):
+            self._reject(
+                request, Outcome.REJECTED_SHUTTING_DOWN, 1, "the endpoint picker shuts down"
+            )
+            return
+        if request.subset is not None and self._present and not self._in_subset(request.subset):
+            self._reject(
+                request,
+                Outcome.REJECTED_NO_ENDPOINTS,
+                band.retry_after_seconds(now),
+                "no endpoint of the pool is in the subset that the proxy allows",
+            )
+            return
+        full = self._full(request) or band.full(request)
+        if full is not None:
+            retry_after = band.retry_after_seconds(now)
+            self._reject(request, Outcome.REJECTED_QUEUE_FULL, retry_after, full)
+            return
+        band.push(request)
+        self._waiting[request.id] = request
+        self._size_bytes += request.size_bytes
+        self._next_expiry = min(self._next_expiry, self._deadline(band, now))
+        self._changed = True
+
+    def cancel(self, request_id: int, now: float) -> None:
+        """The caller has given up: evict the request, or free its slot. Unknown ids are ignored.
+
+        Ignored because a cancellation may cross the decision on its way to the caller.
+        """
+        request = self._waiting.get(request_id)
+        if request is not None:
+            self._evict(request, Outcome.EVICTED_CANCELLED, "the client has gone", now)
+        elif request_id in self._dispatched:
+            self.complete(request_id)
+
+    def complete(self, request_id: int, *, blind: bool = False) -> None:
+        """A dispatched request has ended; its slot is free for the next one.
+
+        Args:
+            request_id: the request.
+            blind: the proxy will not tell of the end, so the slot is held until metrics do.
+
+        Raises:
+            KeyError: the request is not in flight.
+        """
+        request = self._dispatched.pop(request_id)
+        endpoint = self._endpoints[request.endpoint]
+        with_slots = endpoint.free
+        endpoint.completed(request.dispatched_at, blind=blind)
+        self._moved(endpoint, with_slots)
+        if not endpoint.present and not endpoint.in_flight:
+            del self._endpoints[endpoint.address]
+
+    def poll(self, now: float) -> list[Decision]:
+        """Return the decisions made since the last poll, including those that time brings."""
+        if now >= self._next_staleness:
+            self._expire_metrics(now)
+        if now >= self._next_expiry:
+            self._expire_requests(now)
+        if self._changed:
+            self._changed = False
+            if self._waiting and self._free > 0:
+                self._dispatch(now)
+        decisions = self._decisions
+        if decisions:
+            self._decisions = []
+        return decisions
+
+    def next_wakeup(self) -> float | None:
+        """Return when to poll at the latest if nothing happens before, or None for never."""
+        if not self._waiting:
+            return None
+        return min(self._next_expiry, self._next_staleness)
+
+    # --- state for people and programs
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait."""
+        return len(self._waiting)
+
+    def saturation(self) -> float:
+        """Places taken over places there are, over all endpoints; 1.0 when there is no endpoint.
+
+        At or above 1.0 exactly when no endpoint has a free slot.
+        """
+        if self._free <= 0:
+            return max(1.0, self._load())
+        return min(self._load(), 1.0 - 1e-9)
+
+    def _load(self) -> float:
+        limit = sum(endpoint.limit.value for endpoint in self._present)
+        taken = sum(endpoint.occupancy for endpoint in self._present)
+        return taken / limit if limit else 1.0
+
+    def snapshot(self, now: float) -> ControllerSnapshot:
+        """Copy the whole state."""
+        return ControllerSnapshot(
+            pool=self._plan.pool,
+            requests=len(self._waiting),
+            size_bytes=self._size_bytes,
+            in_flight=len(self._dispatched),
+            saturation=self.saturation(),
+            draining=self._draining,
+            bands=tuple(band.snapshot(now) for band in self._registry.bands),
+            endpoints=tuple(
+                EndpointSnapshot(
+                    address=state.address,
+                    name=state.name,
+                    in_flight=state.in_flight,
+                    foreign=state.foreign,
+                    limit=state.limit.value,
+                    free=max(0, state.free),
+                    running=state.running,
+                    waiting=state.waiting,
+                    kv_usage=state.kv_usage,
+                    fresh=state.fresh,
+                )
+                for state in self._present
+            ),
+        )
+
+    # --- inside
+
+    def _moved(self, endpoint: EndpointState, free_before: int) -> None:
+        """Account for a change of an endpoint's free slots; new room is news."""
+        self._free += max(0, endpoint.free) - max(0, free_before)
+        if endpoint.free > free_before:
+            self._changed = True
+
+    def _candidates(self, subset: frozenset[str] | None) -> Iterable[EndpointState]:
+        return self._present if subset is None else self._in_subset(subset)
+
+    def _in_subset(self, subset: frozenset[str]) -> list[EndpointState]:
+        endpoints = self._endpoints
+        return [
+            endpoints[address]
+            for address in sorted(subset)
+            if address in endpoints and endpoints[address].present
+        ]
+
+    def _admissible(self, request: Request) -> bool:
+        return any(endpoint.free > 0 for endpoint in self._candidates(request.subset))
+
+    def _full(self, request: Request) -> str | None:
+        limits = self._plan.limits
+        if len(self._waiting) >= limits.max_requests:
+            return f"the pool's queue is full ({limits.max_requests} requests)"
+        if self._size_bytes + request.size_bytes > limits.max_bytes:
+            return f"the pool's queue is full ({limits.max_bytes} bytes)"
+        return None
+
+    def _dispatch(self, now: float) -> None:
+        """Give free slots away, strictly by band, until there is none or nobody can use one."""
+        for band in self._registry.waiting():
+            while band.arrival:
+                if self._free <= 0:
+                    return
+                for _, subset in band.candidates():
+                    endpoint = selection.pick(self._candidates(subset), self._random)
+                    if endpoint is not None:
+                        self._send(band.pop(subset, now), endpoint, now)
+                        break
+                else:
+                    break
+        self._registry.sweep()
+
+    def _send(self, request: Request, endpoint: EndpointState, now: float) -> None:
+        self._leave_queue(request)
+        request.endpoint = endpoint.address
+        request.dispatched_at = now
+        self._dispatched[request.id] = request
+        with_slots = endpoint.free
+        endpoint.dispatched()
+        self._moved(endpoint, with_slots)
+        self._decisions.append(
+            Dispatched(
+                request.id,
+                endpoint.address,
+                now - request.enqueued_at,
+                self._registry.draw_target(request.model),
+            )
+        )
+
+    def _leave_queue(self, request: Request) -> None:
+        del self._waiting[request.id]
+        self._size_bytes -= request.size_bytes
+
+    def _reject(
+        self, request: Request, outcome: Outcome, retry_after_seconds: int, message: str
+    ) -> None:
+        self._decisions.append(Refused(request.id, outcome, retry_after_seconds, 0.0, message))
+
+    def _evict(self, request: Request, outcome: Outcome, message: str, now: float) -> None:
+        band = self._registry.band(request.band)
+        retry_after = band.retry_after_seconds(now)
+        band.remove(request)
+        self._leave_queue(request)
+        self._decisions.append(
+            Refused(request.id, outcome, retry_after, now - request.enqueued_at, message)
+        )
+
+    # --- time
+
+    def _deadline(self, band: Band, enqueued_at: float) -> float:
+        """When a request of this band that came at `enqueued_at` expires.
+
+        While the pool has no endpoints the clock is that of `noEndpoints`, and it starts anew when
+        that changes: requests that waited for the first endpoint then get their band's whole TTL.
+        Both together are the most that a request may wait, however often endpoints come and go.
+        """
+        no_endpoints_ttl = self._plan.no_endpoints_ttl_seconds
+        ttl = band.plan.ttl_seconds
+        since = max(enqueued_at, self._regime_since)
+        return min(
+            since + (ttl if self._present else no_endpoints_ttl),
+            enqueued_at + ttl + no_endpoints_ttl,
+        )
+
+    def _reschedule(self, now: float) -> None:
+        """Look at every deadline again at the next poll."""
+        self._next_expiry = now
+        self._changed = True
+
+    def _expire_requests(self, now: float) -> None:
+        self._next_expiry = NEVER
+        for band in self._registry.waiting():
+            while band.arrival:
+                request = next(iter(band.arrival.values()))
+                deadline = self._deadline(band, request.enqueued_at)
+                if deadline > now:
+                    self._next_expiry = min(self._next_expiry, deadline)
+                    break
+                waited = f"waited {now - request.enqueued_at:.1f} s"
+                if self._present and (request.subset is None or self._in_subset(request.subset)):
+                    message = f"{waited} for a free slot, longer than band {request.band} allows"
+                    self._evict(request, Outcome.EVICTED_TTL, message, now)
+                else:
+                    message = f"{waited} while the pool had no endpoint for it"
+                    self._evict(request, Outcome.EVICTED_NO_ENDPOINTS, message, now)
+        self._registry.sweep()
+
+    def _expire_metrics(self, now: float) -> None:
+        self._next_staleness = NEVER
+        for endpoint in self._present:
+            with_slots = endpoint.free
+            endpoint.expire(now)
+            self._moved(endpoint, with_slots)
+            if endpoint.fresh:
+                self._next_staleness = now + STALE_SECONDS / 2

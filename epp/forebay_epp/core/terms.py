@@ -1,0 +1,160 @@
+"""The words of flow control as plain data. Behaviour does not belong here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Outcome(StrEnum):
+    """How a request left flow control. Rejected: before it was queued. Evicted: after."""
+
+    DISPATCHED = "Dispatched"
+    REJECTED_BAD_REQUEST = "RejectedBadRequest"
+    REJECTED_TOO_LARGE = "RejectedTooLarge"
+    REJECTED_UNSUPPORTED_ENCODING = "RejectedUnsupportedEncoding"
+    REJECTED_INCOMPLETE = "RejectedIncomplete"
+    REJECTED_UNKNOWN_MODEL = "RejectedUnknownModel"
+    REJECTED_QUEUE_FULL = "RejectedQueueFull"
+    REJECTED_NO_ENDPOINTS = "RejectedNoEndpoints"
+    REJECTED_SHUTTING_DOWN = "RejectedShuttingDown"
+    EVICTED_TTL = "EvictedTTL"
+    EVICTED_NO_ENDPOINTS = "EvictedNoEndpoints"
+    EVICTED_CANCELLED = "EvictedCancelled"
+    EVICTED_SHUTTING_DOWN = "EvictedShuttingDown"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request on its way through flow control.
+
+    The first four fields are the caller's; the rest belongs to the controller and is written by
+    `FlowController.submit` and at dispatch.
+
+    Attributes:
+        id: unique among all requests the controller ever sees.
+        model: model name as the client wrote it; "" when none could be read.
+        size_bytes: what the request holds in memory while it waits.
+        subset: addresses the proxy restricts the choice to; None means all.
+    """
+
+    id: int
+    model: str
+    size_bytes: int
+    subset: frozenset[str] | None = None
+    band: str = ""
+    flow: str = ""
+    enqueued_at: float = 0.0
+    dispatched_at: float = 0.0
+    endpoint: str = ""
+
+
+@dataclass(slots=True, frozen=True)
+class Dispatched:
+    """The request goes to `endpoint` now and occupies one of its slots until completed.
+
+    `target_model` is the name to send upstream instead of the client's, or None to leave it.
+    """
+
+    request_id: int
+    endpoint: str
+    waited_seconds: float
+    target_model: str | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class Refused:
+    """The request was rejected or evicted, as `outcome` says; it holds nothing any more.
+
+    `retry_after_seconds` is the measured time until its band has drained, clamped to 1-60.
+    """
+
+    request_id: int
+    outcome: Outcome
+    retry_after_seconds: int
+    waited_seconds: float
+    message: str
+
+
+Decision = Dispatched | Refused
+
+
+@dataclass(slots=True, frozen=True)
+class Endpoint:
+    """One model server of the pool: `address` is ip:port, `name` is for people."""
+
+    address: str
+    name: str = ""
+
+
+@dataclass(slots=True, frozen=True)
+class EndpointMetrics:
+    """What one scrape of an endpoint said.
+
+    Attributes:
+        address: the endpoint's ip:port.
+        running: requests in the batch, summed over engines.
+        waiting: requests queued inside the server, summed over engines.
+        kv_usage: fraction 0-1 of KV cache in use, the fullest engine; None when not reported.
+        started_at: monotonic seconds at which the scrape was sent: what was dispatched later
+            cannot be in it.
+    """
+
+    address: str
+    running: int
+    waiting: int
+    kv_usage: float | None
+    started_at: float
+
+
+@dataclass(slots=True, frozen=True)
+class FlowSnapshot:
+    """One flow's queue at a moment."""
+
+    flow: str
+    requests: int
+    size_bytes: int
+
+
+@dataclass(slots=True, frozen=True)
+class BandSnapshot:
+    """One band's queues at a moment. `drain_rate` is dispatches per second, averaged."""
+
+    band: str
+    priority: int
+    requests: int
+    size_bytes: int
+    oldest_seconds: float
+    drain_rate: float
+    draining: bool
+    flows: tuple[FlowSnapshot, ...]
+
+
+@dataclass(slots=True, frozen=True)
+class EndpointSnapshot:
+    """One endpoint's slots at a moment. `fresh` tells whether its metrics are recent enough."""
+
+    address: str
+    name: str
+    in_flight: int
+    foreign: int
+    limit: int
+    free: int
+    running: int
+    waiting: int
+    kv_usage: float | None
+    fresh: bool
+
+
+@dataclass(slots=True, frozen=True)
+class ControllerSnapshot:
+    """The whole controller at a moment. `saturation` >= 1.0 means no room."""
+
+    pool: str
+    requests: int
+    size_bytes: int
+    in_flight: int
+    saturation: float
+    draining: bool
+    bands: tuple[BandSnapshot, ...]
+    endpoints: tuple[EndpointSnapshot, ...]

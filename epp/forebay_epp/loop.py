@@ -1,0 +1,358 @@
+"""The single writer: feeds the flow controller from streams and applies its decisions to them.
+
+A transport owns the thread and the sockets. It opens an `Exchange` per ext_proc stream, hands it
+what arrives, sends what it has to say, and calls `tick` when `timeout` has passed. Everything here
+and in the core runs on that one thread, so there is no lock; other threads `post` what they know.
+How bytes travel (transport/) and what they mean (codec/) does not belong here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
+
+from forebay_epp.codec.extproc import Event, ExtProcStream, State
+from forebay_epp.codec.openai import Usage
+from forebay_epp.core.terms import Dispatched, Outcome, Request
+
+if TYPE_CHECKING:
+    from collections import deque
+    from collections.abc import Callable
+
+    from forebay_epp.core.controller import FlowController
+    from forebay_epp.core.terms import Decision
+    from forebay_epp.traffic import Traffic
+
+SILENT_STREAM_SECONDS = 10.0
+READ_REQUEST_SECONDS = 30.0
+BUSY_TICK_SECONDS = 0.005
+IDLE_TICK_SECONDS = 0.05
+TIMEOUT_MARGIN_SECONDS = 10.0
+
+_NO_USAGE = Usage()
+
+
+class Exchange:
+    """One ext_proc stream and its request.
+
+    The transport calls `receive`, `half_close` and `close`, then sends what `outbox` holds and, if
+    `ended`, closes its side. `on_output` tells it that there is something to send although nothing
+    has arrived. `close` is owed exactly once, whatever happened before.
+    """
+
+    __slots__ = ("_loop", "_read_bytes", "id", "on_output", "reading", "request", "stream")
+
+    def __init__(self, loop: FlowLoop, exchange_id: int, on_output: Callable[[], None]) -> None:
+        self._loop = loop
+        self.id = exchange_id
+        self.on_output = on_output
+        self.stream = ExtProcStream(loop.max_body_bytes)
+        self.request: Request | None = None
+        self.reading = True
+        self._read_bytes = 0
+
+    @property
+    def outbox(self) -> deque[bytes]:
+        """Messages to send, in order; the transport takes them out."""
+        return self.stream.outbox
+
+    @property
+    def ended(self) -> bool:
+        """Whether the stream is to be closed once the outbox is sent."""
+        return self.stream.ended
+
+    @property
+    def failure(self) -> str | None:
+        """The text of the error status to close with, or None for OK."""
+        return self.stream.failure
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether nothing will be sent before the next message has come."""
+        return self.stream.state is State.RESPONSE
+
+    def receive(self, data: bytes) -> None:
+        """Take a message."""
+        event = self.stream.receive(data)
+        if self.reading:
+            self._loop.read(self, event)
+        elif event is not None:
+            self._loop.handle(self, event)
+
+    def half_close(self) -> None:
+        """The peer will send nothing more."""
+        event = self.stream.half_close()
+        if event is not None:
+            self._loop.handle(self, event)
+
+    def close(self) -> None:
+        """The stream is gone."""
+        event = self.stream.reset()
+        self._loop.forget(self)
+        if event is not None:
+            self._loop.handle(self, event)
+
+    def take_read_bytes(self) -> int:
+        """Return how many body bytes were read since the last call."""
+        grown = self.stream.size_bytes - self._read_bytes
+        self._read_bytes = self.stream.size_bytes
+        return grown
+
+    def drop_read_bytes(self) -> int:
+        """Return how many body bytes have been counted, and count none from now on."""
+        counted, self._read_bytes = self._read_bytes, 0
+        return counted
+
+
+class FlowLoop:
+    """Binds streams to the controller.
+
+    Args:
+        controller: the pool's flow controller; from now on only this loop calls it.
+        traffic: counters to feed.
+        max_streams: streams beyond are refused at once with 429.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        controller: FlowController,
+        traffic: Traffic,
+        max_streams: int = 40_000,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.controller = controller
+        self.traffic = traffic
+        self.clock = clock
+        self.serving = False
+        self._max_streams = max_streams
+        self._inbox: SimpleQueue[Callable[[float], None]] = SimpleQueue()
+        self._next_id = 0
+        self._open: dict[int, Exchange] = {}
+        self._queued_or_sent: dict[int, Exchange] = {}
+        self._silent: OrderedDict[Exchange, float] = OrderedDict()
+        self._reading: OrderedDict[Exchange, float] = OrderedDict()
+        self._read_bytes = 0
+        self._current: Exchange | None = None
+        self._tick_at = 0.0
+
+    # --- for transports
+
+    @property
+    def max_body_bytes(self) -> int:
+        """The largest request body that is read."""
+        return self.controller.plan.limits.max_body_bytes
+
+    def open(self, on_output: Callable[[], None]) -> Exchange:
+        """Begin a stream. It may already have a refusal to send."""
+        self._next_id += 1
+        exchange = Exchange(self, self._next_id, on_output)
+        full = len(self._open) >= self._max_streams
+        self._open[exchange.id] = exchange
+        self.traffic.stream_opened()
+        if full:
+            self._refuse_unread(
+                exchange,
+                Outcome.REJECTED_QUEUE_FULL,
+                f"{self._max_streams} requests are open at this endpoint picker",
+            )
+        else:
+            self._silent[exchange] = self.clock() + SILENT_STREAM_SECONDS
+        return exchange
+
+    def timeout(self, now: float) -> float:
+        """Return the seconds after which `tick` is due.
+
+        News of other threads cannot wake the transport, so while requests wait the interval is
+        short: a scrape may have made room.
+        """
+        if self.controller.waiting:
+            self._tick_at = min(self._tick_at, now + BUSY_TICK_SECONDS)
+        return max(0.0, self._tick_at - now)
+
+    @property
+    def due_at(self) -> float:
+        """When the next `tick` is due, in the clock's seconds."""
+        return self._tick_at
+
+    def tick(self) -> None:
+        """Take in what other threads posted and what time brings."""
+        now = self.clock()
+        self.traffic.stalled(max(0.0, now - self._tick_at))
+        while True:
+            try:
+                call = self._inbox.get_nowait()
+            except Empty:
+                break
+            call(now)
+        self._time_out(now)
+        self._settle(now)
+        self._tick_at = now + (BUSY_TICK_SECONDS if self.controller.waiting else IDLE_TICK_SECONDS)
+
+    # --- for other threads
+
+    def post(self, call: Callable[[float], None]) -> None:
+        """Have `call(now)` run on the data-plane thread at its next tick."""
+        self._inbox.put(call)
+
+    # --- for the data-plane thread
+
+    @property
+    def open_streams(self) -> int:
+        """How many streams are open."""
+        return len(self._open)
+
+    @property
+    def unfinished(self) -> int:
+        """How many requests wait or are in flight."""
+        return len(self._queued_or_sent)
+
+    def drain(self) -> None:
+        """Be unready, dispatch what waits, queue nothing new."""
+        self.serving = False
+        self.controller.drain()
+
+    def flush(self, now: float) -> None:
+        """Answer everything that waits with 503."""
+        self.controller.flush(now)
+        self._settle(now)
+
+    def read(self, exchange: Exchange, event: Event | None) -> None:
+        """Account for a message of a request that was not yet complete when it came."""
+        if self._silent.pop(exchange, None) is not None:
+            self._reading[exchange] = self.clock() + READ_REQUEST_SECONDS
+        self._read_bytes += exchange.take_read_bytes()
+        if event is not None:
+            self._stop_reading(exchange)
+            self.handle(exchange, event)
+        elif self._read_bytes > self.controller.plan.limits.max_bytes:
+            self._refuse_unread(
+                exchange, Outcome.REJECTED_QUEUE_FULL, "too many request bodies are being read"
+            )
+
+    def handle(self, exchange: Exchange, event: Event) -> None:
+        """Tell the controller what has happened on a stream, and the streams what follows."""
+        now = self.clock()
+        self._current = exchange
+        match event:
+            case Event.ARRIVED:
+                self._submit(exchange, now)
+            case Event.FIRST_CHUNK:
+                request = exchange.request
+                if request is not None:
+                    self.traffic.first_token(request.band, now - request.dispatched_at)
+                self._current = None
+                return
+            case Event.FINISHED:
+                self._complete(exchange, now, blind=False)
+            case Event.FINISHED_BLIND:
+                self._complete(exchange, now, blind=True)
+            case Event.ABANDONED:
+                self.controller.cancel(exchange.id, now)
+            case Event.REFUSED:
+                self._stop_reading(exchange)
+                refusal = exchange.stream.refusal
+                if refusal is not None:
+                    self.traffic.decided("", "", refusal, 0.0)
+        self._settle(now)
+        self._current = None
+
+    def forget(self, exchange: Exchange) -> None:
+        """A stream is gone."""
+        if self._open.pop(exchange.id, None) is not None:
+            self.traffic.stream_closed()
+        if exchange.reading:
+            self._stop_reading(exchange)
+
+    # --- inside
+
+    def _submit(self, exchange: Exchange, now: float) -> None:
+        stream = exchange.stream
+        request = Request(exchange.id, stream.model, stream.size_bytes, stream.subset)
+        exchange.request = request
+        self._queued_or_sent[exchange.id] = exchange
+        self.controller.submit(request, now)
+        self._settle(now)
+        if stream.state is State.QUEUED:
+            plan = self.controller.plan
+            longest = max(band.ttl_seconds for band in plan.bands)
+            stream.extend_timeout(longest + plan.no_endpoints_ttl_seconds + TIMEOUT_MARGIN_SECONDS)
+
+    def _complete(self, exchange: Exchange, now: float, *, blind: bool) -> None:
+        request = exchange.request
+        if self._queued_or_sent.pop(exchange.id, None) is None or request is None:
+            return
+        stream = exchange.stream
+        usage = stream.usage() or _NO_USAGE
+        self.controller.complete(exchange.id, blind=blind)
+        self.traffic.completed(
+            request.band,
+            request.model,
+            stream.status,
+            now - request.enqueued_at,
+            usage.prompt_tokens,
+            usage.completion_tokens,
+        )
+
+    def _settle(self, now: float) -> None:
+        """Apply decisions until there are none; one may free a slot and so bring the next."""
+        poll = self.controller.poll
+        while decisions := poll(now):
+            for decision in decisions:
+                self._apply(decision, now)
+
+    def _apply(self, decision: Decision, now: float) -> None:
+        exchange = self._queued_or_sent[decision.request_id]
+        request = exchange.request
+        stream = exchange.stream
+        if request is None:
+            raise AssertionError("a decision on a request that was not submitted")
+        if isinstance(decision, Dispatched):
+            self.traffic.decided(
+                request.band, request.model, Outcome.DISPATCHED, decision.waited_seconds
+            )
+            if stream.dispatch(decision.endpoint, decision.target_model) is not None:
+                self._complete(exchange, now, blind=True)
+        else:
+            del self._queued_or_sent[exchange.id]
+            self.traffic.decided(
+                request.band, request.model, decision.outcome, decision.waited_seconds
+            )
+            if stream.state is State.QUEUED:
+                stream.refuse(decision.outcome, decision.message, decision.retry_after_seconds)
+        if exchange is not self._current:
+            exchange.on_output()
+
+    def _stop_reading(self, exchange: Exchange) -> None:
+        exchange.reading = False
+        self._read_bytes -= exchange.drop_read_bytes()
+        self._silent.pop(exchange, None)
+        self._reading.pop(exchange, None)
+
+    def _refuse_unread(self, exchange: Exchange, outcome: Outcome, message: str) -> None:
+        self._stop_reading(exchange)
+        retry_after = 1 if outcome is Outcome.REJECTED_QUEUE_FULL else None
+        exchange.stream.refuse(outcome, message, retry_after)
+        self.traffic.decided("", "", outcome, 0.0)
+
+    def _time_out(self, now: float) -> None:
+        """End streams that say nothing and requests that do not come to an end."""
+        while self._silent:
+            exchange, deadline = next(iter(self._silent.items()))
+            if deadline > now:
+                break
+            self._stop_reading(exchange)
+            exchange.stream.fail(f"no request within {SILENT_STREAM_SECONDS:.0f} s")
+            exchange.on_output()
+        while self._reading:
+            exchange, deadline = next(iter(self._reading.items()))
+            if deadline > now:
+                break
+            self._refuse_unread(
+                exchange,
+                Outcome.REJECTED_INCOMPLETE,
+                f"the request body did not arrive within {READ_REQUEST_SECONDS:.0f} s",
+            )
+            exchange.on_output()

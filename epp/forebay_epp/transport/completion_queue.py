@@ -1,0 +1,267 @@
+"""The default transport: grpc's C core driven directly, one thread, one completion queue.
+
+`grpc.server()` is built on the same objects, but hands every event through a thread pool; grpc.aio
+through futures and tasks. Here each event's tag is a bound method of a small object per stream, so
+an event costs one call. hack/bench transport compares them.
+
+The API is private to grpcio, which is why it is used in this module only and grpcio's minor
+version is pinned. What it demands: at most one receive and one send in flight per call; a receive
+that yields None means that the peer has half-closed; an operation after cancellation completes
+with `success` False; each call's close event comes exactly once. A send and the next receive may
+share a batch, one event instead of two, where nothing can be sent before the next message.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from grpc._cython import cygrpc
+
+from forebay_epp.transport import PROCESS, health
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import grpc
+
+    from forebay_epp.loop import FlowLoop
+
+_EMPTY_FLAGS = 0
+_SHUTDOWN = "shutdown"
+_CALL = "call"
+
+_Receive = cygrpc.ReceiveMessageOperation
+_Send = cygrpc.SendMessageOperation
+_SEND_METADATA = ((), _EMPTY_FLAGS)
+
+
+def _ignore(_: Any = None) -> None:
+    """Stand in for a callback that has nothing to do."""
+
+
+class CompletionQueueTransport:
+    """An ext_proc server on a completion queue.
+
+    Args:
+        loop: what the streams talk to.
+        address: host:port to bind; port 0 picks one.
+        credentials: TLS, or None for plaintext.
+        max_message_bytes: larger messages are refused by grpc.
+
+    Raises:
+        RuntimeError: the address cannot be bound.
+    """
+
+    def __init__(
+        self,
+        loop: FlowLoop,
+        address: str,
+        credentials: grpc.ServerCredentials | None,
+        max_message_bytes: int,
+    ) -> None:
+        self._loop = loop
+        self._queue = cygrpc.CompletionQueue()
+        options = (
+            (b"grpc.so_reuseport", 0),
+            (b"grpc.max_receive_message_length", max_message_bytes),
+            (b"grpc.max_concurrent_streams", (1 << 31) - 1),
+        )
+        self._server = cygrpc.Server(options, False)  # noqa: FBT003  # xds
+        self._server.register_completion_queue(self._queue)
+        if credentials is None:
+            self._port = int(self._server.add_http2_port(address.encode()))
+        else:
+            self._port = int(
+                self._server.add_http2_port(
+                    address.encode(),
+                    credentials._credentials,  # noqa: SLF001  # the C object behind the public one
+                )
+            )
+        if not self._port:
+            raise RuntimeError(f"cannot bind {address}")
+        self._server.start()
+
+    @property
+    def port(self) -> int:
+        """The bound port."""
+        return self._port
+
+    def stop(self) -> None:
+        """Cancel what is open and have `serve` return."""
+        self._server.shutdown(self._queue, _SHUTDOWN)
+        self._server.cancel_all_calls()
+
+    def serve(self) -> None:
+        """Serve until `stop`."""
+        queue, server, loop = self._queue, self._server, self._loop
+        clock, wall_clock, poll = loop.clock, time.time, queue.poll
+        server.request_call(queue, queue, _CALL)
+        while True:
+            now = clock()
+            timeout = loop.timeout(now)
+            if timeout <= 0.0:
+                loop.tick()
+                timeout = loop.timeout(now)
+            # Private: `event.tag` is whatever was given with the operation, None on timeout.
+            event = poll(wall_clock() + timeout)
+            tag = event.tag
+            if tag is None:
+                continue
+            if tag is _CALL:
+                if event.call is not None and event.success:
+                    server.request_call(queue, queue, _CALL)
+                    self._accept(event)
+            elif tag is _SHUTDOWN:
+                break
+            else:
+                tag(event)
+        queue.shutdown()
+        while poll(wall_clock() + 1.0).completion_type != cygrpc.CompletionType.queue_shutdown:
+            pass
+
+    def _accept(self, event: Any) -> None:
+        method = event.call_details.method.decode("latin-1")
+        if method == PROCESS:
+            _Stream(event.call, self._loop)
+        elif method == health.CHECK:
+            _check(event.call, serving=self._loop.serving)
+        else:
+            _unimplemented(event.call, method)
+
+
+class _Stream:
+    """One Process call."""
+
+    __slots__ = (
+        "_answered",
+        "_call",
+        "_exchange",
+        "_half_closed",
+        "_over",
+        "_receiving",
+        "_sending",
+    )
+
+    def __init__(self, call: Any, loop: FlowLoop) -> None:
+        self._call = call
+        self._answered = False
+        self._half_closed = False
+        self._over = False
+        self._receiving = False
+        self._sending = False
+        self._exchange = loop.open(self.pump)
+        call.start_server_batch(
+            (cygrpc.ReceiveCloseOnServerOperation(_EMPTY_FLAGS),), self._on_close
+        )
+        self.pump()
+
+    def pump(self) -> None:
+        """Start whatever can be started now."""
+        if self._over:
+            return
+        exchange = self._exchange
+        if not self._sending:
+            outbox = exchange.outbox
+            if outbox:
+                self._send(outbox.popleft(), last=not outbox)
+            elif exchange.ended:
+                self._end(())
+                return
+        if not (self._receiving or self._half_closed or self._over):
+            self._receiving = True
+            self._call.start_server_batch((_Receive(_EMPTY_FLAGS),), self._on_message)
+
+    def _send(self, message: bytes, *, last: bool) -> None:
+        operations: tuple[Any, ...] = (_Send(message, _EMPTY_FLAGS),)
+        if not self._answered:
+            self._answered = True
+            operations = (cygrpc.SendInitialMetadataOperation(*_SEND_METADATA), *operations)
+        exchange = self._exchange
+        if last and exchange.ended:
+            self._end(operations)
+            return
+        on_done = self._on_sent
+        if last and exchange.lockstep and not (self._receiving or self._half_closed):
+            self._receiving = True
+            operations = (*operations, _Receive(_EMPTY_FLAGS))
+            on_done = self._on_exchanged
+        self._sending = True
+        self._call.start_server_batch(operations, on_done)
+
+    def _end(self, operations: tuple[Any, ...]) -> None:
+        failure = self._exchange.failure
+        code = cygrpc.StatusCode.ok if failure is None else cygrpc.StatusCode.invalid_argument
+        status = cygrpc.SendStatusFromServerOperation(
+            (), code, (failure or "").encode(), _EMPTY_FLAGS
+        )
+        self._over = True
+        self._call.start_server_batch((*operations, status), _ignore)
+
+    def _on_message(self, event: Any) -> None:
+        self._receiving = False
+        self._take(event.batch_operations[0].message())
+
+    def _on_exchanged(self, event: Any) -> None:
+        self._receiving = self._sending = False
+        self._take(event.batch_operations[-1].message())
+
+    def _on_sent(self, _: Any) -> None:
+        self._sending = False
+        self.pump()
+
+    def _take(self, message: bytes | None) -> None:
+        if self._over:
+            return
+        if message is None:
+            self._half_closed = True
+            self._exchange.half_close()
+        else:
+            self._exchange.receive(message)
+        self.pump()
+
+    def _on_close(self, _: Any) -> None:
+        self._over = True
+        exchange = self._exchange
+        exchange.close()
+        exchange.on_output = _ignore  # the cycle would keep both until a garbage collection
+
+
+def _check(call: Any, *, serving: bool) -> None:
+    """Answer a health check; what it asks about does not matter."""
+    call.start_server_batch(
+        (cygrpc.ReceiveCloseOnServerOperation(_EMPTY_FLAGS),), _ignore
+    )
+
+    def on_message(_: Any) -> None:
+        call.start_server_batch(
+            (
+                cygrpc.SendInitialMetadataOperation(*_SEND_METADATA),
+                _Send(health.answer(serving=serving), _EMPTY_FLAGS),
+                cygrpc.SendStatusFromServerOperation(
+                    (), cygrpc.StatusCode.ok, b"", _EMPTY_FLAGS
+                ),
+            ),
+            _ignore,
+        )
+
+    call.start_server_batch((_Receive(_EMPTY_FLAGS),), on_message)
+
+
+def _unimplemented(call: Any, method: str) -> None:
+    call.start_server_batch(
+        (cygrpc.ReceiveCloseOnServerOperation(_EMPTY_FLAGS),), _ignore
+    )
+    call.start_server_batch(
+        (
+            cygrpc.SendStatusFromServerOperation(
+                (),
+                cygrpc.StatusCode.unimplemented,
+                f"unknown method {method[:200]}".encode(),
+                _EMPTY_FLAGS,
+            ),
+        ),
+        _ignore,
+    )
+
+

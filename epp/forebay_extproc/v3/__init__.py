@@ -1,0 +1,1 @@
+"""Generated ext_proc v3 messages."""
