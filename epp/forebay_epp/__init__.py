@@ -1,1 +1,1 @@
-"""The endpoint picker: requests wait here, per model and criticality, until a model server has room."""
+"""The endpoint picker: requests wait here until a model server has room."""

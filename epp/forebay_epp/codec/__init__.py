@@ -1,1 +1,1 @@
-"""Pure translators between what is on the wire and what the core understands; nothing here waits."""
+"""Pure translators between the wire and the core; nothing here waits."""

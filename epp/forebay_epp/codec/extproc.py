@@ -653,7 +653,9 @@ class ExtProcStream:
         return None
 
     def _finish(self) -> Event | None:
+        """Nothing can follow an answered end of the answer, so the stream need not wait for it."""
         self.state = State.DONE
+        self.ended = True
         return Event.FINISHED
 
     # --- what should not happen

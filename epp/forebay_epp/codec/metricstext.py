@@ -34,7 +34,7 @@ MAX_LINE_BYTES = 16 << 10
 # What follows the name: labels in which braces and blanks may be quoted, the value, a timestamp.
 # Counts and fractions start with a digit, so this refuses NaN, Inf and what is below zero.
 _SAMPLE = re.compile(
-    rb"""(?:\{ (?: [^"}] | "(?:[^"\\]|\\.)*+" )*+ \})?
+    rb"""(?:[ \t]*\{ (?: [^"}] | "(?:[^"\\]|\\.)*+" )*+ \})?
          [ \t]+ ([0-9][0-9.eE+-]*+)
          (?:[ \t]+ -?[0-9]++)?
          [ \t]*\r?""",

@@ -116,7 +116,7 @@ class _Handlers(grpc.GenericRpcHandler):
     """Routes by method name; messages stay bytes."""
 
     def __init__(self, transport: AioTransport) -> None:
-        self._routes = {
+        self._routes: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             PROCESS: grpc.stream_stream_rpc_method_handler(transport.process),
             health.CHECK: grpc.unary_unary_rpc_method_handler(transport.check),
         }

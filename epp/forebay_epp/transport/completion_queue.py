@@ -7,7 +7,8 @@ an event costs one call. hack/bench transport compares them.
 The API is private to grpcio, which is why it is used in this module only and grpcio's minor
 version is pinned. What it demands: at most one receive and one send in flight per call; a receive
 that yields None means that the peer has half-closed; an operation after cancellation completes
-with `success` False; each call's close event comes exactly once. A send and the next receive may
+with `success` False; each call's close event comes exactly once; nothing is sent, not even a
+status, before the initial metadata. A send and the next receive may
 share a batch, one event instead of two, where nothing can be sent before the next message.
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from grpc._cython import cygrpc
+from grpc._cython import cygrpc  # type: ignore[attr-defined]  # a C module without stubs
 
 from forebay_epp.transport import PROCESS, health
 
@@ -67,7 +68,7 @@ class CompletionQueueTransport:
             (b"grpc.max_receive_message_length", max_message_bytes),
             (b"grpc.max_concurrent_streams", (1 << 31) - 1),
         )
-        self._server = cygrpc.Server(options, False)  # noqa: FBT003  # xds
+        self._server = cygrpc.Server(options, False)  # no xDS
         self._server.register_completion_queue(self._queue)
         if credentials is None:
             self._port = int(self._server.add_http2_port(address.encode()))
@@ -75,7 +76,8 @@ class CompletionQueueTransport:
             self._port = int(
                 self._server.add_http2_port(
                     address.encode(),
-                    credentials._credentials,  # noqa: SLF001  # the C object behind the public one
+                    # The C object behind the public one.
+                    credentials._credentials,  # type: ignore[attr-defined]  # noqa: SLF001
                 )
             )
         if not self._port:
@@ -173,21 +175,25 @@ class _Stream:
             self._call.start_server_batch((_Receive(_EMPTY_FLAGS),), self._on_message)
 
     def _send(self, message: bytes, *, last: bool) -> None:
-        operations: tuple[Any, ...] = (_Send(message, _EMPTY_FLAGS),)
-        if not self._answered:
-            self._answered = True
-            operations = (cygrpc.SendInitialMetadataOperation(*_SEND_METADATA), *operations)
+        operations: tuple[Any, ...] = (*self._metadata(), _Send(message, _EMPTY_FLAGS))
         exchange = self._exchange
         if last and exchange.ended:
             self._end(operations)
             return
-        on_done = self._on_sent
+        on_done: Callable[[Any], None] = self._on_sent
         if last and exchange.lockstep and not (self._receiving or self._half_closed):
             self._receiving = True
             operations = (*operations, _Receive(_EMPTY_FLAGS))
             on_done = self._on_exchanged
         self._sending = True
         self._call.start_server_batch(operations, on_done)
+
+    def _metadata(self) -> tuple[Any, ...]:
+        """Return the operation that has to precede all others that send, the first time."""
+        if self._answered:
+            return ()
+        self._answered = True
+        return (cygrpc.SendInitialMetadataOperation(*_SEND_METADATA),)
 
     def _end(self, operations: tuple[Any, ...]) -> None:
         failure = self._exchange.failure
@@ -196,7 +202,7 @@ class _Stream:
             (), code, (failure or "").encode(), _EMPTY_FLAGS
         )
         self._over = True
-        self._call.start_server_batch((*operations, status), _ignore)
+        self._call.start_server_batch((*self._metadata(), *operations, status), _ignore)
 
     def _on_message(self, event: Any) -> None:
         self._receiving = False
@@ -229,18 +235,14 @@ class _Stream:
 
 def _check(call: Any, *, serving: bool) -> None:
     """Answer a health check; what it asks about does not matter."""
-    call.start_server_batch(
-        (cygrpc.ReceiveCloseOnServerOperation(_EMPTY_FLAGS),), _ignore
-    )
+    call.start_server_batch((cygrpc.ReceiveCloseOnServerOperation(_EMPTY_FLAGS),), _ignore)
 
     def on_message(_: Any) -> None:
         call.start_server_batch(
             (
                 cygrpc.SendInitialMetadataOperation(*_SEND_METADATA),
                 _Send(health.answer(serving=serving), _EMPTY_FLAGS),
-                cygrpc.SendStatusFromServerOperation(
-                    (), cygrpc.StatusCode.ok, b"", _EMPTY_FLAGS
-                ),
+                cygrpc.SendStatusFromServerOperation((), cygrpc.StatusCode.ok, b"", _EMPTY_FLAGS),
             ),
             _ignore,
         )
@@ -249,11 +251,10 @@ def _check(call: Any, *, serving: bool) -> None:
 
 
 def _unimplemented(call: Any, method: str) -> None:
-    call.start_server_batch(
-        (cygrpc.ReceiveCloseOnServerOperation(_EMPTY_FLAGS),), _ignore
-    )
+    call.start_server_batch((cygrpc.ReceiveCloseOnServerOperation(_EMPTY_FLAGS),), _ignore)
     call.start_server_batch(
         (
+            cygrpc.SendInitialMetadataOperation(*_SEND_METADATA),
             cygrpc.SendStatusFromServerOperation(
                 (),
                 cygrpc.StatusCode.unimplemented,
@@ -263,5 +264,3 @@ def _unimplemented(call: Any, method: str) -> None:
         ),
         _ignore,
     )
-
-

@@ -6,9 +6,9 @@ only want the wire encrypted. With certificate files every handshake sees the ne
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from cryptography import x509
@@ -28,15 +28,15 @@ def self_signed() -> grpc.ServerCredentials:
     """Make a key and a certificate that nobody has signed."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "forebay")])
-    now = datetime.datetime.now(datetime.UTC)
+    now = dt.datetime.now(dt.UTC)
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=VALID_DAYS))
+        .not_valid_before(now - dt.timedelta(hours=1))
+        .not_valid_after(now + dt.timedelta(days=VALID_DAYS))
         .sign(key, hashes.SHA256())
     )
     private = key.private_bytes(
@@ -60,7 +60,7 @@ def from_folder(folder: Path) -> grpc.ServerCredentials:
     """
     newest = _Pair(folder)
 
-    def fetch() -> grpc.ServerCertificateConfiguration | None:
+    def fetch() -> Any:  # None means unchanged, which the stubs do not know
         try:
             changed = newest.read()
         except (OSError, ValueError) as error:

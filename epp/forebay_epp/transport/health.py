@@ -19,7 +19,10 @@ CHECK = "/grpc.health.v1.Health/Check"
 
 _SERVING = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 _NOT_SERVING = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING)
-_BYTES = {True: _SERVING.SerializeToString(), False: _NOT_SERVING.SerializeToString()}
+_BYTES: dict[bool, bytes] = {
+    True: _SERVING.SerializeToString(),
+    False: _NOT_SERVING.SerializeToString(),
+}
 
 
 def answer(*, serving: bool) -> bytes:
@@ -27,7 +30,7 @@ def answer(*, serving: bool) -> bytes:
     return _BYTES[serving]
 
 
-class _Servicer(health_pb2_grpc.HealthServicer):
+class _Servicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # has no stubs
     def __init__(self, serving: Callable[[], bool]) -> None:
         self._serving = serving
 

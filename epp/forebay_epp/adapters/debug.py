@@ -1,0 +1,73 @@
+"""Pages for people who look into a running endpoint picker from the machine it runs on.
+
+They name models and flows, so only loopback peers get them; `kubectl port-forward` is one. Figures
+for machines are adapters/prometheus.py's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import asdict
+from ipaddress import IPv6Address, ip_address
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from forebay_epp.core.terms import ControllerSnapshot
+
+SNAPSHOT_TIMEOUT_SECONDS = 5.0
+
+
+def routes(snapshot: Callable[[], Awaitable[ControllerSnapshot]]) -> list[web.RouteDef]:
+    """Return the route that answers GET /debug/queues.
+
+    It answers 403 to peers that are not on loopback and 503 when the controller does not answer.
+
+    Args:
+        snapshot: asks the controller for its state.
+    """
+
+    async def queues(request: web.Request) -> web.Response:
+        if not is_loopback(request.remote):
+            return _error(403, "debug pages are served on loopback only")
+        try:
+            async with asyncio.timeout(SNAPSHOT_TIMEOUT_SECONDS):
+                state = await snapshot()
+        except TimeoutError:
+            return _error(503, f"no answer from the data plane in {SNAPSHOT_TIMEOUT_SECONDS:g} s")
+        return _json(200, describe(state))
+
+    return [web.get("/debug/queues", queues)]
+
+
+def describe(state: ControllerSnapshot) -> dict[str, object]:
+    """Return the state as JSON data: bands by priority, the longest queues of a band first."""
+    data = asdict(state)
+    data["bands"] = sorted(data["bands"], key=lambda band: band["priority"], reverse=True)
+    for band in data["bands"]:
+        band["flows"] = sorted(band["flows"], key=lambda flow: flow["requests"], reverse=True)
+    return data
+
+
+def is_loopback(peer: str | None) -> bool:
+    """Tell whether an IP address is this machine's own, also when IPv4 is written as IPv6."""
+    try:
+        address = ip_address(peer or "")
+    except ValueError:
+        return False
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return address.is_loopback
+
+
+def _error(status: int, message: str) -> web.Response:
+    return _json(status, {"error": {"message": message, "code": status}})
+
+
+def _json(status: int, data: object) -> web.Response:
+    text = json.dumps(data, indent=2) + "\n"
+    return web.Response(status=status, text=text, content_type="application/json")

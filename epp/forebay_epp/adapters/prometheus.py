@@ -1,0 +1,251 @@
+"""The /metrics page of an endpoint picker.
+
+Names, units and labels of everything it publishes stand here. What is counted is traffic.py's and
+the controller's business; this module only reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from forebay_epp.traffic import ModelLabels, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+
+    from prometheus_client.core import Metric
+
+    from forebay_epp.core.terms import BandSnapshot, ControllerSnapshot, EndpointSnapshot
+    from forebay_epp.traffic import Histogram, Traffic
+
+SNAPSHOT_TIMEOUT_SECONDS = 1.0
+
+_BAND_GAUGES: tuple[tuple[str, str, Callable[[BandSnapshot], float]], ...] = (
+    ("forebay_queue_requests", "Requests that wait.", lambda band: band.requests),
+    ("forebay_queue_size_bytes", "Memory that waiting requests hold.", lambda band: band.size_bytes),
+    (
+        "forebay_queue_oldest_seconds",
+        "How long the oldest waiting request has waited.",
+        lambda band: band.oldest_seconds,
+    ),
+)
+
+_ENDPOINT_GAUGES: tuple[tuple[str, str, Callable[[EndpointSnapshot], float]], ...] = (
+    (
+        "forebay_in_flight_requests",
+        "Requests dispatched to the endpoint and not yet completed.",
+        lambda endpoint: endpoint.in_flight,
+    ),
+    (
+        "forebay_endpoint_limit",
+        "Requests the endpoint is taken to handle at once.",
+        lambda endpoint: endpoint.limit,
+    ),
+    (
+        "forebay_endpoint_free_slots",
+        "Requests for which the endpoint has room now.",
+        lambda endpoint: endpoint.free,
+    ),
+    (
+        "forebay_endpoint_metrics_fresh",
+        "1 while the endpoint's own metrics are recent enough to count.",
+        lambda endpoint: endpoint.fresh,
+    ),
+)
+
+
+def routes(
+    snapshot: Callable[[], Awaitable[ControllerSnapshot]],
+    traffic: Traffic,
+    scrapes_failed: Mapping[str, int],
+    plan_reloads: Mapping[str, int],
+) -> list[web.RouteDef]:
+    """Return the route that answers GET /metrics.
+
+    Args:
+        snapshot: asks the controller for its state. When that takes too long the page goes out
+            without queues and endpoints, because then the rest of it is what is needed.
+        traffic: counters that the data-plane thread goes on feeding.
+        scrapes_failed: failed scrapes by cause; read anew for every page.
+        plan_reloads: plans taken by result; read anew for every page.
+    """
+    page = _Page(traffic, scrapes_failed, plan_reloads)
+    registry = CollectorRegistry()
+    registry.register(page)
+    ProcessCollector(registry=registry)
+
+    async def metrics(request: web.Request) -> web.Response:
+        try:
+            async with asyncio.timeout(SNAPSHOT_TIMEOUT_SECONDS):
+                page.snapshot = await snapshot()
+        except TimeoutError:
+            page.snapshot = None
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        return web.Response(body=encode(registry), headers={"Content-Type": content_type})
+
+    return [web.get("/metrics", metrics)]
+
+
+class _Page(Collector):
+    """Everything but process_*. `snapshot` is set before each collection; None means unknown."""
+
+    def __init__(
+        self,
+        traffic: Traffic,
+        scrapes_failed: Mapping[str, int],
+        plan_reloads: Mapping[str, int],
+    ) -> None:
+        self.snapshot: ControllerSnapshot | None = None
+        self._traffic = traffic
+        self._scrapes_failed = scrapes_failed
+        self._plan_reloads = plan_reloads
+        self._models = ModelLabels()
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield all families."""
+        yield GaugeMetricFamily(
+            "forebay_controller_responding",
+            "1 when the flow controller has answered for this page.",
+            value=self.snapshot is not None,
+        )
+        if self.snapshot is not None:
+            yield from self._queues(self.snapshot)
+            yield from _endpoints(self.snapshot)
+        yield from _requests(self._traffic)
+        yield from _streams(self._traffic)
+        yield _counter(
+            "forebay_scrapes_failed",
+            "Scrapes of model servers that brought nothing.",
+            "cause",
+            self._scrapes_failed,
+        )
+        yield _counter(
+            "forebay_plan_reloads", "Plans that were offered.", "result", self._plan_reloads
+        )
+
+    def _queues(self, snapshot: ControllerSnapshot) -> Iterator[Metric]:
+        for name, text, value_of in _BAND_GAUGES:
+            gauge = GaugeMetricFamily(name, text, labels=("pool", "band"))
+            for band in snapshot.bands:
+                gauge.add_metric((printable(snapshot.pool), printable(band.band)), value_of(band))
+            yield gauge
+        waiting: Counter[tuple[str, str]] = Counter()
+        for band in snapshot.bands:
+            for flow in band.flows:
+                if flow.requests:
+                    waiting[printable(band.band), self._models.label(flow.flow)] += flow.requests
+        gauge = GaugeMetricFamily(
+            "forebay_flow_queue_requests",
+            "Requests that wait, of flows that have any.",
+            labels=("band", "model"),
+        )
+        for labels, requests in waiting.items():
+            gauge.add_metric(labels, requests)
+        yield gauge
+
+
+def _endpoints(snapshot: ControllerSnapshot) -> Iterator[Metric]:
+    yield GaugeMetricFamily(
+        "forebay_saturation", "How full the pool is; from 1 on no room.", value=snapshot.saturation
+    )
+    for name, text, value_of in _ENDPOINT_GAUGES:
+        gauge = GaugeMetricFamily(name, text, labels=("endpoint",))
+        for endpoint in snapshot.endpoints:
+            gauge.add_metric((printable(endpoint.address),), value_of(endpoint))
+        yield gauge
+
+
+def _requests(traffic: Traffic) -> Iterator[Metric]:
+    outcomes = CounterMetricFamily(
+        "forebay_requests",
+        "Requests that have left flow control.",
+        labels=("band", "model", "outcome"),
+    )
+    for (band, model, outcome), count in dict(traffic.outcomes).items():
+        outcomes.add_metric((printable(band), model, outcome.value), count)
+    yield outcomes
+    yield _histogram_by_band(
+        "forebay_queue_wait_seconds",
+        "Time in the queue of requests that were queued and have left it.",
+        traffic.waits,
+    )
+    yield _histogram_by_band(
+        "forebay_time_to_first_token_seconds",
+        "Time from dispatch to the first chunk of the answer.",
+        traffic.first_tokens,
+    )
+    yield _histogram_by_band(
+        "forebay_request_seconds",
+        "Time from arrival to the end of the answer.",
+        traffic.durations,
+    )
+    yield _counter(
+        "forebay_responses", "Answers of model servers.", "status_class", traffic.responses
+    )
+    yield _counter("forebay_prompt_tokens", "Prompt tokens.", "model", traffic.prompt_tokens)
+    yield _counter(
+        "forebay_completion_tokens", "Generated tokens.", "model", traffic.completion_tokens
+    )
+    yield CounterMetricFamily(
+        "forebay_request_body_bytes", "Request bodies read.", value=traffic.body_bytes
+    )
+
+
+def _streams(traffic: Traffic) -> Iterator[Metric]:
+    yield GaugeMetricFamily(
+        "forebay_streams_open", "ext_proc streams open now.", value=traffic.streams_open
+    )
+    yield CounterMetricFamily(
+        "forebay_streams_opened", "ext_proc streams ever opened.", value=traffic.streams_opened
+    )
+    yield CounterMetricFamily(
+        "forebay_streams_refused",
+        "ext_proc streams beyond the limit.",
+        value=traffic.streams_refused,
+    )
+    lag = HistogramMetricFamily(
+        "forebay_loop_lag_seconds", "By how much turns of the data-plane loop came late."
+    )
+    lag.add_metric((), *_buckets(traffic.stalls))
+    yield lag
+    yield GaugeMetricFamily(
+        "forebay_loop_lag_max_seconds",
+        "The longest lag since the page was last read.",
+        value=traffic.take_worst_stall(),
+    )
+
+
+def _counter(name: str, text: str, label: str, counts: Mapping[str, int]) -> Metric:
+    counter = CounterMetricFamily(name, text, labels=(label,))
+    for value, count in dict(counts).items():
+        counter.add_metric((value,), count)
+    return counter
+
+
+def _histogram_by_band(name: str, text: str, histograms: Mapping[str, Histogram]) -> Metric:
+    family = HistogramMetricFamily(name, text, labels=("band",))
+    for band, histogram in dict(histograms).items():
+        family.add_metric((printable(band),), *_buckets(histogram))
+    return family
+
+
+def _buckets(histogram: Histogram) -> tuple[list[tuple[str, float]], float]:
+    """Return (upper bound, cumulative count) pairs and the sum."""
+    bounds: Iterable[float] = (*histogram.bounds, float("inf"))
+    counts = accumulate(list(histogram.counts))
+    pairs = [(floatToGoString(bound), float(count)) for bound, count in zip(bounds, counts, strict=True)]
+    return pairs, histogram.total

@@ -1,0 +1,208 @@
+"""Asks every model server of the pool for its metrics, several times a second.
+
+Model servers are not trusted: an answer is bounded in time and size, redirects and compression are
+refused, and an answer that does not hold is the same as no answer. What a page means is
+codec/metricstext.py's business, and when silence makes metrics stale is the core's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from aiohttp import (
+    ClientConnectionError,
+    ClientError,
+    ClientSession,
+    ClientTimeout,
+    DummyCookieJar,
+    InvalidURL,
+    TCPConnector,
+)
+
+from forebay_epp.codec.metricstext import parse_page
+from forebay_epp.core.terms import EndpointMetrics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MAX_PAGE_BYTES = 1 << 20
+TIMEOUT_SECONDS = 1.0
+MAX_SCRAPES_PER_SECOND = 200.0  # of all endpoints together: half a millisecond of CPU each
+CAUSES = ("timeout", "connect", "status", "redirect", "too_large", "unparsable")
+
+# Consecutive multiples of it, modulo 1, are spread evenly however many there are.
+_GOLDEN_RATIO = 0.618033988749895
+
+_log = logging.getLogger(__name__)
+
+
+class _ScrapeError(Exception):
+    """An answer that is refused. `cause` is one of `CAUSES`; the text is for people."""
+
+    def __init__(self, cause: str, what: str) -> None:
+        super().__init__(what)
+        self.cause = cause
+
+
+class Scraper:
+    """Scrapes http://ADDRESS/metrics of each current endpoint once per interval.
+
+    Each endpoint has its own task and its own moment within the interval, so that one that hangs
+    delays no other, and all of them together make an even load. At most one request is in flight
+    per endpoint; a slow one skips turns. In a pool so large that this would be more than
+    `MAX_SCRAPES_PER_SECOND` the interval grows.
+
+    Args:
+        report: called in the event loop with every page that tells what is running and waiting.
+        interval_seconds: between the starts of two scrapes of one endpoint.
+        clock: monotonic seconds, for `EndpointMetrics.started_at`.
+
+    Attributes:
+        failures: scrapes that failed, by cause; every one of `CAUSES` is there from the start.
+
+    Raises:
+        ValueError: the interval is not above 0.
+    """
+
+    def __init__(
+        self,
+        report: Callable[[EndpointMetrics], None],
+        interval_seconds: float = 0.2,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not interval_seconds > 0:
+            raise ValueError(f"scrape interval must be above 0 s, is {interval_seconds}")
+        self.failures = dict.fromkeys(CAUSES, 0)
+        self._report = report
+        self._interval = interval_seconds
+        self._clock = clock
+        self._addresses: frozenset[str] = frozenset()
+        self._failing: set[str] = set()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._running: tuple[ClientSession, asyncio.TaskGroup] | None = None
+        self._phase = 0.0
+
+    def set_addresses(self, addresses: frozenset[str]) -> None:
+        """Scrape these endpoints (ip:port) from now on and no others.
+
+        To be called in the thread of the event loop; before `run` it is kept for then.
+        """
+        self._addresses = addresses
+        if self._running is not None:
+            self._follow_addresses(*self._running)
+
+    async def run(self) -> None:
+        """Scrape until cancelled.
+
+        Raises:
+            ExceptionGroup: `report` raised.
+        """
+        async with (
+            ClientSession(
+                connector=TCPConnector(limit=0, limit_per_host=1),
+                timeout=ClientTimeout(total=TIMEOUT_SECONDS),
+                headers={"Accept": "text/plain", "Accept-Encoding": "identity"},
+                cookie_jar=DummyCookieJar(),
+                auto_decompress=False,
+            ) as session,
+            asyncio.TaskGroup() as group,
+        ):
+            self._running = session, group
+            self._follow_addresses(session, group)
+            try:
+                await asyncio.get_running_loop().create_future()
+            finally:
+                self._running = None
+                self._tasks.clear()
+                self._failing.clear()
+
+    def _follow_addresses(self, session: ClientSession, group: asyncio.TaskGroup) -> None:
+        for address in self._tasks.keys() - self._addresses:
+            self._tasks.pop(address).cancel()
+            self._failing.discard(address)
+        for address in sorted(self._addresses - self._tasks.keys()):
+            self._phase = (self._phase + _GOLDEN_RATIO) % 1.0
+            watch = self._watch(session, address, self._phase)
+            self._tasks[address] = group.create_task(watch, name=f"scrape {address}")
+
+    async def _watch(self, session: ClientSession, address: str, phase: float) -> None:
+        """Scrape one endpoint for ever; `phase` is its place 0-1 within the interval."""
+        now = asyncio.get_running_loop().time
+        while True:
+            interval = max(self._interval, len(self._tasks) / MAX_SCRAPES_PER_SECOND)
+            await asyncio.sleep(interval - (now() - phase * interval) % interval)
+            try:
+                metrics = await self._scrape(session, address)
+            except Exception as error:  # noqa: BLE001  # whatever a server provokes, ask it again
+                self._failed(address, error)
+            else:
+                self._succeeded(address)
+                self._report(metrics)
+
+    async def _scrape(self, session: ClientSession, address: str) -> EndpointMetrics:
+        started_at = self._clock()
+        page = parse_page(await _fetch(session, f"http://{address}/metrics"))
+        if page.running is None or page.waiting is None:
+            raise _ScrapeError("unparsable", "the page does not tell what is running and waiting")
+        return EndpointMetrics(address, page.running, page.waiting, page.kv_usage, started_at)
+
+    def _failed(self, address: str, error: Exception) -> None:
+        cause = _cause(error)
+        self.failures[cause] += 1
+        if address not in self._failing:
+            self._failing.add(address)
+            _log.warning(
+                "scraping the endpoint's metrics fails; it is treated as unknown",
+                extra={"endpoint": address, "cause": cause, "error": _text(error)},
+            )
+
+    def _succeeded(self, address: str) -> None:
+        if address in self._failing:
+            self._failing.discard(address)
+            _log.info("scraping the endpoint's metrics works again", extra={"endpoint": address})
+
+
+async def _fetch(session: ClientSession, url: str) -> bytes:
+    """Return the page, without trusting who sends it.
+
+    Raises:
+        _ScrapeError: the answer is not a plain page of bounded size.
+        aiohttp.ClientError, OSError: there is no whole answer.
+        TimeoutError: not in time.
+    """
+    async with session.get(url, allow_redirects=False) as response:
+        if response.status != 200:
+            cause = "redirect" if 300 <= response.status < 400 else "status"
+            response.close()
+            raise _ScrapeError(cause, f"HTTP status {response.status}")
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if encoding.strip().lower() != "identity":
+            response.close()
+            raise _ScrapeError("unparsable", "the page is compressed, which was not asked for")
+        page = bytearray()
+        async for chunk in response.content.iter_any():
+            page += chunk
+            if len(page) > MAX_PAGE_BYTES:
+                response.close()
+                raise _ScrapeError("too_large", f"the page is larger than {MAX_PAGE_BYTES} bytes")
+        return bytes(page)
+
+
+def _cause(error: Exception) -> str:
+    match error:
+        case _ScrapeError():
+            return error.cause
+        case TimeoutError():
+            return "timeout"
+        case ClientConnectionError() | InvalidURL() | OSError():
+            return "connect"
+        case ClientError():
+            return "unparsable"
+    return "unparsable"
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:200] if str(error) else type(error).__name__

@@ -1,0 +1,290 @@
+"""Puts an endpoint picker together and takes it apart again.
+
+Two threads: the transport's, which owns the controller, and the main one, an asyncio loop for
+everything else (scrapes, the plan file, metrics). News crosses by `FlowLoop.post`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import random
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, TypeVar
+
+from aiohttp import web
+from watchfiles import awatch
+
+from forebay_epp.adapters import debug, logs, prometheus
+from forebay_epp.adapters.scraper import Scraper
+from forebay_epp.codec import plan as plan_codec
+from forebay_epp.core.controller import FlowController
+from forebay_epp.core.plan import PlanError, SaturationMode
+from forebay_epp.loop import FlowLoop
+from forebay_epp.traffic import Traffic
+from forebay_epp.transport import credentials, health
+from forebay_epp.transport.aio import AioTransport
+from forebay_epp.transport.completion_queue import CompletionQueueTransport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import grpc
+
+    from forebay_epp.core.plan import Plan
+    from forebay_epp.core.terms import Endpoint
+    from forebay_epp.settings import Settings
+    from forebay_epp.transport import Transport
+
+FINISH_SECONDS = 5.0
+QUIET_SECONDS = 0.3
+PLAN_DEBOUNCE_MILLISECONDS = 50
+
+TRANSPORTS: dict[
+    str, Callable[[FlowLoop, str, grpc.ServerCredentials | None, int], Transport]
+] = {"completion-queue": CompletionQueueTransport, "aio": AioTransport}
+
+_T = TypeVar("_T")
+
+_log = logging.getLogger("forebay_epp")
+
+
+class StartError(Exception):
+    """The process cannot start; the text says what to do."""
+
+
+def run(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT, drain, and return the exit status."""
+    logs.configure(settings.verbosity, sys.stderr)
+    try:
+        picker = EndpointPicker(settings)
+    except StartError as error:
+        _log.critical("cannot start: %s", error)
+        return 2
+    # The data-plane thread handles an event in some 50 us; 5 ms of another thread would show.
+    sys.setswitchinterval(0.0005)
+    # What exists now lives as long as the process. Collections are rare because the streams'
+    # objects die by reference count.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+    return asyncio.run(picker.run())
+
+
+class EndpointPicker:
+    """One endpoint picker process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        plan, endpoints = _read_plan(settings.plan_file)
+        self._controller = FlowController(plan, random.SystemRandom())
+        self._controller.set_endpoints(endpoints, time.monotonic())
+        self._traffic = Traffic()
+        self._loop = FlowLoop(self._controller, self._traffic, settings.max_streams)
+        self._scraper = Scraper(
+            lambda metrics: self._loop.post(lambda now: self._controller.observe(metrics, now)),
+            interval_seconds=settings.scrape_interval_seconds,
+        )
+        self._aim_scraper(plan, endpoints)
+        self._transport = self._bind()
+        self._health = self._serve_health()
+        self._failed: BaseException | None = None
+
+    def _bind(self) -> Transport:
+        settings = self._settings
+        address = _address(settings.bind_address, settings.grpc_port)
+        bind = TRANSPORTS[settings.transport]
+        try:
+            return bind(self._loop, address, _credentials(settings), settings.max_message_bytes)
+        except RuntimeError as error:
+            raise StartError(f"--grpc-port: cannot bind {address}: in use?") from error
+
+    def _serve_health(self) -> grpc.Server:
+        settings = self._settings
+        address = _address(settings.bind_address, settings.grpc_health_port)
+        try:
+            server, _ = health.serve(address, lambda: self._loop.serving)
+        except RuntimeError as error:
+            raise StartError(f"--grpc-health-port: cannot bind {address}: in use?") from error
+        return server
+
+    async def run(self) -> int:
+        """Serve until a signal, then drain."""
+        stopping = asyncio.Event()
+        running = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            running.add_signal_handler(number, stopping.set)
+        thread = threading.Thread(
+            target=self._serve, args=(running, stopping), name="data-plane", daemon=True
+        )
+        thread.start()
+        runner = web.AppRunner(self._web_app(), access_log=None)
+        try:
+            await self._serve_metrics(runner)
+            background = [
+                asyncio.create_task(self._scraper.run()),
+                asyncio.create_task(self._watch_plan()),
+            ]
+            self._loop.serving = True
+            _log.info(
+                "serving",
+                extra={"grpc_port": self._transport.port, "pool": self._controller.plan.pool},
+            )
+            await self._until(stopping, background)
+            await self._drain()
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
+        except StartError as error:
+            _log.critical("cannot start: %s", error)
+            self._failed = error
+        finally:
+            await runner.cleanup()
+        self._loop.post(lambda _: self._transport.stop())
+        await asyncio.to_thread(thread.join, FINISH_SECONDS)
+        self._health.stop(0)
+        return 1 if self._failed else 0
+
+    def _serve(self, running: asyncio.AbstractEventLoop, stopping: asyncio.Event) -> None:
+        """Be the data-plane thread. If it ends by itself the process has to."""
+        try:
+            self._transport.serve()
+        except BaseException as error:
+            self._failed = error
+            _log.critical("the data plane has failed", exc_info=error)
+            raise
+        finally:
+            with suppress(RuntimeError):  # the asyncio loop may be gone already
+                running.call_soon_threadsafe(stopping.set)
+
+    async def _until(self, stopping: asyncio.Event, background: list[asyncio.Task[None]]) -> None:
+        """Wait for a signal; a background task that ends is a failure and ends the process."""
+        wait = asyncio.create_task(stopping.wait())
+        done, _ = await asyncio.wait([wait, *background], return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            if task is not wait:
+                self._failed = task.exception() or RuntimeError("a background task has ended")
+                _log.critical("a background task has failed", exc_info=self._failed)
+        wait.cancel()
+
+    async def _ask(self, question: Callable[[float], _T]) -> _T:
+        """Have the data-plane thread answer."""
+        running = asyncio.get_running_loop()
+        answer: asyncio.Future[_T] = running.create_future()
+
+        def ask(now: float) -> None:
+            result = question(now)
+            running.call_soon_threadsafe(
+                lambda: None if answer.done() else answer.set_result(result)
+            )
+
+        self._loop.post(ask)
+        return await asyncio.wait_for(answer, FINISH_SECONDS)
+
+    async def _drain(self) -> None:
+        """Be unready at once, let what waits be dispatched, refuse the rest, let answers end."""
+        if self._failed:
+            return
+        self._loop.serving = False
+        self._loop.post(lambda _: self._loop.drain())
+        _log.info("draining", extra={"seconds": self._settings.drain_timeout_seconds})
+        await self._until_finished(self._settings.drain_timeout_seconds)
+        self._loop.post(self._loop.flush)
+        await self._until_finished(FINISH_SECONDS)
+
+    async def _until_finished(self, seconds: float) -> None:
+        """Wait until nothing waits or is in flight for a moment, at most `seconds`."""
+        deadline = time.monotonic() + seconds
+        quiet_since: float | None = None
+        while (now := time.monotonic()) < deadline:
+            if await self._ask(lambda _: self._loop.unfinished):
+                quiet_since = None
+            elif quiet_since is None:
+                quiet_since = now
+            elif now - quiet_since >= QUIET_SECONDS:
+                return
+            await asyncio.sleep(0.05)
+
+    # --- plan
+
+    async def _watch_plan(self) -> None:
+        path = self._settings.plan_file
+        async for _ in awatch(
+            path.parent, debounce=PLAN_DEBOUNCE_MILLISECONDS, step=10, recursive=False
+        ):
+            try:
+                plan, endpoints = _read_plan(path)
+            except StartError as error:
+                self._traffic.plan_reloaded(ok=False)
+                _log.error("plan not taken, the last good one stays: %s", error)
+                continue
+            await self._ask(self._taker(plan, endpoints))
+            self._aim_scraper(plan, endpoints)
+            self._traffic.plan_reloaded(ok=True)
+
+    def _taker(self, plan: Plan, endpoints: tuple[Endpoint, ...]) -> Callable[[float], None]:
+        def take(now: float) -> None:
+            self._controller.reconfigure(plan, now)
+            self._controller.set_endpoints(endpoints, now)
+            _log.info("plan taken", extra={"pool": plan.pool, "endpoints": len(endpoints)})
+
+        return take
+
+    def _aim_scraper(self, plan: Plan, endpoints: tuple[Endpoint, ...]) -> None:
+        """Scrape where metrics decide anything."""
+        adaptive = plan.saturation.mode is SaturationMode.ADAPTIVE
+        self._scraper.set_addresses(
+            frozenset(endpoint.address for endpoint in endpoints) if adaptive else frozenset()
+        )
+
+    # --- pages
+
+    def _web_app(self) -> web.Application:
+        app = web.Application()
+
+        async def snapshot() -> object:
+            return await self._ask(self._controller.snapshot)
+
+        app.add_routes(prometheus.routes(snapshot, self._traffic, self._scraper))
+        app.add_routes(debug.routes(snapshot))
+        return app
+
+    async def _serve_metrics(self, runner: web.AppRunner) -> None:
+        settings = self._settings
+        await runner.setup()
+        site = web.TCPSite(runner, settings.bind_address, settings.metrics_port)
+        try:
+            await site.start()
+        except OSError as error:
+            address = _address(settings.bind_address, settings.metrics_port)
+            raise StartError(f"--metrics-port: cannot bind {address}: {error.strerror}") from error
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
+    if not settings.secure_serving:
+        return None
+    if settings.cert_path is None:
+        return credentials.self_signed()
+    try:
+        return credentials.from_folder(settings.cert_path)
+    except (OSError, ValueError) as error:
+        raise StartError(f"--cert-path: {error}") from error
+
+
+def _read_plan(path: Path) -> tuple[Plan, tuple[Endpoint, ...]]:
+    try:
+        return plan_codec.parse_snapshot_json(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartError(f"--plan-file: {path}: {error}") from error
+    except PlanError as error:
+        raise StartError(f"{path}: {error}") from error

@@ -1,0 +1,198 @@
+"""What an endpoint picker counts about its traffic since it started.
+
+The data-plane thread calls the methods, for every request, so they cost well under a microsecond
+and never look at a clock. Other threads only read, and copy a container before they walk through
+it; a copy may be one event ahead of another. How figures are published (adapters/prometheus.py)
+does not belong here, and what is queued right now is the controller's snapshot.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+
+from forebay_epp.core.terms import Outcome
+
+MAX_MODEL_LABELS = 100
+MAX_LABEL_LENGTH = 128
+OTHER_MODEL = "other"
+NO_STATUS = "none"
+MAX_TOKENS = 100_000_000
+
+SECONDS_BUCKETS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0),
+)
+STALL_BUCKETS = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+
+
+# A rejected request never waited; its 0 s would hide how long the queue takes.
+_AFTER_QUEUEING = frozenset(
+    outcome for outcome in Outcome if not outcome.value.startswith("Rejected")
+)
+
+
+class Histogram:
+    """Counts of values by upper bound; the last count is of values above every bound.
+
+    Args:
+        bounds: inclusive upper bounds, ascending.
+    """
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...] = SECONDS_BUCKETS) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def add(self, value: float) -> None:
+        """Count a value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
+class ModelLabels:
+    """Turns model names, which clients choose, into a bounded set of printable labels.
+
+    The first `MAX_MODEL_LABELS` names keep their own; all later ones share `OTHER_MODEL`.
+    """
+
+    __slots__ = ("_labels",)
+
+    def __init__(self) -> None:
+        self._labels: set[str] = set()
+
+    def label(self, model: str, *, admit: bool = True) -> str:
+        """Return the label of a model; a new name gets its own only if `admit` and one is left."""
+        labels = self._labels
+        if model in labels:
+            return model
+        label = printable(model)
+        if not label or label in labels:
+            return label
+        if not admit or len(labels) >= MAX_MODEL_LABELS:
+            return OTHER_MODEL
+        labels.add(label)
+        return label
+
+
+class Traffic:
+    """The counters. Attributes are for reading; their keys are label values.
+
+    Attributes:
+        outcomes: requests by (band, model label, outcome).
+        waits: seconds in the queue by band, of requests that were queued and have left it.
+        first_tokens: seconds from dispatch to the first chunk of the answer, by band.
+        durations: seconds from arrival to the end of the answer, by band.
+        responses: answers by class of HTTP status, "2xx"; `NO_STATUS` when none was seen.
+        prompt_tokens: as the model servers counted them, by model label.
+        completion_tokens: likewise.
+        body_bytes: of request bodies.
+        streams_opened: ext_proc streams, ever.
+        streams_refused: streams that were one too many; they are among the opened ones.
+        streams_open: streams open now.
+        stalls: seconds by which turns of the data-plane loop came late.
+    """
+
+    __slots__ = (
+        "_models",
+        "_worst_stall",
+        "body_bytes",
+        "completion_tokens",
+        "durations",
+        "first_tokens",
+        "outcomes",
+        "prompt_tokens",
+        "responses",
+        "stalls",
+        "streams_open",
+        "streams_opened",
+        "streams_refused",
+        "waits",
+    )
+
+    def __init__(self) -> None:
+        self._models = ModelLabels()
+        self._worst_stall = 0.0
+        self.outcomes: defaultdict[tuple[str, str, Outcome], int] = defaultdict(int)
+        self.waits: defaultdict[str, Histogram] = defaultdict(Histogram)
+        self.first_tokens: defaultdict[str, Histogram] = defaultdict(Histogram)
+        self.durations: defaultdict[str, Histogram] = defaultdict(Histogram)
+        self.responses: defaultdict[str, int] = defaultdict(int)
+        self.prompt_tokens: defaultdict[str, int] = defaultdict(int)
+        self.completion_tokens: defaultdict[str, int] = defaultdict(int)
+        self.body_bytes = 0
+        self.streams_opened = 0
+        self.streams_refused = 0
+        self.streams_open = 0
+        self.stalls = Histogram(STALL_BUCKETS)
+
+    def decided(self, band: str, model: str, outcome: Outcome, waited_seconds: float) -> None:
+        """Count a request that has left flow control, one way or another.
+
+        `band` and `model` are "" when the request could not be read. A name that no model has does
+        not get a label: anybody could use them all up.
+        """
+        label = self._models.label(model, admit=outcome is not Outcome.REJECTED_UNKNOWN_MODEL)
+        self.outcomes[band, label, outcome] += 1
+        if outcome in _AFTER_QUEUEING:
+            self.waits[band].add(waited_seconds)
+
+    def first_token(self, band: str, seconds: float) -> None:
+        """Count the first chunk of an answer, `seconds` after dispatch."""
+        self.first_tokens[band].add(seconds)
+
+    def completed(
+        self,
+        band: str,
+        model: str,
+        status: int,
+        seconds: float,
+        prompt_tokens: int,
+        completion_tokens: int,
+    ) -> None:
+        """Count the end of an answer, `seconds` after the request arrived.
+
+        `status` is 0 when no answer was seen. Token counts are the model server's word; a number
+        that no request can have is not counted.
+        """
+        self.durations[band].add(seconds)
+        self.responses[f"{status // 100}xx" if 100 <= status < 600 else NO_STATUS] += 1
+        label = self._models.label(model)
+        if 0 < prompt_tokens <= MAX_TOKENS:
+            self.prompt_tokens[label] += prompt_tokens
+        if 0 < completion_tokens <= MAX_TOKENS:
+            self.completion_tokens[label] += completion_tokens
+
+    def body_read(self, size_bytes: int) -> None:
+        """Count bytes of a request body."""
+        self.body_bytes += size_bytes
+
+    def stream_opened(self) -> None:
+        """Count a new ext_proc stream."""
+        self.streams_opened += 1
+        self.streams_open += 1
+
+    def stream_refused(self) -> None:
+        """Count a stream that was opened beyond the limit, in addition to `stream_opened`."""
+        self.streams_refused += 1
+
+    def stream_closed(self) -> None:
+        """Count the end of a stream."""
+        self.streams_open -= 1
+
+    def stalled(self, seconds: float) -> None:
+        """Count by how much a turn of the data-plane loop came late."""
+        self.stalls.add(seconds)
+        self._worst_stall = max(self._worst_stall, seconds)
+
+    def take_worst_stall(self) -> float:
+        """Return the longest stall since the last call, in seconds."""
+        worst, self._worst_stall = self._worst_stall, 0.0
+        return worst
+
+
+def printable(text: str) -> str:
+    """Return the text as a label value: short, and encodable as UTF-8."""
+    return text[:MAX_LABEL_LENGTH].encode(errors="replace").decode()

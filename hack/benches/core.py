@@ -1,0 +1,106 @@
+"""One request's whole life in the flow controller, with 100 and with 100,000 others queued.
+
+Life: submit, the poll that finds no slot, the completion of another request, the poll that
+dispatches the head. The median of several rounds of each, taken in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections import deque
+from dataclasses import replace
+from pathlib import Path
+
+from forebay_epp.core.controller import FlowController
+from forebay_epp.core.plan import (
+    DEFAULT_BANDS,
+    FairnessName,
+    LimitsPlan,
+    ModelPlan,
+    Plan,
+    SaturationMode,
+    SaturationPlan,
+)
+from forebay_epp.core.terms import Endpoint, Request
+
+FEW, MANY = 100, 100_000
+ENDPOINTS, SLOTS, MODELS = 4, 8, 10
+LIVES, ROUNDS = 10_000, 7
+
+
+class Pool:
+    """A saturated controller with so many requests queued."""
+
+    def __init__(self, queued: int) -> None:
+        """Fill every slot and the queue."""
+        plan = Plan(
+            bands=tuple(
+                replace(
+                    band,
+                    fairness=FairnessName.ROUND_ROBIN,
+                    ttl_seconds=1e6,
+                    max_requests=10 * MANY,
+                    flow_max_requests=10 * MANY,
+                )
+                for band in DEFAULT_BANDS
+            ),
+            models=tuple(ModelPlan(f"model-{n}", "Standard") for n in range(MODELS)),
+            limits=LimitsPlan(max_requests=10 * MANY),
+            saturation=SaturationPlan(SaturationMode.CONCURRENCY, SLOTS),
+        )
+        self._controller = FlowController(plan, random.Random(1))  # not a secret
+        self._controller.set_endpoints(
+            [Endpoint(f"10.0.0.{n}:8000") for n in range(ENDPOINTS)], 0.0
+        )
+        self._now = 0.0
+        self._next_id = 0
+        self._in_flight: deque[int] = deque()
+        for _ in range(queued + ENDPOINTS * SLOTS):
+            self._submit()
+        self._poll()
+
+    def _submit(self) -> None:
+        model = f"model-{self._next_id % MODELS}"
+        self._controller.submit(Request(self._next_id, model, 1000), self._now)
+        self._next_id += 1
+
+    def _poll(self) -> None:
+        for decision in self._controller.poll(self._now):
+            self._in_flight.append(decision.request_id)
+
+    def lives(self) -> float:
+        """Run `LIVES` lives and return the microseconds of one."""
+        started = time.perf_counter()
+        for _ in range(LIVES):
+            self._now += 0.001
+            self._submit()
+            self._poll()
+            self._controller.complete(self._in_flight.popleft())
+            self._poll()
+        return (time.perf_counter() - started) / LIVES * 1e6
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    few, many = Pool(FEW), Pool(MANY)
+    rounds = [(few.lives(), many.lives()) for _ in range(ROUNDS)]
+    figures = {
+        "life_us_100_queued": round(statistics.median(row[0] for row in rounds), 3),
+        "life_us_100k_queued": round(statistics.median(row[1] for row in rounds), 3),
+        "life_ratio": round(statistics.median(row[1] / row[0] for row in rounds), 3),
+    }
+    for name, value in figures.items():
+        print(f"{name:24}{value:10.3f}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"bench": "core", "figures": figures}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""A running endpoint picker without a process, and a bare ext_proc client to talk to it."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from contextlib import contextmanager
+from queue import Queue
+from typing import TYPE_CHECKING
+
+import grpc
+
+from forebay_epp.core.controller import FlowController
+from forebay_epp.core.plan import Plan, SaturationMode, SaturationPlan
+from forebay_epp.core.terms import Endpoint
+from forebay_epp.loop import FlowLoop
+from forebay_epp.traffic import Traffic
+from forebay_epp.transport import PROCESS
+from forebay_epp.transport.aio import AioTransport
+from forebay_epp.transport.completion_queue import CompletionQueueTransport
+from forebay_extproc.v3 import external_processor_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+TRANSPORTS = {"completion-queue": CompletionQueueTransport, "aio": AioTransport}
+DEADLINE_SECONDS = 10.0
+
+
+def until(claim: Callable[[], bool], seconds: float = DEADLINE_SECONDS) -> None:
+    """Wait until a claim becomes true; fail if it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not claim():
+        assert time.monotonic() < deadline, "did not come true in time"
+        time.sleep(0.002)
+
+
+class Picker:
+    """An endpoint picker's data plane on a thread of this process."""
+
+    def __init__(
+        self,
+        transport: str,
+        *,
+        plan: Plan | None = None,
+        endpoints: tuple[str, ...] = ("10.0.0.1:8000",),
+        slots: int = 1,
+        credentials: grpc.ServerCredentials | None = None,
+        max_streams: int = 1000,
+    ) -> None:
+        self.plan = plan or Plan(
+            saturation=SaturationPlan(SaturationMode.CONCURRENCY, max_concurrency=slots)
+        )
+        self.controller = FlowController(self.plan, random.Random(1))
+        self.controller.set_endpoints([Endpoint(e) for e in endpoints], time.monotonic())
+        self.loop = FlowLoop(self.controller, Traffic(), max_streams)
+        self.loop.serving = True
+        self.transport = TRANSPORTS[transport](
+            self.loop, "127.0.0.1:0", credentials, max_message_bytes=64 << 20
+        )
+        self._thread = threading.Thread(target=self.transport.serve)
+        self._thread.start()
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.transport.port}"
+
+    def ask(self, question):
+        """Have the data-plane thread answer."""
+        answers = Queue()
+        self.loop.post(lambda now: answers.put(question(now)))
+        return answers.get(timeout=DEADLINE_SECONDS)
+
+    def snapshot(self):
+        return self.ask(self.controller.snapshot)
+
+    def idle(self) -> bool:
+        """Whether nothing is queued, in flight or open any more."""
+        state = self.snapshot()
+        return (state.requests, state.in_flight, self.loop.open_streams) == (0, 0, 0)
+
+    def stop(self) -> None:
+        self.loop.post(lambda _: self.transport.stop())
+        self._thread.join(DEADLINE_SECONDS)
+        assert not self._thread.is_alive()
+
+
+class Stream:
+    """One ext_proc stream as a proxy holds it."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._outgoing = Queue()
+        self.call = channel.stream_stream(
+            PROCESS,
+            request_serializer=pb.ProcessingRequest.SerializeToString,
+            response_deserializer=pb.ProcessingResponse.FromString,
+        )(iter(self._outgoing.get, None), timeout=60)
+
+    def send(self, **fields) -> None:
+        self._outgoing.put(pb.ProcessingRequest(**fields))
+
+    def half_close(self) -> None:
+        self._outgoing.put(None)
+
+    def cancel(self) -> None:
+        self.call.cancel()
+
+    def answer(self) -> pb.ProcessingResponse:
+        return next(self.call)
+
+    def send_headers(self, path: str = "/v1/completions", *, end: bool = False, **more) -> None:
+        headers = {":method": "POST", ":path": path, **more}
+        self.send(
+            request_headers=pb.HttpHeaders(
+                headers=pb.HeaderMap(
+                    headers=[
+                        pb.HeaderValue(key=key, raw_value=value.encode())
+                        for key, value in headers.items()
+                    ]
+                ),
+                end_of_stream=end,
+            ),
+            protocol_config=pb.ProtocolConfiguration(
+                request_body_mode=pb.FULL_DUPLEX_STREAMED,
+                response_body_mode=pb.FULL_DUPLEX_STREAMED,
+            ),
+        )
+
+    def send_body(self, body: bytes, *, end: bool = True) -> None:
+        self.send(request_body=pb.HttpBody(body=body, end_of_stream=end))
+
+    def send_request(self, body: bytes = b'{"model":"m"}') -> None:
+        self.send_headers()
+        self.send_body(body)
+
+    def routed(self) -> str:
+        """Take the answer to a whole request and return the endpoint it names."""
+        headers = self.answer().request_headers.response.header_mutation.set_headers
+        endpoint = next(
+            h.header.raw_value.decode()
+            for h in headers
+            if h.header.key == "x-gateway-destination-endpoint"
+        )
+        while True:
+            piece = self.answer().request_body.response.body_mutation.streamed_response
+            if piece.end_of_stream:
+                return endpoint
+
+    def respond(self, body: bytes = b"{}", status: str = "200") -> None:
+        """Show the picker a whole answer and take its echo."""
+        self.send(
+            response_headers=pb.HttpHeaders(
+                headers=pb.HeaderMap(
+                    headers=[pb.HeaderValue(key=":status", raw_value=status.encode())]
+                )
+            )
+        )
+        assert self.answer().HasField("response_headers")
+        self.send(response_body=pb.HttpBody(body=body, end_of_stream=True))
+        echo = self.answer().response_body.response.body_mutation.streamed_response
+        assert (echo.body, echo.end_of_stream) == (body, True)
+
+
+@contextmanager
+def channel(address: str) -> Iterator[grpc.Channel]:
+    """A channel of its own TCP connection."""
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    with grpc.insecure_channel(address, options=options) as open_channel:
+        yield open_channel

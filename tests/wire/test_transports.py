@@ -1,0 +1,307 @@
+"""Both transports carry exchanges alike: one suite, a bare gRPC client in the proxy's place."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+
+import grpc
+import pytest
+from ext_proc_peer import Stream, channel, until
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from forebay_epp import loop as loop_module
+from forebay_epp.core.terms import Endpoint
+from forebay_epp.transport import credentials
+
+
+@pytest.fixture
+def open_stream():
+    """Open streams that end with the test, all on one connection per picker."""
+    with ExitStack() as stack:
+        channels = {}
+
+        def begin(picker) -> Stream:
+            if picker.address not in channels:
+                channels[picker.address] = stack.enter_context(channel(picker.address))
+            return Stream(channels[picker.address])
+
+        yield begin
+
+
+def test_a_request_is_routed_and_its_answer_passes(start, open_stream):
+    """A whole exchange: destination out, answer echoed, nothing left behind."""
+    picker = start()
+    stream = open_stream(picker)
+
+    stream.send_request()
+
+    assert stream.routed() == "10.0.0.1:8000"
+    stream.respond(b'{"usage":{"prompt_tokens":1,"completion_tokens":2}}')
+    stream.half_close()
+    assert list(stream.call) == []
+    assert stream.call.code() is grpc.StatusCode.OK
+    until(picker.idle)
+
+
+def test_a_request_waits_until_a_slot_is_free(start, open_stream):
+    """The second request of a one-slot pool is answered by the end of the first."""
+    picker = start(slots=1)
+    first, second = open_stream(picker), open_stream(picker)
+    first.send_request()
+    first.routed()
+    second.send_request()
+    until(lambda: picker.snapshot().requests == 1)
+
+    first.respond()
+
+    assert second.routed() == "10.0.0.1:8000"
+
+
+def test_a_queued_stream_that_is_cancelled_frees_its_place(start, open_stream):
+    """Cancellation while waiting leaves the queue, and the next in line gets the slot."""
+    picker = start(slots=1)
+    streams = [open_stream(picker) for _ in range(3)]
+    streams[0].send_request()
+    streams[0].routed()
+    for stream in streams[1:]:
+        stream.send_request()
+        expected = streams.index(stream)
+        until(lambda expected=expected: picker.snapshot().requests == expected)
+
+    streams[1].cancel()
+    until(lambda: picker.snapshot().requests == 1)
+    streams[0].respond()
+
+    assert streams[2].routed() == "10.0.0.1:8000"
+
+
+def test_a_dispatched_stream_that_is_cancelled_frees_its_slot(start, open_stream):
+    """A client that goes while the server works makes room at once."""
+    picker = start(slots=1)
+    first, second = open_stream(picker), open_stream(picker)
+    first.send_request()
+    first.routed()
+    second.send_request()
+    until(lambda: picker.snapshot().requests == 1)
+
+    first.cancel()
+
+    assert second.routed() == "10.0.0.1:8000"
+
+
+def test_a_client_that_half_closes_behind_the_body_is_answered_and_the_stream_ends(
+    start, open_stream
+):
+    """NGINX Gateway Fabric never shows the answer; it still gets its destination."""
+    picker = start()
+    stream = open_stream(picker)
+
+    stream.send_request()
+    stream.half_close()
+
+    assert stream.routed() == "10.0.0.1:8000"
+    assert list(stream.call) == []
+    assert stream.call.code() is grpc.StatusCode.OK
+    until(picker.idle)
+
+
+def test_a_client_that_half_closes_while_queued_is_answered_later(start, open_stream):
+    """Half-close is not cancel."""
+    picker = start(slots=1)
+    first, second = open_stream(picker), open_stream(picker)
+    first.send_request()
+    first.routed()
+    second.send_request()
+    second.half_close()
+    until(lambda: picker.snapshot().requests == 1)
+
+    first.respond()
+
+    assert second.routed() == "10.0.0.1:8000"
+
+
+def test_a_malformed_body_gets_an_immediate_400(start, open_stream):
+    """A refusal is an answer: OpenAI's error, the outcome in a header, then a clean end."""
+    picker = start()
+    stream = open_stream(picker)
+
+    stream.send_request(b'{"model": NaN}')
+
+    refusal = stream.answer().immediate_response
+    assert refusal.status.code == 400
+    assert json.loads(refusal.body)["error"]["code"] == "RejectedBadRequest"
+    assert list(stream.call) == []
+    until(picker.idle)
+
+
+def test_a_large_body_comes_back_whole_in_pieces_of_at_most_62000_bytes(start, open_stream):
+    """Bytes are forwarded unchanged whatever their number."""
+    picker = start()
+    stream = open_stream(picker)
+    body = json.dumps({"model": "m", "prompt": "x" * 300_000}).encode()
+
+    stream.send_headers()
+    for at in range(0, len(body), 32_768):
+        stream.send_body(body[at : at + 32_768], end=False)
+    stream.send_body(b"")
+
+    stream.answer()
+    pieces = []
+    while True:
+        piece = stream.answer().request_body.response.body_mutation.streamed_response
+        pieces.append(piece.body)
+        if piece.end_of_stream:
+            break
+    assert b"".join(pieces) == body
+    assert max(map(len, pieces)) <= 62_000
+
+
+def test_a_stream_that_says_nothing_is_ended_with_an_error(start, open_stream, monkeypatch):
+    """Opening streams costs an attacker as much as us, for a limited time."""
+    monkeypatch.setattr(loop_module, "SILENT_STREAM_SECONDS", 0.05)
+    picker = start()
+    stream = open_stream(picker)
+
+    with pytest.raises(grpc.RpcError) as error:
+        stream.answer()
+
+    assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    until(picker.idle)
+
+
+def test_a_body_that_never_ends_is_refused_with_408(start, open_stream, monkeypatch):
+    """A request has to arrive within a bounded time."""
+    monkeypatch.setattr(loop_module, "READ_REQUEST_SECONDS", 0.05)
+    picker = start()
+    stream = open_stream(picker)
+
+    stream.send_headers()
+    stream.send_body(b'{"model"', end=False)
+
+    assert stream.answer().immediate_response.status.code == 408
+    until(picker.idle)
+
+
+def test_streams_beyond_the_cap_are_refused_with_429(start, open_stream):
+    """The cap is counted by ourselves; the refusal says when to come back."""
+    picker = start(max_streams=1)
+    first = open_stream(picker)
+    first.send_request()
+    first.routed()
+
+    second = open_stream(picker)
+    second.send_request()
+
+    refusal = second.answer().immediate_response
+    headers = {h.header.key: h.header.raw_value for h in refusal.headers.set_headers}
+    assert refusal.status.code == 429
+    assert headers["retry-after"] == b"1"
+    first.respond()
+
+
+def test_bytes_that_are_no_message_end_the_stream_with_an_error(start):
+    """Garbage never looks like consent."""
+    picker = start()
+    with channel(picker.address) as raw:
+        call = raw.stream_stream("/envoy.service.ext_proc.v3.ExternalProcessor/Process")(
+            iter([b"\xff\xff\xff"]), timeout=10
+        )
+        with pytest.raises(grpc.RpcError) as error:
+            next(call)
+
+    assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    until(picker.idle)
+
+
+def test_health_is_answered_on_the_same_port_under_any_name(start):
+    """Envoy's health check asks here, under ext_proc's name; draining turns it at once."""
+    picker = start()
+    with channel(picker.address) as raw:
+        stub = health_pb2_grpc.HealthStub(raw)
+        name = "envoy.service.ext_proc.v3.ExternalProcessor"
+        before = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=5).status
+        picker.ask(lambda _: picker.loop.drain())
+        after = stub.Check(health_pb2.HealthCheckRequest(), timeout=5).status
+
+    assert (before, after) == (
+        health_pb2.HealthCheckResponse.SERVING,
+        health_pb2.HealthCheckResponse.NOT_SERVING,
+    )
+
+
+def test_an_unknown_method_is_unimplemented(start):
+    """Other services are not here."""
+    picker = start()
+    with channel(picker.address) as raw, pytest.raises(grpc.RpcError) as error:
+        raw.unary_unary("/a.B/C")(b"", timeout=5)
+
+    assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_a_second_bind_of_the_port_fails(start):
+    """Two pickers on one port would share it silently with SO_REUSEPORT."""
+    picker = start()
+
+    with pytest.raises(RuntimeError):
+        type(picker.transport)(picker.loop, picker.address, None, 1 << 20)
+
+
+def test_draining_dispatches_what_waits_and_refuses_what_comes(start, open_stream):
+    """A new request gets a free slot or 503; what waits keeps its turn; flush answers the rest."""
+    picker = start(slots=1)
+    running, waiting, late = (open_stream(picker) for _ in range(3))
+    running.send_request()
+    running.routed()
+    waiting.send_request()
+    until(lambda: picker.snapshot().requests == 1)
+
+    picker.ask(lambda _: picker.loop.drain())
+    late.send_request()
+
+    refusal = late.answer().immediate_response
+    assert (refusal.status.code, json.loads(refusal.body)["error"]["code"]) == (
+        503,
+        "RejectedShuttingDown",
+    )
+    picker.ask(picker.loop.flush)
+    assert waiting.answer().immediate_response.status.code == 503
+    running.respond()
+    running.half_close()
+    until(picker.idle)
+
+
+def test_tls_serves_a_self_signed_certificate(start):
+    """The default: encrypted, ALPN h2, not verifiable."""
+    import ssl  # noqa: PLC0415  # only here
+
+    picker = start(credentials=credentials.self_signed())
+    pem = ssl.get_server_certificate(("127.0.0.1", picker.transport.port))
+
+    assert "BEGIN CERTIFICATE" in pem
+
+
+def test_a_slot_freed_by_a_new_endpoint_serves_the_queue(start, open_stream):
+    """News of other threads reaches the queue without an event on any stream."""
+    picker = start(endpoints=())
+    stream = open_stream(picker)
+    stream.send_request()
+    until(lambda: picker.snapshot().requests == 1)
+
+    picker.ask(lambda now: picker.controller.set_endpoints([Endpoint("10.0.0.9:80")], now))
+
+    assert stream.routed() == "10.0.0.9:80"
+
+
+def test_a_thousand_cancelled_at_once_leave_nothing(start, open_stream):
+    """A proxy that goes away frees every place and slot."""
+    picker = start(slots=10, max_streams=5000)
+    streams = [open_stream(picker) for _ in range(200)]
+    for stream in streams:
+        stream.send_request()
+    until(lambda: picker.snapshot().requests == 190)
+
+    for stream in streams:
+        stream.cancel()
+
+    until(picker.idle)
