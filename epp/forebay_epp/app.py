@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import grpc
 
     from forebay_epp.core.plan import Plan
-    from forebay_epp.core.terms import Endpoint
+    from forebay_epp.core.terms import ControllerSnapshot, Endpoint
     from forebay_epp.settings import Settings
     from forebay_epp.transport import Transport
 
@@ -46,9 +46,10 @@ FINISH_SECONDS = 5.0
 QUIET_SECONDS = 0.3
 PLAN_DEBOUNCE_MILLISECONDS = 50
 
-TRANSPORTS: dict[
-    str, Callable[[FlowLoop, str, grpc.ServerCredentials | None, int], Transport]
-] = {"completion-queue": CompletionQueueTransport, "aio": AioTransport}
+TRANSPORTS: dict[str, Callable[[FlowLoop, str, grpc.ServerCredentials | None, int], Transport]] = {
+    "completion-queue": CompletionQueueTransport,
+    "aio": AioTransport,
+}
 
 _T = TypeVar("_T")
 
@@ -248,10 +249,12 @@ class EndpointPicker:
     def _web_app(self) -> web.Application:
         app = web.Application()
 
-        async def snapshot() -> object:
+        async def snapshot() -> ControllerSnapshot:
             return await self._ask(self._controller.snapshot)
 
-        app.add_routes(prometheus.routes(snapshot, self._traffic, self._scraper))
+        app.add_routes(
+            prometheus.routes(snapshot, self._traffic, self._scraper.failures)
+        )
         app.add_routes(debug.routes(snapshot))
         return app
 

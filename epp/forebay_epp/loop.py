@@ -153,6 +153,7 @@ class FlowLoop:
         self._open[exchange.id] = exchange
         self.traffic.stream_opened()
         if full:
+            self.traffic.stream_refused()
             self._refuse_unread(
                 exchange,
                 Outcome.REJECTED_QUEUE_FULL,
@@ -180,7 +181,8 @@ class FlowLoop:
     def tick(self) -> None:
         """Take in what other threads posted and what time brings."""
         now = self.clock()
-        self.traffic.stalled(max(0.0, now - self._tick_at))
+        if self._tick_at:
+            self.traffic.stalled(max(0.0, now - self._tick_at))
         while True:
             try:
                 call = self._inbox.get_nowait()
@@ -270,6 +272,7 @@ class FlowLoop:
 
     def _submit(self, exchange: Exchange, now: float) -> None:
         stream = exchange.stream
+        self.traffic.body_read(stream.size_bytes)
         request = Request(exchange.id, stream.model, stream.size_bytes, stream.subset)
         exchange.request = request
         self._queued_or_sent[exchange.id] = exchange

@@ -89,6 +89,7 @@ class Traffic:
         prompt_tokens: as the model servers counted them, by model label.
         completion_tokens: likewise.
         body_bytes: of request bodies.
+        plan_reloads: plans that were offered while running, by "taken" or "refused".
         streams_opened: ext_proc streams, ever.
         streams_refused: streams that were one too many; they are among the opened ones.
         streams_open: streams open now.
@@ -103,6 +104,7 @@ class Traffic:
         "durations",
         "first_tokens",
         "outcomes",
+        "plan_reloads",
         "prompt_tokens",
         "responses",
         "stalls",
@@ -122,6 +124,7 @@ class Traffic:
         self.responses: defaultdict[str, int] = defaultdict(int)
         self.prompt_tokens: defaultdict[str, int] = defaultdict(int)
         self.completion_tokens: defaultdict[str, int] = defaultdict(int)
+        self.plan_reloads = {"taken": 0, "refused": 0}
         self.body_bytes = 0
         self.streams_opened = 0
         self.streams_refused = 0
@@ -181,6 +184,10 @@ class Traffic:
     def stream_closed(self) -> None:
         """Count the end of a stream."""
         self.streams_open -= 1
+
+    def plan_reloaded(self, *, ok: bool) -> None:
+        """Count a plan that was offered; one that is refused changes nothing. Any one thread."""
+        self.plan_reloads["taken" if ok else "refused"] += 1
 
     def stalled(self, seconds: float) -> None:
         """Count by how much a turn of the data-plane loop came late."""

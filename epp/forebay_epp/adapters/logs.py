@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -45,15 +46,15 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(fields)
 
 
-def configure(verbosity: int, stream: TextIO = sys.stderr) -> None:
-    """Write the process's logs to `stream`, in place of where an earlier call sent them.
+def configure(verbosity: int, stream: TextIO | None = None) -> None:
+    """Write the process's logs to a text stream, in place of where an earlier call sent them.
 
     Args:
         verbosity: 0 shows warnings, 1 also what changes, 2 everything. Libraries never show more
             than level info, because their debug lines may hold what clients sent.
-        stream: a text stream.
+        stream: standard error when none is given.
     """
-    handler = logging.StreamHandler(stream)
+    handler = logging.StreamHandler(sys.stderr if stream is None else stream)
     handler.setFormatter(JsonFormatter())
     root = logging.getLogger()
     for other in root.handlers[:]:
@@ -66,13 +67,24 @@ def configure(verbosity: int, stream: TextIO = sys.stderr) -> None:
 
 
 def bounded(value: object) -> object:
-    """Return JSON data that shows the value without showing too much of it."""
+    """Return JSON data that shows the value; of what is large or binary, only what it is."""
+    if isinstance(value, str):
+        if len(value) <= MAX_VALUE_LENGTH:
+            return value
+        return f"{value[:MAX_VALUE_LENGTH]}... ({len(value)} characters)"
     try:
         text = json.dumps(value, default=_describe, skipkeys=True, allow_nan=False)
-    except (ValueError, RecursionError):  # NaN, or contains itself
+    except (ValueError, RecursionError):  # NaN, too many digits, or it contains itself
         return _describe(value)
-    if len(text) <= MAX_VALUE_LENGTH:
-        return json.loads(text)
-    if isinstance(value, str):
-        return cut(value)
-    return _describe(value)
+    if len(text) > MAX_VALUE_LENGTH:
+        return _describe(value)
+    return json.loads(text)
+
+
+def _describe(value: object) -> object:
+    match value:
+        case bytes() | bytearray():
+            return f"<{len(value)} bytes>"
+        case float() | Path() | BaseException():
+            return bounded(str(value))
+    return f"<{type(value).__name__}>"

@@ -20,12 +20,11 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from forebay_epp.traffic import ModelLabels, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Iterator, Mapping
 
     from prometheus_client.core import Metric
 
@@ -36,7 +35,11 @@ SNAPSHOT_TIMEOUT_SECONDS = 1.0
 
 _BAND_GAUGES: tuple[tuple[str, str, Callable[[BandSnapshot], float]], ...] = (
     ("forebay_queue_requests", "Requests that wait.", lambda band: band.requests),
-    ("forebay_queue_size_bytes", "Memory that waiting requests hold.", lambda band: band.size_bytes),
+    (
+        "forebay_queue_size_bytes",
+        "Memory that waiting requests hold.",
+        lambda band: band.size_bytes,
+    ),
     (
         "forebay_queue_oldest_seconds",
         "How long the oldest waiting request has waited.",
@@ -72,7 +75,6 @@ def routes(
     snapshot: Callable[[], Awaitable[ControllerSnapshot]],
     traffic: Traffic,
     scrapes_failed: Mapping[str, int],
-    plan_reloads: Mapping[str, int],
 ) -> list[web.RouteDef]:
     """Return the route that answers GET /metrics.
 
@@ -81,9 +83,8 @@ def routes(
             without queues and endpoints, because then the rest of it is what is needed.
         traffic: counters that the data-plane thread goes on feeding.
         scrapes_failed: failed scrapes by cause; read anew for every page.
-        plan_reloads: plans taken by result; read anew for every page.
     """
-    page = _Page(traffic, scrapes_failed, plan_reloads)
+    page = _Page(traffic, scrapes_failed)
     registry = CollectorRegistry()
     registry.register(page)
     ProcessCollector(registry=registry)
@@ -103,16 +104,10 @@ def routes(
 class _Page(Collector):
     """Everything but process_*. `snapshot` is set before each collection; None means unknown."""
 
-    def __init__(
-        self,
-        traffic: Traffic,
-        scrapes_failed: Mapping[str, int],
-        plan_reloads: Mapping[str, int],
-    ) -> None:
+    def __init__(self, traffic: Traffic, scrapes_failed: Mapping[str, int]) -> None:
         self.snapshot: ControllerSnapshot | None = None
         self._traffic = traffic
         self._scrapes_failed = scrapes_failed
-        self._plan_reloads = plan_reloads
         self._models = ModelLabels()
 
     def collect(self) -> Iterator[Metric]:
@@ -134,7 +129,7 @@ class _Page(Collector):
             self._scrapes_failed,
         )
         yield _counter(
-            "forebay_plan_reloads", "Plans that were offered.", "result", self._plan_reloads
+            "forebay_plan_reloads", "Plans that were offered.", "result", self._traffic.plan_reloads
         )
 
     def _queues(self, snapshot: ControllerSnapshot) -> Iterator[Metric]:
@@ -245,7 +240,6 @@ def _histogram_by_band(name: str, text: str, histograms: Mapping[str, Histogram]
 
 def _buckets(histogram: Histogram) -> tuple[list[tuple[str, float]], float]:
     """Return (upper bound, cumulative count) pairs and the sum."""
-    bounds: Iterable[float] = (*histogram.bounds, float("inf"))
+    bounds = (*map(str, histogram.bounds), "+Inf")
     counts = accumulate(list(histogram.counts))
-    pairs = [(floatToGoString(bound), float(count)) for bound, count in zip(bounds, counts, strict=True)]
-    return pairs, histogram.total
+    return list(zip(bounds, counts, strict=True)), histogram.total

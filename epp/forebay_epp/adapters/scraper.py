@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import (
     ClientConnectionError,
-    ClientError,
+    ClientPayloadError,
     ClientSession,
     ClientTimeout,
     DummyCookieJar,
@@ -192,15 +192,14 @@ async def _fetch(session: ClientSession, url: str) -> bytes:
 
 
 def _cause(error: Exception) -> str:
+    """Return the one of `CAUSES` that tells best what went wrong; a broken answer is "connect"."""
     match error:
         case _ScrapeError():
             return error.cause
         case TimeoutError():
             return "timeout"
-        case ClientConnectionError() | InvalidURL() | OSError():
+        case ClientConnectionError() | ClientPayloadError() | InvalidURL() | OSError():
             return "connect"
-        case ClientError():
-            return "unparsable"
     return "unparsable"
 
 

@@ -1,0 +1,146 @@
+"""From the control plane's Snapshot message to the core's plan and endpoints.
+
+The contract is control.proto; what a plan means is core/plan.py's business.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import TYPE_CHECKING, TypeVar
+
+from google.protobuf import json_format
+
+from forebay_control.v1 import control_pb2 as pb
+from forebay_epp.core.plan import (
+    BandPlan,
+    FairnessName,
+    LimitsPlan,
+    ModelPlan,
+    OrderingName,
+    Plan,
+    PlanError,
+    SaturationMode,
+    SaturationPlan,
+    UnmatchedAction,
+)
+from forebay_epp.core.terms import Endpoint
+
+if TYPE_CHECKING:
+    from enum import StrEnum
+
+Problems = list[tuple[str, str]]
+
+_Name = TypeVar("_Name", bound="StrEnum")
+
+
+def parse_snapshot_json(text: str) -> tuple[Plan, tuple[Endpoint, ...]]:
+    """Read a Snapshot in protobuf's JSON form; see `parse_snapshot`.
+
+    Raises:
+        PlanError: the text is not a Snapshot, or not a valid one.
+    """
+    try:
+        message = json_format.Parse(text, pb.Snapshot())
+    except json_format.ParseError as error:
+        raise PlanError([("snapshot", f"is not a Snapshot message: {error}")]) from None
+    return parse_snapshot(message)
+
+
+def parse_snapshot(message: pb.Snapshot) -> tuple[Plan, tuple[Endpoint, ...]]:
+    """Translate and validate.
+
+    Raises:
+        PlanError: with the path of every field that is wrong.
+    """
+    problems: Problems = []
+    plan = _plan(message.plan, problems)
+    endpoints = _endpoints(message.endpoints, problems)
+    try:
+        plan.validate()
+    except PlanError as error:
+        problems.extend(error.problems)
+    if problems:
+        raise PlanError(problems)
+    return plan, endpoints
+
+
+def _plan(message: pb.Plan, problems: Problems) -> Plan:
+    return Plan(
+        pool=message.pool,
+        bands=tuple(
+            BandPlan(
+                name=band.name,
+                priority=band.priority,
+                fairness=_one_of(
+                    FairnessName, band.fairness, f"plan.bands[{index}].fairness", problems
+                ),
+                ordering=_one_of(
+                    OrderingName, band.ordering, f"plan.bands[{index}].ordering", problems
+                ),
+                ttl_seconds=band.ttl_seconds,
+                max_requests=band.max_requests,
+                max_bytes=band.max_bytes,
+                flow_max_requests=band.flow_max_requests,
+                flow_max_bytes=band.flow_max_bytes,
+            )
+            for index, band in enumerate(message.bands)
+        ),
+        models=tuple(
+            ModelPlan(
+                model.name,
+                model.band,
+                tuple((target.name, target.weight) for target in model.targets),
+            )
+            for model in message.models
+        ),
+        limits=LimitsPlan(
+            message.limits.max_requests,
+            message.limits.max_bytes,
+            message.limits.max_body_bytes,
+        ),
+        saturation=SaturationPlan(
+            _one_of(SaturationMode, message.saturation.mode, "plan.saturation.mode", problems),
+            message.saturation.max_concurrency,
+            message.saturation.kv_cache_usage_threshold,
+        ),
+        unmatched_action=_one_of(
+            UnmatchedAction, message.unmatched.action, "plan.unmatched.action", problems
+        ),
+        unmatched_band=message.unmatched.band,
+        no_endpoints_ttl_seconds=message.no_endpoints_ttl_seconds,
+    )
+
+
+def _one_of(names: type[_Name], value: str, path: str, problems: Problems) -> _Name:
+    try:
+        return names(value)
+    except ValueError:
+        problems.append((path, f"{value!r} is not one of {', '.join(names)}"))
+        return next(iter(names))
+
+
+def _endpoints(message: pb.Endpoints, problems: Problems) -> tuple[Endpoint, ...]:
+    seen: set[str] = set()
+    endpoints: list[Endpoint] = []
+    for index, endpoint in enumerate(message.endpoints):
+        path = f"endpoints.endpoints[{index}].address"
+        if not _is_address(endpoint.address):
+            problems.append((path, f"{endpoint.address!r} is not ip:port"))
+        elif endpoint.address in seen:
+            problems.append((path, f"{endpoint.address!r} is there twice"))
+        seen.add(endpoint.address)
+        endpoints.append(Endpoint(endpoint.address, endpoint.name))
+    return tuple(endpoints)
+
+
+def _is_address(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        return False
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return port.isdecimal() and 0 < int(port) <= 65535

@@ -1,0 +1,277 @@
+"""The Envoy that stands in front of an endpoint picker on one machine: its bootstrap.
+
+What the settings are for is written beside them; the measurements behind them are in
+epp/README.md. Running Envoy is up.py's business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+DESTINATION = "x-gateway-destination-endpoint"
+
+# Every queued request holds a stream to the endpoint picker and, once dispatched, a connection to
+# its model server. Envoy's default of 1,024 would answer the next one with 500.
+MAX_REQUESTS = 40_000
+
+# A queue's TTL must end a wait, never the proxy. In full duplex this timer is not armed.
+MESSAGE_TIMEOUT = "3600s"
+
+# Also the size of the pieces in which bodies reach the endpoint picker.
+BUFFER_BYTES = 32_768
+
+_TYPE = "type.googleapis.com/envoy."
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Where Envoy listens and where it finds the endpoint picker; all on `address`."""
+
+    http: int
+    grpc: int
+    admin: int = 0
+    address: str = "127.0.0.1"
+
+
+def bootstrap(
+    ports: Ports,
+    *,
+    secure: bool,
+    request_body_mode: str = "FULL_DUPLEX_STREAMED",
+    response_body_mode: str = "FULL_DUPLEX_STREAMED",
+    subset: tuple[str, ...] = (),
+    max_message_timeout: str = MESSAGE_TIMEOUT,
+    message_timeout: str = MESSAGE_TIMEOUT,
+) -> dict[str, Any]:
+    """Return the configuration of an Envoy that asks the endpoint picker where requests go.
+
+    Args:
+        ports: listeners.
+        secure: whether the endpoint picker serves TLS; its certificate is not verified, as all
+            gateways that speak this protocol do.
+        request_body_mode: ext_proc's body mode on the way in.
+        response_body_mode: the same on the way out.
+        subset: addresses to hint the endpoint picker at, as a gateway would.
+        max_message_timeout: how far the endpoint picker may extend `message_timeout`.
+        message_timeout: how long Envoy waits for an answer where it does not wait for ever.
+    """
+    trailers = "SEND" if "FULL_DUPLEX" in request_body_mode + response_body_mode else "SKIP"
+    filters = [
+        _filter(
+            # A client must not choose the server. A route's header removal would come too late:
+            # it runs after the endpoint picker and would remove its choice.
+            "header_mutation",
+            "header_mutation.v3.HeaderMutation",
+            mutations={
+                "request_mutations": [
+                    {"remove": name}
+                    for name in (DESTINATION, f"{DESTINATION}-subset", f"{DESTINATION}-served")
+                ]
+            },
+        )
+    ]
+    if subset:
+        filters.append(
+            _filter(
+                "set_metadata",
+                "set_metadata.v3.Config",
+                metadata=[
+                    {
+                        "metadata_namespace": "envoy.lb.subset_hint",
+                        "allow_overwrite": True,
+                        "value": {f"{DESTINATION}-subset": list(subset)},
+                    }
+                ],
+            )
+        )
+    filters.append(
+        _filter(
+            "ext_proc",
+            "ext_proc.v3.ExternalProcessor",
+            grpc_service={"envoy_grpc": {"cluster_name": "epp", "authority": "epp"}},
+            # Without the endpoint picker there is no destination: fail rather than guess.
+            failure_mode_allow=False,
+            processing_mode={
+                "request_header_mode": "SEND",
+                "request_body_mode": request_body_mode,
+                "request_trailer_mode": trailers,
+                "response_header_mode": "SEND",
+                "response_body_mode": response_body_mode,
+                "response_trailer_mode": trailers,
+            },
+            message_timeout=message_timeout,
+            max_message_timeout=max_message_timeout,
+            metadata_options={
+                "forwarding_namespaces": {"untyped": ["envoy.lb", "envoy.lb.subset_hint"]},
+                "receiving_namespaces": {"untyped": ["envoy.lb"]},
+            },
+        )
+    )
+    model_servers = {
+        "name": "model_servers",
+        "type": "ORIGINAL_DST",
+        "lb_policy": "CLUSTER_PROVIDED",
+        "connect_timeout": "10s",
+        "original_dst_lb_config": {"use_http_header": True, "http_header_name": DESTINATION},
+        "circuit_breakers": _breakers(),
+    }
+    return _envoy(ports, filters, [model_servers, _epp_cluster(ports, secure=secure)])
+
+
+def direct(ports: Ports, endpoints: tuple[str, ...]) -> dict[str, Any]:
+    """Return the configuration of an Envoy without endpoint picker: least request.
+
+    This is what the demo compares with.
+    """
+    model_servers = {
+        "name": "model_servers",
+        "type": "STATIC",
+        "lb_policy": "LEAST_REQUEST",
+        "connect_timeout": "10s",
+        "circuit_breakers": _breakers(),
+        "load_assignment": _assignment(
+            "model_servers", [endpoint.rpartition(":") for endpoint in endpoints]
+        ),
+    }
+    return _envoy(ports, [], [model_servers])
+
+
+def _filter(name: str, kind: str, **config: Any) -> dict[str, Any]:
+    return {
+        "name": f"envoy.filters.http.{name}",
+        "typed_config": {"@type": f"{_TYPE}extensions.filters.http.{kind}", **config},
+    }
+
+
+def _breakers() -> dict[str, Any]:
+    return {
+        "thresholds": [
+            {
+                "max_connections": MAX_REQUESTS,
+                "max_pending_requests": MAX_REQUESTS,
+                "max_requests": MAX_REQUESTS,
+                "max_retries": 1024,
+            }
+        ]
+    }
+
+
+def _assignment(name: str, endpoints: list[tuple[str, str, str]]) -> dict[str, Any]:
+    return {
+        "cluster_name": name,
+        "endpoints": [
+            {
+                "lb_endpoints": [
+                    {"endpoint": {"address": _socket(host.strip("[]"), int(port))}}
+                    for host, _, port in endpoints
+                ]
+            }
+        ],
+    }
+
+
+def _socket(host: str, port: int) -> dict[str, Any]:
+    return {"socket_address": {"address": host, "port_value": port}}
+
+
+def _epp_cluster(ports: Ports, *, secure: bool) -> dict[str, Any]:
+    http2 = "extensions.upstreams.http.v3.HttpProtocolOptions"
+    cluster: dict[str, Any] = {
+        "name": "epp",
+        "type": "STATIC",
+        "connect_timeout": "5s",
+        "lb_policy": "LEAST_REQUEST",
+        # With the default of 50 % a dead endpoint picker would go on getting requests.
+        "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
+        "circuit_breakers": _breakers(),
+        "health_checks": [
+            {
+                "timeout": "2s",
+                "interval": "5s",
+                "no_traffic_interval": "1s",
+                "unhealthy_threshold": 2,
+                "healthy_threshold": 1,
+                "grpc_health_check": {
+                    "service_name": "envoy.service.ext_proc.v3.ExternalProcessor"
+                },
+            }
+        ],
+        "typed_extension_protocol_options": {
+            f"envoy.{http2}": {
+                "@type": f"{_TYPE}{http2}",
+                "explicit_http_config": {"http2_protocol_options": {}},
+            }
+        },
+        "load_assignment": _assignment("epp", [(ports.address, ":", str(ports.grpc))]),
+    }
+    if secure:
+        cluster["transport_socket"] = {
+            "name": "envoy.transport_sockets.tls",
+            "typed_config": {
+                "@type": f"{_TYPE}extensions.transport_sockets.tls.v3.UpstreamTlsContext",
+                "common_tls_context": {"alpn_protocols": ["h2"]},
+            },
+        }
+    return cluster
+
+
+def _envoy(
+    ports: Ports, filters: list[dict[str, Any]], clusters: list[dict[str, Any]]
+) -> dict[str, Any]:
+    connection_manager = {
+        "@type": f"{_TYPE}extensions.filters.network.http_connection_manager.v3."
+        "HttpConnectionManager",
+        "stat_prefix": "inference",
+        # A queued request is idle and a long answer is long: neither is to be cut.
+        "stream_idle_timeout": "0s",
+        "request_timeout": "0s",
+        "generate_request_id": True,
+        "route_config": {
+            "virtual_hosts": [
+                {
+                    "name": "all",
+                    "domains": ["*"],
+                    "routes": [
+                        {
+                            "match": {"prefix": "/"},
+                            "route": {
+                                "cluster": "model_servers",
+                                "timeout": "0s",
+                                "idle_timeout": "0s",
+                                # Safe: the server has not seen a request that fails like this.
+                                "retry_policy": {
+                                    "retry_on": "connect-failure,refused-stream",
+                                    "num_retries": 2,
+                                },
+                            },
+                        }
+                    ],
+                }
+            ]
+        },
+        "http_filters": [*filters, _filter("router", "router.v3.Router")],
+    }
+    return {
+        "admin": {"address": _socket("127.0.0.1", ports.admin)},
+        "static_resources": {
+            "listeners": [
+                {
+                    "name": "inference",
+                    "address": _socket(ports.address, ports.http),
+                    "per_connection_buffer_limit_bytes": BUFFER_BYTES,
+                    "filter_chains": [
+                        {
+                            "filters": [
+                                {
+                                    "name": "envoy.filters.network.http_connection_manager",
+                                    "typed_config": connection_manager,
+                                }
+                            ]
+                        }
+                    ],
+                }
+            ],
+            "clusters": clusters,
+        },
+    }
