@@ -252,9 +252,7 @@ class EndpointPicker:
         async def snapshot() -> ControllerSnapshot:
             return await self._ask(self._controller.snapshot)
 
-        app.add_routes(
-            prometheus.routes(snapshot, self._traffic, self._scraper.failures)
-        )
+        app.add_routes(prometheus.routes(snapshot, self._traffic, self._scraper.failures))
         app.add_routes(debug.routes(snapshot))
         return app
 

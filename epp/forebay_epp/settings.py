@@ -103,7 +103,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
     add(
         "--metrics-scrape-interval",
         type=_duration,
-        default=0.1,
+        default=0.2,
         help="pause between scrapes of one model server",
     )
     add("--max-streams", type=_positive, default=40_000, help="open requests; beyond: 429")

@@ -1,1 +1,1 @@
-"""."""
+"""The `forebay` command."""

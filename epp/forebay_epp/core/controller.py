@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from forebay_epp.core.plan import Plan
     from forebay_epp.core.registry import Band
-    from forebay_epp.core.terms import Endpoint, EndpointMetrics, Request
+    from forebay_epp.core.terms import Endpoint, EndpointMetrics, RandomSource, Request
 
 NEVER = float("inf")
 
@@ -44,7 +44,7 @@ class FlowController:
         PlanError: the plan is not valid.
     """
 
-    def __init__(self, plan: Plan, random: selection.RandomSource) -> None:
+    def __init__(self, plan: Plan, random: RandomSource) -> None:
         plan.validate()
         self._plan = plan
         self._random = random

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
     from forebay_epp.core.plan import BandPlan, ModelPlan, Plan
-    from forebay_epp.core.selection import RandomSource
-    from forebay_epp.core.terms import Request
+    from forebay_epp.core.terms import RandomSource, Request
 
 MAX_FLOWS = 4096
 OVERFLOW_FLOWS = 64

@@ -5,19 +5,13 @@ A filter (free slots, subset) and a ranking; when to dispatch is the controller'
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from forebay_epp.core.saturation import EndpointState
-
-
-class RandomSource(Protocol):
-    """What the core needs of randomness; `random.Random` fits."""
-
-    def randrange(self, stop: int, /) -> int:
-        """Return an integer of 0 to stop - 1."""
+    from forebay_epp.core.terms import RandomSource
 
 
 def pick(candidates: Iterable[EndpointState], random: RandomSource) -> EndpointState | None:

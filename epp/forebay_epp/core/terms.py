@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
+
+
+class RandomSource(Protocol):
+    """What the core needs of randomness; `random.Random` fits."""
+
+    def randrange(self, stop: int, /) -> int:
+        """Return an integer of 0 to stop - 1."""
 
 
 class Outcome(StrEnum):

@@ -1,0 +1,381 @@
+"""The resources as typed objects: the only place where a field of a resource is declared.
+
+Our own kind is strict: an unknown field is an error that names the allowed ones. Foreign kinds are
+read leniently, since their owners add fields. What a resource leads to is planning.py's business.
+"""
+
+from __future__ import annotations
+
+import datetime as dt  # noqa: TC003  # pydantic evaluates the annotations
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic.alias_generators import to_camel
+
+POOL_LABEL = "forebay.dev/inference-pool"
+MAX_SECONDS = 3600.0
+MAX_COUNT = 1_000_000
+MAX_BYTES = 1 << 40
+
+_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?")
+_QUANTITY = re.compile(r"(\d+)(Ki|Mi|Gi|Ti|k|M|G|T)?")
+_FACTORS = {
+    "": 1,
+    "k": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "Ki": 1 << 10,
+    "Mi": 1 << 20,
+    "Gi": 1 << 30,
+    "Ti": 1 << 40,
+}
+
+
+def _seconds(value: object) -> object:
+    """Read a duration as Go and Kubernetes write it."""
+    if not isinstance(value, str):
+        raise ValueError('must be a duration such as "30s", "1m30s" or "500ms"')  # noqa: TRY004  # pydantic's rule
+    match = _DURATION.fullmatch(value)
+    if match is None or not value:
+        raise ValueError('must be a duration such as "30s", "1m30s" or "500ms"')
+    hours, minutes, seconds, milliseconds = (float(part or 0) for part in match.groups())
+    return hours * 3600 + minutes * 60 + seconds + milliseconds / 1000
+
+
+def _bytes(value: object) -> object:
+    """Read a quantity of bytes as Kubernetes writes it."""
+    match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        raise ValueError("must be a number of bytes such as 1048576 or 512Mi")
+    return int(match[1]) * _FACTORS[match[2] or ""]
+
+
+Criticality = Literal["Critical", "Standard", "Sheddable"]
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=MAX_SECONDS)]
+Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=1, le=MAX_BYTES)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT, strict=True)]
+Name = Annotated[str, Field(min_length=1, max_length=253)]
+ModelName = Annotated[str, Field(min_length=1, max_length=256)]
+Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
+
+
+class _Foreign(BaseModel):
+    """A part of a kind that somebody else owns."""
+
+    model_config = ConfigDict(extra="ignore", alias_generator=to_camel, frozen=True)
+
+
+class _Own(BaseModel):
+    """A part of a kind that is ours."""
+
+    model_config = ConfigDict(extra="forbid", alias_generator=to_camel, frozen=True)
+
+
+class Metadata(_Foreign):
+    """What identifies an object."""
+
+    name: Name
+    namespace: Name = "default"
+    labels: dict[str, str] = {}
+    creation_timestamp: dt.datetime | None = None
+
+
+class _PoolSelector(_Foreign):
+    match_labels: dict[str, str] = Field(min_length=1)
+
+
+class _TargetPort(_Foreign):
+    number: Port
+
+
+class _PoolSpec(_Foreign):
+    selector: _PoolSelector
+    target_ports: tuple[_TargetPort, ...] = Field(min_length=1, max_length=8)
+
+
+class InferencePool(_Foreign):
+    """inference.networking.k8s.io/v1."""
+
+    metadata: Metadata
+    spec: _PoolSpec
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        """The ports on which each member serves."""
+        return tuple(port.number for port in self.spec.target_ports)
+
+
+class _OldPoolSpec(_Foreign):
+    selector: dict[str, str] = Field(min_length=1)
+    target_port_number: Port
+
+
+class InferencePoolV1Alpha2(_Foreign):
+    """inference.networking.x-k8s.io/v1alpha2, before the pool became v1."""
+
+    metadata: Metadata
+    spec: _OldPoolSpec
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        """The port on which each member serves."""
+        return (self.spec.target_port_number,)
+
+
+class _TargetModel(_Foreign):
+    name: Name
+    weight: Annotated[int, Field(ge=1, le=1_000_000, strict=True)] | None = None
+
+
+class _PoolReference(_Foreign):
+    group: str = "inference.networking.x-k8s.io"
+    kind: str = "InferencePool"
+    name: Name
+
+
+class _ModelSpec(_Foreign):
+    model_name: ModelName
+    criticality: Criticality | None = None
+    pool_ref: _PoolReference
+    target_models: tuple[_TargetModel, ...] = Field((), max_length=10)
+
+    @field_validator("target_models")
+    @classmethod
+    def _all_or_none(cls, targets: tuple[_TargetModel, ...]) -> tuple[_TargetModel, ...]:
+        if len({target.weight is None for target in targets}) > 1:
+            raise ValueError("Weights should be set for all models, or none of the models.")
+        return targets
+
+
+class InferenceModel(_Foreign):
+    """inference.networking.x-k8s.io/v1alpha2: a model name, its pool and its criticality."""
+
+    metadata: Metadata
+    spec: _ModelSpec
+
+
+class _Conditions(_Foreign):
+    ready: bool | None = None
+
+
+class _SliceEndpoint(_Foreign):
+    addresses: tuple[str, ...] = Field(min_length=1, max_length=100)
+    conditions: _Conditions = _Conditions()
+    target_ref: dict[str, Any] | None = None
+
+
+class _SlicePort(_Foreign):
+    port: Port | None = None
+
+
+class EndpointSlice(_Foreign):
+    """discovery.k8s.io/v1: the servers of a pool where there are no pods to select.
+
+    The pool is named by the label `forebay.dev/inference-pool`. The slice's ports count; without
+    any, each address serves on the pool's.
+    """
+
+    metadata: Metadata
+    endpoints: tuple[_SliceEndpoint, ...] = ()
+    ports: tuple[_SlicePort, ...] = ()
+
+
+class TargetRef(_Own):
+    """The pool a policy is for, in the policy's own namespace."""
+
+    group: Literal["inference.networking.k8s.io", "inference.networking.x-k8s.io"] = (
+        "inference.networking.k8s.io"
+    )
+    kind: Literal["InferencePool"] = "InferencePool"
+    name: Name
+
+
+class Fairness(_Own):
+    """How the models of a band share it."""
+
+    policy: Literal["FCFS", "RoundRobin"] = "FCFS"
+
+
+class FlowLimits(_Own):
+    """What one model may have waiting in a band; the band's own caps where unset."""
+
+    max_requests: Count | None = None
+    max_bytes: Bytes | None = None
+
+
+class Queue(_Own):
+    """What may wait in a band, and for how long."""
+
+    max_requests: Count = 5000
+    max_bytes: Bytes = 512 << 20
+    ttl: Seconds = 60.0
+    per_flow: FlowLimits = FlowLimits()
+
+
+class Band(_Own):
+    """The queue of one criticality."""
+
+    criticality: Criticality
+    fairness: Fairness = Fairness()
+    ordering: Literal["FCFS"] = "FCFS"
+    queue: Queue = Queue()
+
+
+class ModelPolicy(_Own):
+    """What a policy says of one model name, above what its InferenceModel says."""
+
+    name: ModelName
+    criticality: Criticality
+
+
+class Limits(_Own):
+    """What the whole pool may have waiting, and the largest request body."""
+
+    max_requests: Count = 10_000
+    max_bytes: Bytes = 1 << 30
+    max_body_bytes: Bytes = 8 << 20
+
+
+class Saturation(_Own):
+    """How it is found out how many requests a server takes at once."""
+
+    mode: Literal["Adaptive", "Concurrency"] = "Adaptive"
+    max_concurrency: Count = 100
+    kv_cache_usage_threshold: Annotated[float, Field(gt=0, le=1)] = 0.95
+
+
+class Unmatched(_Own):
+    """What happens to requests that no InferenceModel of the pool is for."""
+
+    action: Literal["Queue", "Reject"] = "Queue"
+    criticality: Criticality = "Standard"
+
+
+class NoEndpoints(_Own):
+    """How long requests wait while the pool has no servers."""
+
+    ttl: Seconds = 60.0
+
+
+class PolicySpec(_Own):
+    """Everything has a default but the pool."""
+
+    target_refs: tuple[TargetRef, ...] = Field(min_length=1, max_length=16)
+    bands: tuple[Band, ...] = Field((), max_length=3)
+    models: tuple[ModelPolicy, ...] = Field((), max_length=1024)
+    limits: Limits = Limits()
+    saturation: Saturation = Saturation()
+    unmatched: Unmatched = Unmatched()
+    no_endpoints: NoEndpoints = NoEndpoints()
+
+    @model_validator(mode="after")
+    def _unique(self) -> PolicySpec:
+        lists: dict[str, list[str]] = {
+            "bands": [band.criticality for band in self.bands],
+            "models": [model.name for model in self.models],
+        }
+        for field, names in lists.items():
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"{field} lists {twice[0]} twice")
+        return self
+
+
+class FlowControlPolicy(_Own):
+    """forebay.dev/v1alpha1: how the queue in front of a pool behaves."""
+
+    api_version: str = "forebay.dev/v1alpha1"
+    kind: str = "FlowControlPolicy"
+    metadata: Metadata
+    spec: PolicySpec
+    status: dict[str, Any] | None = None
+
+
+AnyPool = InferencePool | InferencePoolV1Alpha2
+Resource = AnyPool | InferenceModel | EndpointSlice | FlowControlPolicy
+
+KINDS: dict[tuple[str, str], type[Resource]] = {
+    ("inference.networking.k8s.io/v1", "InferencePool"): InferencePool,
+    ("inference.networking.x-k8s.io/v1alpha2", "InferencePool"): InferencePoolV1Alpha2,
+    ("inference.networking.x-k8s.io/v1alpha2", "InferenceModel"): InferenceModel,
+    ("discovery.k8s.io/v1", "EndpointSlice"): EndpointSlice,
+    ("forebay.dev/v1alpha1", "FlowControlPolicy"): FlowControlPolicy,
+}
+
+
+class ResourceError(ValueError):
+    """An object that is not a valid resource; `problems` are (field path, what is wrong) pairs."""
+
+    def __init__(self, problems: list[tuple[str, str]]) -> None:
+        super().__init__("; ".join(f"{path}: {what}" for path, what in problems))
+        self.problems = problems
+
+
+def parse(manifest: dict[str, Any]) -> Resource | None:
+    """Turn a manifest into its resource.
+
+    Returns:
+        None for a kind that is none of ours to read.
+
+    Raises:
+        ResourceError: with every problem found.
+    """
+    key = (str(manifest.get("apiVersion", "")), str(manifest.get("kind", "")))
+    kind = KINDS.get(key)
+    if kind is None:
+        return None
+    try:
+        return kind.model_validate(manifest)
+    except ValidationError as error:
+        problems = [(_path(detail["loc"]), _problem(kind, detail)) for detail in error.errors()]
+        raise ResourceError(problems) from None
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path.lstrip(".") or "spec"
+
+
+def _problem(kind: type[BaseModel], detail: Any) -> str:
+    value = repr(detail["input"])
+    shown = value if len(value) <= 60 else value[:57] + "..."
+    match detail["type"]:
+        case "extra_forbidden":
+            return f"unknown field; known are {', '.join(_fields(kind, detail['loc'][:-1]))}"
+        case "literal_error":
+            expected = detail["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
+            return f"{shown} is not one of {expected}"
+        case "missing":
+            return "is required"
+        case "value_error":
+            return f"{detail['ctx']['error']}"
+    message = str(detail["msg"])
+    return f"{message[0].lower()}{message[1:]}, is {shown}"
+
+
+def _fields(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Return the field names at a place of a resource, as they are written in YAML."""
+    model: type[BaseModel] = kind
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation: Any = next(
+            field.annotation for field in model.model_fields.values() if field.alias == part
+        )
+        arguments = getattr(annotation, "__args__", ())
+        model = arguments[0] if arguments else annotation
+    return sorted(field.alias or name for name, field in model.model_fields.items())

@@ -1,0 +1,135 @@
+"""adapters/debug.py: /debug/queues for people on the same machine."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+
+from forebay_epp.adapters import debug
+from forebay_epp.adapters.debug import is_loopback
+from forebay_epp.core.terms import (
+    BandSnapshot,
+    ControllerSnapshot,
+    EndpointSnapshot,
+    FlowSnapshot,
+)
+
+STATE = ControllerSnapshot(
+    pool="serving/chat",
+    requests=4,
+    size_bytes=4000,
+    in_flight=8,
+    saturation=1.25,
+    draining=False,
+    bands=(
+        BandSnapshot("Sheddable", -100, 0, 0, 0.0, 0.0, draining=True, flows=()),
+        BandSnapshot(
+            *("Critical", 100, 4, 4000, 0.5, 3.0, False),
+            (FlowSnapshot("chat\ud800", 1, 1000), FlowSnapshot("batch", 3, 3000)),
+        ),
+    ),
+    endpoints=(EndpointSnapshot("10.0.0.1:8000", "pod-1", 8, 0, 8, 0, 8, 1, 0.9, fresh=True),),
+)
+
+
+def client_of(snapshot, remote: str | None = None) -> TestClient:
+    """A client of a server that believes its peer to be `remote`."""
+
+    @web.middleware
+    async def pretend(request, handler):
+        return await handler(request.clone(remote=remote) if remote else request)
+
+    app = web.Application(middlewares=[pretend])
+    app.add_routes(debug.routes(snapshot))
+    return TestClient(TestServer(app))
+
+
+async def snapshot() -> ControllerSnapshot:
+    """The controller's answer."""
+    return STATE
+
+
+async def test_shows_bands_by_priority_with_their_longest_flows_first():
+    """The order is the order of dispatch."""
+    async with client_of(snapshot) as client:
+        response = await client.get("/debug/queues")
+        data = await response.json()
+
+    assert response.status == 200
+    assert [band["band"] for band in data["bands"]] == ["Critical", "Sheddable"]
+    assert data["bands"][0]["flows"] == [
+        {"flow": "batch", "requests": 3, "size_bytes": 3000},
+        {"flow": "chat\ud800", "requests": 1, "size_bytes": 1000},
+    ]
+    assert data["bands"][1]["draining"] is True
+
+
+async def test_shows_endpoints_and_saturation():
+    """Everything that decides whether a request may leave."""
+    async with client_of(snapshot) as client:
+        data = await (await client.get("/debug/queues")).json()
+
+    assert data["saturation"] == 1.25
+    assert data["endpoints"] == [
+        {
+            "address": "10.0.0.1:8000",
+            "name": "pod-1",
+            "in_flight": 8,
+            "foreign": 0,
+            "limit": 8,
+            "free": 0,
+            "running": 8,
+            "waiting": 1,
+            "kv_usage": 0.9,
+            "fresh": True,
+        }
+    ]
+
+
+async def test_other_machines_are_refused():
+    """The answer is an error in JSON, and the controller is not even asked."""
+    asked = []
+
+    async def counted() -> ControllerSnapshot:
+        asked.append(1)
+        return STATE
+
+    async with client_of(counted, remote="10.1.2.3") as client:
+        response = await client.get("/debug/queues", headers={"X-Forwarded-For": "127.0.0.1"})
+        data = await response.json()
+
+    assert response.status == 403
+    assert "loopback" in data["error"]["message"]
+    assert asked == []
+
+
+async def test_a_data_plane_that_does_not_answer_is_an_error(monkeypatch):
+    """The page does not hang with it."""
+    monkeypatch.setattr(debug, "SNAPSHOT_TIMEOUT_SECONDS", 0.05)
+
+    async def never() -> ControllerSnapshot:
+        return await asyncio.get_running_loop().create_future()
+
+    async with client_of(never) as client:
+        response = await client.get("/debug/queues")
+        data = await response.json()
+
+    assert response.status == 503
+    assert "0.05 s" in data["error"]["message"]
+
+
+@pytest.mark.parametrize("peer", ["127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1"])
+def test_loopback_peers(peer):
+    """All ways in which this machine's own address is written."""
+    assert is_loopback(peer)
+
+
+@pytest.mark.parametrize(
+    "peer", [None, "", "10.0.0.1", "0.0.0.0", "::", "::ffff:10.0.0.1", "fe80::1", "localhost", "x"]
+)
+def test_other_peers(peer):
+    """What is not an address at all is not loopback either."""
+    assert not is_loopback(peer)

@@ -1,0 +1,223 @@
+"""codec/metricstext.py: a few numbers out of a page that is not trusted."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forebay_epp.codec.metricstext import MAX_LINE_BYTES, MAX_SERIES, PageMetrics, parse_page
+
+MODEL = 'engine="0",model_name="meta-llama/Llama-3.1-8B-Instruct"'
+UNKNOWN = PageMetrics(None, None, None)
+
+
+def realistic_page(size_bytes: int) -> bytes:
+    """A page as vLLM writes it: the gauges first, then histograms up to the size."""
+    lines = [
+        "# HELP python_gc_objects_collected_total Objects collected during gc",
+        "# TYPE python_gc_objects_collected_total counter",
+        'python_gc_objects_collected_total{generation="0"} 14350.0',
+    ]
+    for name, value in (
+        ("num_requests_running", 3.0),
+        ("num_requests_waiting", 1.0),
+        ("kv_cache_usage_perc", 0.25),
+    ):
+        lines += [
+            f"# HELP vllm:{name} Describes vllm:{name} 9.0",
+            f"# TYPE vllm:{name} gauge",
+            f"vllm:{name}{{{MODEL}}} {value}",
+        ]
+    size = sum(len(line) + 1 for line in lines)
+    number = 0
+    while size < size_bytes:
+        family = f"vllm:request_time_{number // 60}_seconds"
+        bound = number % 60 * 0.05
+        lines.append(f'{family}_bucket{{le="{bound:.2f}",{MODEL}}} {number * 7}.0')
+        size += len(lines[-1]) + 1
+        number += 1
+    return ("\n".join(lines) + "\n").encode()
+
+
+def running(page: bytes) -> int | None:
+    """What the page says of running requests."""
+    return parse_page(page).running
+
+
+def test_reads_the_signals_of_a_realistic_page():
+    """A vLLM page gives whole numbers of running and waiting, and the KV usage."""
+    assert parse_page(realistic_page(300_000)) == PageMetrics(3, 1, 0.25)
+
+
+def test_reads_a_large_page_in_well_under_a_millisecond():
+    """300 kB cost a few hundred microseconds at most; the best of many runs is compared."""
+    page = realistic_page(300_000)
+    best = float("inf")
+    for _ in range(50):
+        started = time.perf_counter()
+        parse_page(page)
+        best = min(best, time.perf_counter() - started)
+
+    assert best < 0.001
+
+
+def test_sums_counts_over_engines_and_takes_the_fullest_cache():
+    """Data-parallel engines share one page."""
+    page = b"""\
+vllm:num_requests_running{engine="0"} 3.0
+vllm:num_requests_running{engine="1"} 4.0
+vllm:num_requests_waiting{engine="0"} 0.0
+vllm:num_requests_waiting{engine="1"} 2.0
+vllm:kv_cache_usage_perc{engine="0"} 0.9
+vllm:kv_cache_usage_perc{engine="1"} 0.1
+"""
+
+    assert parse_page(page) == PageMetrics(7, 2, 0.9)
+
+
+def test_reads_the_old_name_of_the_cache_usage():
+    """Until the end of 2025 vLLM called it gpu_cache_usage_perc."""
+    assert parse_page(b"vllm:gpu_cache_usage_perc 0.5\n").kv_usage == 0.5
+
+
+def test_prefers_the_new_name_of_the_cache_usage():
+    """A page with both names counts once."""
+    page = b"vllm:gpu_cache_usage_perc 0.9\nvllm:kv_cache_usage_perc 0.5\n"
+
+    assert parse_page(page).kv_usage == 0.5
+
+
+def test_reads_sglang():
+    """SGLang has other names for the same."""
+    page = b'sglang:num_running_reqs{a="b"} 5\nsglang:num_queue_reqs 1\nsglang:token_usage 0.3\n'
+
+    assert parse_page(page) == PageMetrics(5, 1, 0.3)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"vllm:num_requests_running 3",
+        b"vllm:num_requests_running 3.0\r\n",
+        b"vllm:num_requests_running\t3.0 \n",
+        b"vllm:num_requests_running 3e0\n",
+        b"vllm:num_requests_running 3.0 1790000000000\n",
+        b"vllm:num_requests_running {} 3.0 -5\n",
+        b'vllm:num_requests_running{a="} 9",} 3.0\n',
+        b'vllm:num_requests_running{a="\\"} 9",b="\\\\"} 3.0 1790000000000\n',
+        b'vllm:num_requests_running{a=" { x=1 } 7 ",b="\xff"} 3.0\n',
+        b"# HELP vllm:num_requests_running 9\nvllm:num_requests_running 3.0\n",
+        b"# HELP x\\n\n# TYPE vllm:num_requests_running gauge\r\nvllm:num_requests_running 3.0\r\n",
+        b"vllm:num_requests_running_total 9.0\nvllm:num_requests_running 3.0\n",
+        b"vllm:num_requests_running 3.0\nvllm:num_requests_running_total 9.0\n",
+        b'x{a="vllm:num_requests_running 9"} 1\nvllm:num_requests_running 3.0\n',
+    ],
+)
+def test_reads_every_form_a_sample_may_have(line):
+    """Blanks, timestamps, odd labels, comments and longer names do not disturb."""
+    assert running(line) == 3
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(b"NaN", b"nan", b"Inf", b"+Inf", b"-Inf", b"inf", b"-1", b"-1.0", b"1e308", b"1e999"),
+        *(b"2.5", b"1_0", b"0x10", b"1.2.3", b"1e", b".", b"", b"three", b"3 4 5", b"3 x", b"3,0"),
+        *(b"\xc2\xb2", b"{", b"3}", b'{a="b} 3', b"1000001"),
+    ],
+)
+def test_a_value_that_cannot_be_true_is_unknown(value):
+    """It is not taken for idle, and does not hide what the page says of the rest."""
+    page = b"vllm:num_requests_running " + value + b"\nvllm:num_requests_waiting 2\n"
+
+    assert parse_page(page) == PageMetrics(None, 2, None)
+
+
+def test_one_bad_engine_makes_the_signal_unknown():
+    """A sum without one of its parts would be too low."""
+    page = b'vllm:num_requests_running{e="0"} 3\nvllm:num_requests_running{e="1"} NaN\n'
+
+    assert running(page) is None
+
+
+@pytest.mark.parametrize("value", [b"-0.1", b"1.5", b"55", b"NaN"])
+def test_a_cache_usage_outside_0_to_1_is_unknown(value):
+    """Some servers write percent where a fraction is due."""
+    assert parse_page(b"vllm:kv_cache_usage_perc " + value).kv_usage is None
+
+
+def test_an_invalid_new_name_is_not_replaced_by_the_old_one():
+    """The newest name a page has is the one that counts, also when it says nothing."""
+    page = b"vllm:kv_cache_usage_perc NaN\nvllm:gpu_cache_usage_perc 0.0\n"
+
+    assert parse_page(page).kv_usage is None
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        b"",
+        b"\n\n\n",
+        b"<!DOCTYPE html><html><body>vllm:num_requests_running 3</body></html>",
+        b"\x1f\x8b\x08\x00" + bytes(range(256)) * 50,
+        b"vllm:num_requests_running",
+        b"vllm:num_requests_running\n3",
+        b"\xff\xfev\x00l\x00l\x00m\x00",
+    ],
+)
+def test_a_page_without_signals_is_unknown(page):
+    """HTML, compressed data and fragments say nothing."""
+    assert parse_page(page) == UNKNOWN
+
+
+def test_too_many_series_are_unknown():
+    """Ten thousand engines in one server are a label bomb."""
+    line = b'vllm:num_requests_running{engine="%d"} 1\n'
+    page = b"".join(line % number for number in range(MAX_SERIES + 1))
+
+    assert running(page) is None
+    assert running(page[: page.rindex(b"vllm")]) == MAX_SERIES
+
+
+def test_a_line_without_end_is_unknown():
+    """An endless line is not searched to its end: the search holds the interpreter's lock."""
+    labels = b'{a="' + b"x" * MAX_LINE_BYTES + b'"}'
+
+    assert running(b"vllm:num_requests_running" + labels + b" 3\n") is None
+    assert running(b"vllm:num_requests_running" + labels[: MAX_LINE_BYTES // 2] + b'"} 3\n') == 3
+
+
+PIECES = st.sampled_from(
+    [
+        *(b"vllm:num_requests_running", b"vllm:num_requests_waiting", b"vllm:kv_cache_usage_perc"),
+        *(b"{", b"}", b'"', b"\\", b" ", b"\n", b"\r", b"#", b"=", b",", b"1", b"1e9", b"NaN"),
+    ]
+)
+
+
+@given(st.lists(PIECES | st.binary(max_size=8), max_size=60).map(b"".join))
+def test_never_raises_and_never_believes_nonsense(page):
+    """Whatever the bytes, each signal is unknown or within its bounds."""
+    metrics = parse_page(page)
+
+    assert metrics.running is None or 0 <= metrics.running <= 1_000_000 * MAX_SERIES
+    assert metrics.waiting is None or 0 <= metrics.waiting <= 1_000_000 * MAX_SERIES
+    assert metrics.kv_usage is None or 0 <= metrics.kv_usage <= 1
+
+
+@given(
+    st.lists(st.integers(0, 5000), min_size=1, max_size=5),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
+)
+def test_any_label_value_leaves_the_sum_right(counts, text):
+    """Labels are escaped as the format says and then cannot be mistaken for values."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    page = "".join(
+        f'vllm:num_requests_running{{engine="{number}",m="{escaped}"}} {count}.0\n'
+        for number, count in enumerate(counts)
+    )
+
+    assert running(page.encode()) == sum(counts)

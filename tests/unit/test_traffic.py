@@ -1,0 +1,159 @@
+"""traffic.py: counters of the data-plane loop."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forebay_epp.core.terms import Outcome
+from forebay_epp.traffic import (
+    MAX_LABEL_LENGTH,
+    MAX_MODEL_LABELS,
+    NO_STATUS,
+    OTHER_MODEL,
+    SECONDS_BUCKETS,
+    Histogram,
+    ModelLabels,
+    Traffic,
+)
+
+
+@given(st.lists(st.floats(0, 100)))
+def test_a_value_counts_under_the_least_bound_that_holds_it(values):
+    """Bounds are inclusive, and every value is in exactly one count."""
+    histogram = Histogram()
+    for value in values:
+        histogram.add(value)
+
+    assert sum(histogram.counts) == len(values)
+    for number, bound in enumerate(SECONDS_BUCKETS):
+        assert sum(histogram.counts[: number + 1]) == sum(value <= bound for value in values)
+
+
+def test_counts_outcomes_by_band_model_and_outcome():
+    """Each combination has its own count."""
+    traffic = Traffic()
+    traffic.decided("Critical", "chat", Outcome.DISPATCHED, 0.5)
+    traffic.decided("Critical", "chat", Outcome.DISPATCHED, 0.5)
+    traffic.decided("Sheddable", "chat", Outcome.EVICTED_TTL, 10.0)
+
+    assert traffic.outcomes == {
+        ("Critical", "chat", Outcome.DISPATCHED): 2,
+        ("Sheddable", "chat", Outcome.EVICTED_TTL): 1,
+    }
+    assert traffic.waits["Critical"].total == 1.0
+
+
+@pytest.mark.parametrize("outcome", Outcome)
+def test_only_requests_that_were_queued_have_waited(outcome):
+    """What is rejected before it is queued would make the queue look fast."""
+    traffic = Traffic()
+    traffic.decided("Standard", "chat", outcome, 0.0)
+
+    assert bool(traffic.waits) == (not outcome.startswith("Rejected"))
+
+
+def test_models_beyond_the_cap_share_a_label():
+    """Clients choose model names, so they cannot each have a series."""
+    traffic = Traffic()
+    for number in range(10 * MAX_MODEL_LABELS):
+        traffic.decided("Standard", f"m{number}", Outcome.DISPATCHED, 0.0)
+        traffic.completed("Standard", f"m{number}", 200, 1.0, 1, 1)
+
+    labels = {model for _, model, _ in traffic.outcomes}
+    assert labels == {f"m{number}" for number in range(MAX_MODEL_LABELS)} | {OTHER_MODEL}
+    assert traffic.prompt_tokens[OTHER_MODEL] == 9 * MAX_MODEL_LABELS
+    assert len(traffic.completion_tokens) == MAX_MODEL_LABELS + 1
+
+
+def test_a_model_that_nobody_serves_gets_no_label():
+    """Otherwise made-up names would take the labels of real ones."""
+    traffic = Traffic()
+    traffic.decided("Standard", "real", Outcome.DISPATCHED, 0.0)
+    traffic.decided("Standard", "real", Outcome.REJECTED_UNKNOWN_MODEL, 0.0)
+    traffic.decided("Standard", "made-up", Outcome.REJECTED_UNKNOWN_MODEL, 0.0)
+
+    assert {model for _, model, _ in traffic.outcomes} == {"real", OTHER_MODEL}
+
+
+def test_a_request_without_a_model_takes_no_label():
+    """Its label is empty, and never runs out."""
+    labels = ModelLabels()
+    for number in range(2 * MAX_MODEL_LABELS):
+        labels.label(f"m{number}")
+
+    assert labels.label("") == ""
+
+
+@given(st.text(st.characters(), max_size=3 * MAX_LABEL_LENGTH))
+def test_a_label_is_short_and_valid_utf_8(model):
+    """Lone surrogates and long names do not reach the page; the same name has one label."""
+    labels = ModelLabels()
+    label = labels.label(model)
+
+    assert len(label.encode().decode()) <= MAX_LABEL_LENGTH
+    assert labels.label(model) == label
+
+
+def test_long_names_do_not_take_a_second_label():
+    """Names that differ only behind the cut are one model."""
+    labels = ModelLabels()
+    for number in range(2 * MAX_MODEL_LABELS):
+        labels.label("x" * MAX_LABEL_LENGTH + str(number))
+
+    assert labels.label("another") == "another"
+
+
+@pytest.mark.parametrize(
+    ("status", "status_class"),
+    [
+        (200, "2xx"),
+        (404, "4xx"),
+        (599, "5xx"),
+        (0, NO_STATUS),
+        (99, NO_STATUS),
+        (600, NO_STATUS),
+        (-1, NO_STATUS),
+    ],
+)
+def test_counts_answers_by_class_of_status(status, status_class):
+    """A status that is none has a class of its own."""
+    traffic = Traffic()
+    traffic.completed("Standard", "chat", status, 1.0, 0, 0)
+
+    assert traffic.responses == {status_class: 1}
+
+
+@pytest.mark.parametrize("tokens", [-1, 0, 10**9, 10**400])
+def test_token_counts_that_cannot_be_are_not_counted(tokens):
+    """They come from the model server, and a counter never goes down."""
+    traffic = Traffic()
+    traffic.completed("Standard", "chat", 200, 1.0, tokens, tokens)
+
+    assert traffic.prompt_tokens == {}
+    assert traffic.completion_tokens == {}
+
+
+def test_the_worst_stall_is_told_once():
+    """It is the worst since it was last asked for."""
+    traffic = Traffic()
+    for seconds in (0.001, 0.2, 0.01):
+        traffic.stalled(seconds)
+
+    assert traffic.take_worst_stall() == 0.2
+    assert traffic.take_worst_stall() == 0.0
+    assert sum(traffic.stalls.counts) == 3
+
+
+def test_streams_open_are_those_opened_and_not_closed():
+    """Refused streams were opened too."""
+    traffic = Traffic()
+    traffic.stream_opened()
+    traffic.stream_opened()
+    traffic.stream_refused()
+    traffic.stream_closed()
+
+    assert traffic.streams_open == 1
+    assert traffic.streams_opened == 2
+    assert traffic.streams_refused == 1
