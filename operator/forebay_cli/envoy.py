@@ -18,8 +18,10 @@ MAX_REQUESTS = 40_000
 # A queue's TTL must end a wait, never the proxy. In full duplex this timer is not armed.
 MESSAGE_TIMEOUT = "3600s"
 
-# Also the size of the pieces in which bodies reach the endpoint picker.
+# Also the size of the pieces in which bodies reach the endpoint picker. A proxy that buffers has to
+# hold a whole body instead, or it answers 413 by itself.
 BUFFER_BYTES = 32_768
+WHOLE_BODY_BYTES = 64 << 20
 
 _TYPE = "type.googleapis.com/envoy."
 
@@ -116,7 +118,13 @@ def bootstrap(
         "original_dst_lb_config": {"use_http_header": True, "http_header_name": DESTINATION},
         "circuit_breakers": _breakers(),
     }
-    return _envoy(ports, filters, [model_servers, _epp_cluster(ports, secure=secure)])
+    whole = "BUFFERED" in (request_body_mode, response_body_mode)
+    return _envoy(
+        ports,
+        filters,
+        [model_servers, _epp_cluster(ports, secure=secure)],
+        WHOLE_BODY_BYTES if whole else BUFFER_BYTES,
+    )
 
 
 def direct(ports: Ports, endpoints: tuple[str, ...]) -> dict[str, Any]:
@@ -217,7 +225,10 @@ def _epp_cluster(ports: Ports, *, secure: bool) -> dict[str, Any]:
 
 
 def _envoy(
-    ports: Ports, filters: list[dict[str, Any]], clusters: list[dict[str, Any]]
+    ports: Ports,
+    filters: list[dict[str, Any]],
+    clusters: list[dict[str, Any]],
+    buffer_bytes: int = BUFFER_BYTES,
 ) -> dict[str, Any]:
     connection_manager = {
         "@type": f"{_TYPE}extensions.filters.network.http_connection_manager.v3."
@@ -259,7 +270,7 @@ def _envoy(
                 {
                     "name": "inference",
                     "address": _socket(ports.address, ports.http),
-                    "per_connection_buffer_limit_bytes": BUFFER_BYTES,
+                    "per_connection_buffer_limit_bytes": buffer_bytes,
                     "filter_chains": [
                         {
                             "filters": [

@@ -75,7 +75,7 @@ class Event(Enum):
     """The request was refused by the codec itself, as `refusal` says; it was never submitted."""
 
     ABANDONED = auto()
-    """The queued request needs no decision any more; cancel it."""
+    """The request needs no decision any more; cancel it if it was submitted."""
 
     FIRST_CHUNK = auto()
     """The answer has begun."""
@@ -581,7 +581,8 @@ class ExtProcStream:
         return self._finish() if headers.end_of_stream else None
 
     def _on_local_reply(self, message: pb.ProcessingRequest) -> Event | None:
-        """The proxy answers a queued request itself (a timeout of its own): let it."""
+        """The proxy answers the request itself (a timeout, a limit of its own): let it."""
+        self._chunks = []
         self._body = None
         self.state = State.RESPONSE
         self._on_response_headers(message)
@@ -692,6 +693,7 @@ _HANDLERS: dict[
     (State.BODY, "request_trailers"): ExtProcStream._on_trailers,  # noqa: SLF001
     (State.QUEUED, "request_body"): ExtProcStream._on_late_body,  # noqa: SLF001
     (State.QUEUED, "request_trailers"): ExtProcStream._on_late_trailers,  # noqa: SLF001
+    (State.BODY, "response_headers"): ExtProcStream._on_local_reply,  # noqa: SLF001
     (State.QUEUED, "response_headers"): ExtProcStream._on_local_reply,  # noqa: SLF001
     (State.RESPONSE, "request_body"): ExtProcStream._on_late_body,  # noqa: SLF001
     (State.RESPONSE, "request_trailers"): ExtProcStream._on_late_trailers,  # noqa: SLF001

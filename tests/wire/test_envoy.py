@@ -1,0 +1,292 @@
+"""A picker behind real Envoy: what clients and model servers see."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+from envoy_process import Envoy, ModelServer
+from ext_proc_peer import Picker, until
+
+from forebay_epp.core.plan import (
+    DEFAULT_BANDS,
+    LimitsPlan,
+    ModelPlan,
+    Plan,
+    SaturationMode,
+    SaturationPlan,
+)
+
+MODES = {
+    "duplex": {},
+    "buffered": {"request_body_mode": "BUFFERED", "response_body_mode": "BUFFERED"},
+    "buffered-none": {"request_body_mode": "BUFFERED", "response_body_mode": "NONE"},
+    "streamed": {"request_body_mode": "STREAMED", "response_body_mode": "STREAMED"},
+}
+PLAN = Plan(
+    bands=tuple(replace(band, ttl_seconds=20.0) for band in DEFAULT_BANDS),
+    models=(
+        ModelPlan("chat", "Critical"),
+        ModelPlan("alias", "Standard", (("a-longer-target-name", 1),)),
+    ),
+    limits=LimitsPlan(max_body_bytes=2 << 20),
+    saturation=SaturationPlan(SaturationMode.CONCURRENCY, max_concurrency=1),
+)
+
+
+class Stack:
+    """Model server, picker and an Envoy per body mode."""
+
+    def __init__(self, folder, transport: str) -> None:
+        self.server = ModelServer()
+        self.picker = Picker(
+            transport, plan=PLAN, endpoints=(self.server.address,), max_streams=10_000
+        )
+        self._folder = folder
+        self._envoys: dict[str, Envoy] = {}
+
+    def envoy(self, mode: str = "duplex", **options) -> Envoy:
+        name = f"{mode}{options}"
+        if name not in self._envoys:
+            self._envoys[name] = Envoy(
+                self._folder, self.picker.transport.port, **MODES[mode], **options
+            )
+        return self._envoys[name]
+
+    def stop(self) -> None:
+        for envoy in self._envoys.values():
+            envoy.stop()
+        self.picker.stop()
+        self.server.stop()
+
+
+@pytest.fixture(scope="module", params=["aio", "completion-queue"])
+def module_stack(request, tmp_path_factory):
+    stack = Stack(tmp_path_factory.mktemp("envoy"), request.param)
+    yield stack
+    stack.stop()
+
+
+@pytest.fixture
+def stack(module_stack):
+    """The stack, idle and with nothing seen."""
+    module_stack.server.seen.clear()
+    module_stack.server.hold.set()
+    yield module_stack
+    module_stack.server.hold.set()
+    until(lambda: module_stack.picker.snapshot().in_flight == 0)
+    until(lambda: module_stack.picker.snapshot().requests == 0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_request_reaches_the_chosen_server_unchanged(stack, mode):
+    """Every body mode of the proxy: bytes in, the same bytes at the server, the answer back."""
+    body = json.dumps({"model": "chat", "prompt": "ä" * 100_000}, ensure_ascii=False)
+
+    status, _, answer = stack.envoy(mode).request(body.encode())
+
+    assert (status, json.loads(answer)["usage"]["completion_tokens"]) == (200, 4)
+    assert [seen["body"] for seen in stack.server.seen] == [body]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_bodiless_request_is_routed_too(stack, mode):
+    """GET /v1/models takes the queue like all others."""
+    status, _, _ = stack.envoy(mode).request(None, path="/v1/models")
+
+    assert (status, stack.server.seen[0]["path"]) == (200, "/v1/models")
+
+
+@pytest.mark.parametrize("mode", ["duplex", "buffered", "streamed"])
+def test_an_event_stream_passes(stack, mode):
+    """All events arrive, in order."""
+    body = json.dumps({"model": "chat", "stream": True})
+
+    status, headers, answer = stack.envoy(mode).request(body)
+
+    assert (status, headers["content-type"]) == (200, "text/event-stream")
+    assert answer.endswith(b"data: [DONE]\n\n")
+    assert answer.count(b"data: ") == 4
+
+
+@pytest.mark.parametrize("mode", ["duplex", "buffered"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_target_model_is_sent_and_the_clients_name_comes_back(stack, mode, stream):
+    """The body is rewritten with its length, and the answer names what the client asked for."""
+    status, _, answer = stack.envoy(mode).request(
+        json.dumps({"model": "alias", "prompt": "x", "stream": stream})
+    )
+
+    sent = json.loads(stack.server.seen[0]["body"])
+    assert (status, sent) == (
+        200,
+        {"model": "a-longer-target-name", "prompt": "x", "stream": stream},
+    )
+    assert b'"alias"' in answer
+    assert b"a-longer-target-name" not in answer
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_forged_destination_is_not_obeyed(stack, mode):
+    """A client cannot choose the server, not even by naming one that exists."""
+    elsewhere = ModelServer()
+    try:
+        status, _, _ = stack.envoy(mode).request(
+            '{"model":"chat"}', **{"x-gateway-destination-endpoint": elsewhere.address}
+        )
+    finally:
+        elsewhere.stop()
+
+    assert (status, len(stack.server.seen), elsewhere.seen) == (200, 1, [])
+
+
+@pytest.mark.parametrize("mode", ["duplex", "buffered"])
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 400),
+        (b"{", 400),
+        (b"[]", 400),
+        (b'{"prompt":"x"}', 400),
+        (b'{"model":1}', 400),
+        (b'{"model":"a","x":NaN}', 400),
+        (b'{"model":"a\x00b"}', 400),
+        (b'{"model":"\\ud800"}', 400),
+        (b'{"model":"a","x":"\xff"}', 400),
+        (b'{"model":"' + b"m" * (1 << 20) + b'"}', 400),
+        (b'{"model":"a","x":' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400),
+        (b'{"model":"a","x":"' + b"x" * (3 << 20) + b'"}', 413),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_a_body_that_cannot_be_read_is_refused(stack, mode, body, status):
+    """OpenAI's error with the right status; the server never sees the request."""
+    got, headers, answer = stack.envoy(mode).request(body)
+
+    assert (got, headers["content-type"]) == (status, "application/json")
+    error = json.loads(answer)["error"]
+    assert headers["x-forebay-outcome"] == error["code"]
+    assert error["type"] == "invalid_request_error"
+    assert stack.server.seen == []
+
+
+def test_a_compressed_body_is_refused_with_415(stack):
+    """It cannot be classified and is never inflated."""
+    status, _, answer = stack.envoy().request(b"\x1f\x8b", **{"content-encoding": "gzip"})
+
+    assert (status, "gzip" in json.loads(answer)["error"]["message"]) == (415, True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_request_waits_for_a_slot_and_then_runs(stack, mode):
+    """With one slot taken the second request is queued, unseen by the server."""
+    stack.server.hold.clear()
+    answers = []
+    threads = [
+        threading.Thread(
+            target=lambda: answers.append(stack.envoy(mode).request('{"model":"chat"}')[0])
+        )
+        for _ in range(2)
+    ]
+    stack.envoy(mode)
+    for thread in threads:
+        thread.start()
+    until(lambda: stack.picker.snapshot().requests == 1)
+    until(lambda: len(stack.server.seen) == 1)
+
+    stack.server.hold.set()
+    for thread in threads:
+        thread.join(20)
+
+    assert (answers, len(stack.server.seen)) == ([200, 200], 2)
+
+
+def test_a_buffering_proxy_is_asked_for_patience(stack):
+    """Its message timeout of 0.3 s runs while the request waits; the picker extends it."""
+    envoy = stack.envoy("buffered", message_timeout="0.3s")
+    stack.server.hold.clear()
+    answers = []
+    first, second = (
+        threading.Thread(target=lambda: answers.append(envoy.request('{"model":"chat"}')[0]))
+        for _ in range(2)
+    )
+    first.start()
+    until(lambda: len(stack.server.seen) == 1)
+    second.start()
+    until(lambda: stack.picker.snapshot().requests == 1)
+    waited_until = time.monotonic() + 0.6
+    until(lambda: time.monotonic() > waited_until)
+
+    stack.server.hold.set()
+    first.join(20)
+    second.join(20)
+
+    assert answers == [200, 200]
+
+
+def test_a_client_that_leaves_while_queued_is_forgotten(stack):
+    """Its request never reaches a server."""
+    stack.server.hold.clear()
+    first = threading.Thread(target=stack.envoy().request, args=('{"model":"chat"}',))
+    first.start()
+    until(lambda: len(stack.server.seen) == 1)
+    leaving = stack.envoy().connect()
+    leaving.request("POST", "/v1/completions", '{"model":"chat"}')
+    until(lambda: stack.picker.snapshot().requests == 1)
+
+    leaving.close()
+
+    until(lambda: stack.picker.snapshot().requests == 0)
+    stack.server.hold.set()
+    first.join(20)
+    assert len(stack.server.seen) == 1
+
+
+def test_a_client_that_leaves_while_answered_frees_its_slot(stack):
+    """The next request gets the slot although the server has not finished."""
+    stack.server.hold.clear()
+    leaving = stack.envoy().connect()
+    leaving.request("POST", "/v1/completions", '{"model":"chat"}')
+    until(lambda: stack.picker.snapshot().in_flight == 1)
+
+    leaving.close()
+
+    until(lambda: stack.picker.snapshot().in_flight == 0)
+
+
+def test_a_subset_hint_that_matches_nothing_is_refused(stack):
+    """The gateway allows only servers that are not in the pool: 503, not a wrong server."""
+    status, headers, _ = stack.envoy(subset=("10.9.9.9:1",)).request('{"model":"chat"}')
+
+    assert (status, headers["x-forebay-outcome"]) == (503, "RejectedNoEndpoints")
+
+
+def test_a_subset_hint_that_matches_is_obeyed(stack):
+    """The hint names the pool's server and a stranger."""
+    envoy = stack.envoy(subset=(stack.server.address, "10.9.9.9:1"))
+
+    assert envoy.request('{"model":"chat"}')[0] == 200
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_concurrent_requests_of_all_kinds_leave_nothing_behind(stack, mode):
+    """A burst through few slots: all answered, every slot and place free afterwards."""
+    envoy = stack.envoy(mode)
+    answers = []
+
+    def client() -> None:
+        for _ in range(5):
+            answers.append(envoy.request('{"model":"chat","stream":true}')[0])
+            answers.append(envoy.request(None, path="/v1/models")[0])
+
+    threads = [threading.Thread(target=client) for _ in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+    assert answers == [200] * 100
+    assert envoy.stat("http.inference.ext_proc.streams_failed") == 0
