@@ -9,10 +9,12 @@ import json
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from forebay_sim.engine import Usage
+
+_T = TypeVar("_T")
 
 CHARACTERS_PER_TOKEN = 4
 DEFAULT_MAX_TOKENS = 50
@@ -171,7 +173,7 @@ def _usage(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _optional[T](fields: dict[str, Any], name: str, kind: type[T], default: T) -> T:
+def _optional(fields: dict[str, Any], name: str, kind: type[_T], default: _T) -> _T:
     value = fields.get(name)
     if value is None:
         return default

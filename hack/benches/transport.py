@@ -109,7 +109,7 @@ class Bench:
             picker = self.start(sys.executable, HERE / "bare_aio.py", self._grpc, address)
         else:
             plan = self._folder / "plan.json"
-            plan.write_text(json.dumps(_snapshot(address)))
+            plan.write_text(json.dumps(snapshot(address)))
             picker = self.start(
                 *(sys.executable, "-m", "forebay_epp", "--plan-file", plan),
                 *("--transport", name.replace("_", "-"), "--secure-serving=false"),
@@ -202,7 +202,8 @@ class Bench:
         return sum(await asyncio.gather(*(client() for _ in range(SSE_STREAMS))))
 
 
-def _snapshot(address: str) -> dict[str, Any]:
+def snapshot(address: str, slots: int = 100_000) -> dict[str, Any]:
+    """Return the plan of one endpoint with so many slots, as the plan file has it."""
     many = {"maxRequests": 100_000, "maxBytes": 1 << 30}
     return {
         "plan": {
@@ -223,7 +224,7 @@ def _snapshot(address: str) -> dict[str, Any]:
             "limits": {**many, "maxBodyBytes": 1 << 20},
             "saturation": {
                 "mode": "Concurrency",
-                "maxConcurrency": 100_000,
+                "maxConcurrency": slots,
                 "kvCacheUsageThreshold": 1,
             },
             "unmatched": {"action": "Queue", "band": "Standard"},

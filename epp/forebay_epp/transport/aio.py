@@ -39,6 +39,9 @@ class AioTransport:
         server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),
+                # As in completion_queue.py: a burst must not be dropped unanswered.
+                ("grpc.server.max_pending_requests", (1 << 31) - 1),
+                ("grpc.server.max_pending_requests_hard_limit", (1 << 31) - 1),
                 ("grpc.max_receive_message_length", max_message_bytes),
             ]
         )

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from forebay_epp.loop import FlowLoop
 
 _EMPTY_FLAGS = 0
+_UNLIMITED = (1 << 31) - 1
 _SHUTDOWN = "shutdown"
 _CALL = "call"
 
@@ -66,7 +67,11 @@ class CompletionQueueTransport:
         options = (
             (b"grpc.so_reuseport", 0),
             (b"grpc.max_receive_message_length", max_message_bytes),
-            (b"grpc.max_concurrent_streams", (1 << 31) - 1),
+            (b"grpc.max_concurrent_streams", _UNLIMITED),
+            # The core drops streams at random when 1,000 are not yet accepted, which a burst
+            # reaches; the loop has a cap that answers.
+            (b"grpc.server.max_pending_requests", _UNLIMITED),
+            (b"grpc.server.max_pending_requests_hard_limit", _UNLIMITED),
         )
         self._server = cygrpc.Server(options, False)  # no xDS
         self._server.register_completion_queue(self._queue)

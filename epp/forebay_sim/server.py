@@ -1,0 +1,348 @@
+"""A vLLM-compatible HTTP server on a simulated engine, in real time.
+
+One task drives the engine and writes each step's tokens straight to the clients' connections; a
+handler per request waits for the end. Bodies and chunks are openai.py's business, time inside the
+batch engine.py's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from forebay_sim import openai
+from forebay_sim.engine import (
+    Engine,
+    EngineRequest,
+    EngineSettings,
+    Finished,
+    FirstToken,
+    QueueFullError,
+    TokensProduced,
+    TooLongError,
+)
+from forebay_sim.metricspage import MetricsPage
+
+if TYPE_CHECKING:
+    from forebay_sim.engine import Event, Usage
+
+MAX_BODY_BYTES = 64 << 20
+MAX_REMEMBERED_IDS = 50_000
+ANY_MODEL = "*"
+METRICS_MODES = ("normal", "fake", "hang", "error")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """What the server pretends to be.
+
+    Attributes:
+        models: names it serves; "*" serves every name.
+        loras: LoRA adapters it can load; each is a model name too.
+        engine: the simulated hardware.
+        old_metric_names: as vLLM before the end of 2025.
+    """
+
+    models: tuple[str, ...] = (ANY_MODEL,)
+    loras: tuple[str, ...] = ()
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    old_metric_names: bool = False
+
+
+class _Call:
+    """A request in the engine, and where its tokens go."""
+
+    __slots__ = (
+        "done",
+        "events",
+        "first_at",
+        "format",
+        "max_tokens",
+        "started_at",
+        "tokens",
+        "transport",
+    )
+
+    def __init__(self, answer: openai.AnswerFormat, max_tokens: int, now: float) -> None:
+        self.format = answer
+        self.max_tokens = max_tokens
+        self.started_at = now
+        self.first_at: float | None = None
+        self.tokens = 0
+        self.transport: asyncio.Transport | None = None
+        self.events: tuple[bytes, ...] = ()
+        self.done: asyncio.Future[Usage] = asyncio.get_running_loop().create_future()
+
+    def stream_to(self, transport: asyncio.Transport) -> None:
+        """Write tokens there from now on, and those that have come before."""
+        self.transport = transport
+        self.events = tuple(_chunk(event) for event in self.format.token_events())
+        produced, self.tokens = self.tokens, 0
+        for _ in range(produced):
+            self.token()
+
+    def token(self) -> None:
+        """Pass on one more token. The last one goes out with the end of the answer."""
+        number = self.tokens
+        self.tokens += 1
+        if self.transport is None:
+            return
+        opening = self.format.opening() if number == 0 else b""
+        if opening:
+            self.transport.write(_chunk(opening))
+        if self.tokens < self.max_tokens:
+            self.transport.write(self.events[number % len(self.events)])
+
+
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+class SimulatedServer:
+    """One simulated model server; `app` is what to serve."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._settings = settings
+        self._engine = Engine(settings.engine)
+        self._page = MetricsPage(
+            self._engine,
+            settings.models[0],
+            loras=bool(settings.loras),
+            old_names=settings.old_metric_names,
+        )
+        self._calls: dict[int, _Call] = {}
+        self._next_id = 0
+        self._news = asyncio.Event()
+        self._seen: OrderedDict[str, int] = OrderedDict()
+        self._requests = 0
+        self._metrics: dict[str, Any] = {"mode": "normal"}
+        self.port = 0
+
+    def app(self) -> web.Application:
+        """Return the routes."""
+        app = web.Application(client_max_size=MAX_BODY_BYTES)
+        app.add_routes(
+            [
+                web.post("/v1/chat/completions", self._chat),
+                web.post("/v1/completions", self._complete),
+                web.get("/v1/models", self._models),
+                web.get("/health", self._health),
+                web.get("/metrics", self._show_metrics),
+                web.post("/admin/config", self._configure),
+                web.get("/admin/requests", self._show_requests),
+            ]
+        )
+        app.cleanup_ctx.append(self._driving)
+        return app
+
+    async def _driving(self, _: web.Application) -> Any:
+        driver = asyncio.create_task(self._drive())
+        yield
+        driver.cancel()
+        with suppress(asyncio.CancelledError):
+            await driver
+
+    # --- the engine in real time
+
+    async def _drive(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            self._news.clear()
+            for event in self._engine.advance(loop.time()):
+                self._apply(event)
+            wakeup = self._engine.next_wakeup()
+            if wakeup is None:
+                await self._news.wait()
+                continue
+            timer = loop.call_at(wakeup, self._news.set)
+            await self._news.wait()
+            timer.cancel()
+
+    def _apply(self, event: Event) -> None:
+        calls = self._calls
+        match event:
+            case TokensProduced(_, request_ids):
+                for request_id in request_ids:
+                    call = calls.get(request_id)
+                    if call is not None:
+                        call.token()
+            case FirstToken(at, request_id):
+                call = calls.get(request_id)
+                if call is not None:
+                    call.first_at = at
+                    self._page.first_token.add(at - call.started_at)
+                    call.token()
+            case Finished(at, request_id, usage):
+                call = calls.pop(request_id, None)
+                if call is not None:
+                    self._page.end_to_end.add(at - call.started_at)
+                    if not call.done.done():
+                        call.done.set_result(usage)
+
+    # --- requests
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._answer(request, chat=True)
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        return await self._answer(request, chat=False)
+
+    async def _answer(self, request: web.Request, *, chat: bool) -> web.StreamResponse:
+        self._remember(request.headers.get("x-request-id", ""))
+        try:
+            asked = openai.parse_request(await request.read(), chat=chat)
+        except openai.BadRequestError as error:
+            return self._error(400, str(error), "BadRequestError", error.param)
+        if not self._serves(asked.model):
+            message = f"The model `{asked.model[:100]}` does not exist."
+            return self._error(404, message, "NotFoundError", "model")
+        now = asyncio.get_running_loop().time()
+        self._next_id += 1
+        request_id = self._next_id
+        model = asked.model or self._settings.models[0]
+        answer = openai.AnswerFormat(asked, f"{request_id:x}", model, int(time.time()))
+        adapter = asked.model if asked.model in self._settings.loras else ""
+        block_size = self._settings.engine.block_size_tokens
+        call = self._calls[request_id] = _Call(answer, asked.max_tokens, now)
+        try:
+            self._engine.submit(
+                EngineRequest(
+                    request_id,
+                    asked.prompt_tokens,
+                    asked.max_tokens,
+                    openai.block_hashes(asked.prompt, block_size, adapter),
+                    adapter,
+                ),
+                now,
+            )
+        except (QueueFullError, TooLongError) as error:
+            del self._calls[request_id]
+            if isinstance(error, QueueFullError):
+                return self._error(429, str(error), "TooManyRequestsError")
+            return self._error(400, str(error), "BadRequestError", "max_tokens")
+        self._news.set()
+        try:
+            if asked.stream:
+                response = await self._stream(request, call)
+            else:
+                usage = await call.done
+                response = web.Response(
+                    body=answer.whole(usage),
+                    content_type="application/json",
+                    headers=self._headers(),
+                )
+        except (asyncio.CancelledError, ConnectionError):
+            # The client is gone: its slot goes to the next request.
+            if self._calls.pop(request_id, None) is not None:
+                self._engine.abort(request_id, asyncio.get_running_loop().time())
+                self._page.finished["abort"] += 1
+                self._news.set()
+            raise
+        self._page.finished[asked.finish_reason] += 1
+        return response
+
+    async def _stream(self, request: web.Request, call: _Call) -> web.StreamResponse:
+        response = web.StreamResponse(
+            headers={"content-type": "text/event-stream; charset=utf-8", **self._headers()}
+        )
+        response.enable_chunked_encoding()
+        await response.prepare(request)
+        transport = request.transport
+        if not isinstance(transport, asyncio.Transport):
+            raise ConnectionResetError("the client is gone")
+        # A token costs one write to the socket; aiohttp's own writer takes twice the time.
+        call.stream_to(transport)
+        usage = await call.done
+        transport.write(_chunk(call.format.closing(usage)))
+        await response.write_eof()
+        return response
+
+    def _serves(self, model: str) -> bool:
+        names = self._settings.models
+        return ANY_MODEL in names or model in names or model in self._settings.loras or not model
+
+    def _headers(self) -> dict[str, str]:
+        return {"x-inference-port": str(self.port)}
+
+    def _error(
+        self, status: int, message: str, kind: str, param: str | None = None
+    ) -> web.Response:
+        return web.Response(
+            status=status,
+            body=openai.error_body(status, message, kind, param),
+            content_type="application/json",
+            headers=self._headers(),
+        )
+
+    def _remember(self, request_id: str) -> None:
+        self._requests += 1
+        if request_id:
+            self._seen[request_id] = self._seen.get(request_id, 0) + 1
+            if len(self._seen) > MAX_REMEMBERED_IDS:
+                self._seen.popitem(last=False)
+
+    # --- pages
+
+    async def _models(self, _: web.Request) -> web.Response:
+        names = [*self._settings.models, *self._settings.loras]
+        data = [{"id": name, "object": "model", "owned_by": "forebay-sim"} for name in names]
+        return web.json_response({"object": "list", "data": data}, headers=self._headers())
+
+    async def _health(self, _: web.Request) -> web.Response:
+        return web.Response(headers=self._headers())
+
+    async def _show_metrics(self, _: web.Request) -> web.Response:
+        engine, fake = self._engine, self._metrics
+        match fake["mode"]:
+            case "hang":
+                await asyncio.sleep(3600)
+            case "error":
+                return web.Response(status=500, text="broken on purpose")
+            case "fake":
+                page = self._page.render(fake["running"], fake["waiting"], fake["kv"])
+                return web.Response(text=page)
+        page = self._page.render(engine.running, engine.waiting, engine.kv_usage)
+        return web.Response(text=page)
+
+    async def _configure(self, request: web.Request) -> web.Response:
+        """Lie or fail on /metrics from now on: {"metrics": {"mode": ..., "running": ...}}."""
+        try:
+            given = dict((await request.json())["metrics"])
+        except (ValueError, KeyError, TypeError):
+            return self._error(400, 'send {"metrics": {"mode": ...}}', "BadRequestError")
+        if given.get("mode") not in METRICS_MODES:
+            modes = ", ".join(METRICS_MODES)
+            return self._error(400, f"metrics.mode must be one of {modes}", "BadRequestError")
+        self._metrics = {"running": 0, "waiting": 0, "kv": 0.0, **given}
+        return web.json_response({"metrics": self._metrics})
+
+    async def _show_requests(self, _: web.Request) -> web.Response:
+        return web.json_response({"count": self._requests, "ids": self._seen})
+
+
+async def serve(settings: ServerSettings, host: str, port: int) -> tuple[web.AppRunner, int]:
+    """Serve until the runner is cleaned up.
+
+    Returns:
+        The runner and the port, which the system chooses for port 0.
+
+    Raises:
+        OSError: the address cannot be bound.
+    """
+    server = SimulatedServer(settings)
+    runner = web.AppRunner(server.app(), access_log=None, handler_cancellation=True)
+    await runner.setup()
+    site = web.TCPSite(runner, host, port, backlog=4096, shutdown_timeout=0.5)
+    try:
+        await site.start()
+    except OSError:
+        await runner.cleanup()
+        raise
+    server.port = int(runner.addresses[0][1])
+    return runner, server.port
