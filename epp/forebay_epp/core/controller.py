@@ -216,6 +216,7 @@ class FlowController:
         decisions = self._decisions
         if decisions:
             self._decisions = []
+            self._registry.sweep()
         return decisions
 
     def next_wakeup(self) -> float | None:
@@ -315,7 +316,6 @@ class FlowController:
                         break
                 else:
                     break
-        self._registry.sweep()
 
     def _send(self, request: Request, endpoint: EndpointState, now: float) -> None:
         self._leave_queue(request)
@@ -390,11 +390,10 @@ class FlowController:
                 else:
                     message = f"{waited} while the pool had no endpoint for it"
                     self._evict(request, Outcome.EVICTED_NO_ENDPOINTS, message, now)
-        self._registry.sweep()
 
     def _expire_metrics(self, now: float) -> None:
         self._next_staleness = NEVER
-        for endpoint in self._present:
+        for endpoint in self._endpoints.values():  # one that left may return
             with_slots = endpoint.free
             endpoint.expire(now)
             self._moved(endpoint, with_slots)

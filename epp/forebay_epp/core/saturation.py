@@ -161,6 +161,8 @@ class EndpointState:
         if plan.mode is SaturationMode.CONCURRENCY:
             self.limit = FixedLimit(plan.max_concurrency)
             self._kv_threshold: float | None = None
+            self.foreign = 0
+            self._blind.clear()
         else:
             if not isinstance(self.limit, AdaptiveLimit):
                 self.limit = AdaptiveLimit()
@@ -187,6 +189,7 @@ class EndpointState:
         self.in_flight -= 1
         if blind and self.fresh and isinstance(self.limit, AdaptiveLimit):
             self._blind.append(dispatched_at)
+            self._peak -= 1  # it may still run: the scrape that frees its place counts it foreign
         self._refresh()
 
     def observe(self, metrics: EndpointMetrics, now: float) -> None:

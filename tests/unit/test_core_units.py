@@ -1,0 +1,473 @@
+"""Small facts of the core: plans, flow names, Retry-After, ties, slots, cost."""
+
+from __future__ import annotations
+
+import sys
+from random import Random
+
+import pytest
+
+from forebay_epp.core import selection
+from forebay_epp.core.controller import FlowController
+from forebay_epp.core.plan import (
+    BandPlan,
+    FairnessName,
+    LimitsPlan,
+    ModelPlan,
+    Plan,
+    PlanError,
+    SaturationMode,
+    SaturationPlan,
+)
+from forebay_epp.core.registry import MAX_FLOWS, MAX_RETRY_AFTER_SECONDS, OVERFLOW_FLOWS
+from forebay_epp.core.saturation import EndpointState
+from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Request
+
+A = "10.0.0.1:8000"
+B = "10.0.0.2:8000"
+ONE_BAND = (BandPlan("Standard", 0),)
+
+
+def concurrency(limit):
+    return SaturationPlan(SaturationMode.CONCURRENCY, limit)
+
+
+def controller_of(plan, *addresses):
+    controller = FlowController(plan, Random(7))
+    controller.set_endpoints([Endpoint(address) for address in addresses], 0.0)
+    controller.poll(0.0)
+    return controller
+
+
+def in_band(**fields):
+    return Plan(bands=(BandPlan("Standard", 0, **fields),))
+
+
+@pytest.mark.parametrize(
+    ("plan", "path", "what"),
+    [
+        (Plan(bands=()), "bands", "must be 1 to 64, are 0"),
+        (
+            Plan(bands=(*ONE_BAND, *(BandPlan(f"b{n}", n) for n in range(1, 65)))),
+            "bands",
+            "must be 1 to 64, are 65",
+        ),
+        (
+            Plan(bands=(*ONE_BAND, BandPlan("", 1))),
+            "bands[1].name",
+            "must be unique and not empty: ''",
+        ),
+        (
+            Plan(bands=(*ONE_BAND, BandPlan("Standard", 1))),
+            "bands[1].name",
+            "must be unique and not empty: 'Standard'",
+        ),
+        (Plan(bands=(*ONE_BAND, BandPlan("b", 0))), "bands[1].priority", "0 is another band's"),
+        (in_band(ttl_seconds=0), "bands[0].ttlSeconds", "must be greater than 0, is 0"),
+        (
+            in_band(ttl_seconds=float("nan")),
+            "bands[0].ttlSeconds",
+            "must be greater than 0, is nan",
+        ),
+        (in_band(max_requests=0), "bands[0].maxRequests", "must be greater than 0, is 0"),
+        (in_band(max_bytes=-1), "bands[0].maxBytes", "must be greater than 0, is -1"),
+        (in_band(flow_max_requests=0), "bands[0].flowMaxRequests", "must be greater than 0, is 0"),
+        (in_band(flow_max_bytes=0), "bands[0].flowMaxBytes", "must be greater than 0, is 0"),
+        (
+            Plan(models=tuple(ModelPlan(f"m{n}", "Standard") for n in range(4097))),
+            "models",
+            "must be at most 4096, are 4097",
+        ),
+        (
+            Plan(models=(ModelPlan("", "Standard"),)),
+            "models[0].name",
+            "must be unique and not empty: ''",
+        ),
+        (
+            Plan(models=(ModelPlan("m", "Standard"), ModelPlan("m", "Critical"))),
+            "models[1].name",
+            "must be unique and not empty: 'm'",
+        ),
+        (
+            Plan(models=(ModelPlan("m", "Gold"),)),
+            "models[0].band",
+            "no band is named 'Gold'",
+        ),
+        (
+            Plan(models=(ModelPlan("m", "Standard", tuple((f"t{n}", 1) for n in range(11))),)),
+            "models[0].targets",
+            "must be at most 10",
+        ),
+        (
+            Plan(models=(ModelPlan("m", "Standard", (("t", 1), ("", 1))),)),
+            "models[0].targets[1]",
+            "needs a name and a weight of at least 1",
+        ),
+        (
+            Plan(models=(ModelPlan("m", "Standard", (("t", 0),)),)),
+            "models[0].targets[0]",
+            "needs a name and a weight of at least 1",
+        ),
+        (Plan(unmatched_band="Gold"), "unmatched.band", "no band is named 'Gold'"),
+        (
+            Plan(limits=LimitsPlan(max_requests=0)),
+            "limits.maxRequests",
+            "must be greater than 0, is 0",
+        ),
+        (Plan(limits=LimitsPlan(max_bytes=0)), "limits.maxBytes", "must be greater than 0, is 0"),
+        (
+            Plan(limits=LimitsPlan(max_body_bytes=0)),
+            "limits.maxBodyBytes",
+            "must be greater than 0, is 0",
+        ),
+        (
+            Plan(saturation=concurrency(0)),
+            "saturation.maxConcurrency",
+            "must be greater than 0, is 0",
+        ),
+        (
+            Plan(saturation=SaturationPlan(kv_cache_usage_threshold=1.5)),
+            "saturation.kvCacheUsageThreshold",
+            "must be above 0 and at most 1, is 1.5",
+        ),
+        (
+            Plan(no_endpoints_ttl_seconds=0),
+            "noEndpointsTtlSeconds",
+            "must be greater than 0, is 0",
+        ),
+    ],
+)
+def test_a_plan_that_cannot_be_applied_says_where_and_why(plan, path, what):
+    """Each rule names the field in the words of the resources."""
+    with pytest.raises(PlanError) as raised:
+        plan.validate()
+
+    assert (path, what) in raised.value.problems
+    assert f"{path}: {what}" in str(raised.value)
+
+
+def test_every_problem_of_a_plan_is_told_at_once():
+    """Whoever repairs a plan sees all of it, not the first problem of each attempt."""
+    plan = Plan(
+        bands=(BandPlan("Standard", 0, ttl_seconds=-1), BandPlan("b", 0)),
+        models=(ModelPlan("m", "Gold"),),
+        unmatched_band="Silver",
+    )
+
+    with pytest.raises(PlanError) as raised:
+        plan.validate()
+
+    assert [path for path, _ in raised.value.problems] == [
+        "bands[0].ttlSeconds",
+        "bands[1].priority",
+        "models[0].band",
+        "unmatched.band",
+    ]
+
+
+def test_the_default_plan_is_valid():
+    """A pool without any policy works."""
+    Plan().validate()
+
+
+def test_an_invalid_plan_leaves_the_one_in_force():
+    """A reconfiguration is whole or not at all."""
+    controller = controller_of(Plan())
+
+    with pytest.raises(PlanError):
+        controller.reconfigure(Plan(bands=()), 0.0)
+
+    assert controller.plan == Plan()
+
+
+def test_an_id_in_use_is_refused():
+    """Two requests of one id could not be told apart in decisions."""
+    controller = controller_of(Plan())
+    controller.submit(Request(1, "m", 1), 0.0)
+
+    with pytest.raises(ValueError, match="request id 1 is in use"):
+        controller.submit(Request(1, "m", 1), 0.0)
+
+
+def test_completing_what_is_not_in_flight_is_an_error():
+    """A caller that completes twice has lost count."""
+    controller = controller_of(Plan(), A)
+    controller.submit(Request(1, "m", 1), 0.0)
+    controller.poll(0.0)
+    controller.complete(1)
+
+    with pytest.raises(KeyError):
+        controller.complete(1)
+
+
+def test_new_flows_share_overflow_flows_once_a_band_has_too_many():
+    """Model names are the clients' choice; the flows they make are bounded."""
+    bands = (BandPlan("Standard", 0, FairnessName.ROUND_ROBIN, max_requests=50_000),)
+    controller = controller_of(Plan(bands=bands, limits=LimitsPlan(max_requests=50_000)))
+    for number in range(MAX_FLOWS + 1000):
+        controller.submit(Request(number, f"model-{number}", 1), 0.0)
+    flows = controller.snapshot(0.0).bands[0].flows
+
+    overflow = [flow for flow in flows if flow.flow.startswith("overflow-")]
+
+    assert len(flows) == MAX_FLOWS + OVERFLOW_FLOWS
+    assert sum(flow.requests for flow in overflow) == 1000
+
+
+def test_a_known_flow_keeps_its_own_queue_when_a_band_has_too_many():
+    """The flood of others does not put a flow that waits already among them."""
+    bands = (BandPlan("Standard", 0, max_requests=50_000),)
+    controller = controller_of(Plan(bands=bands, limits=LimitsPlan(max_requests=50_000)))
+    for number in range(MAX_FLOWS):
+        controller.submit(Request(number, f"model-{number}", 1), 0.0)
+    request = Request(MAX_FLOWS, "model-0", 1)
+    controller.submit(request, 0.0)
+
+    assert request.flow == "model-0"
+
+
+def test_a_model_name_that_is_not_unicode_overflows_like_any_other():
+    """A JSON escape may make half a surrogate pair; hashing it is no error."""
+    bands = (BandPlan("Standard", 0, max_requests=50_000),)
+    controller = controller_of(Plan(bands=bands))
+    for number in range(MAX_FLOWS):
+        controller.submit(Request(number, f"model-{number}", 1), 0.0)
+    request = Request(MAX_FLOWS, "\ud800", 1)
+    controller.submit(request, 0.0)
+
+    assert request.flow.startswith("overflow-")
+
+
+@pytest.mark.parametrize(
+    ("dispatched", "expected"),
+    [
+        (0, MAX_RETRY_AFTER_SECONDS),  # nothing measured
+        (1, MAX_RETRY_AFTER_SECONDS),  # 0.1/s: 20 requests take 200 s
+        (4, 50),  # 0.4/s
+        (200, 1),  # 20/s
+        (1000, 1),  # less than a second
+    ],
+)
+def test_retry_after_is_the_time_until_the_band_has_drained(dispatched, expected):
+    """Twenty wait; the rate is what was dispatched over ten seconds; 1 to 60."""
+    plan = Plan(
+        bands=(BandPlan("Standard", 0, max_requests=20),),
+        saturation=concurrency(max(1, dispatched)),
+    )
+    controller = controller_of(plan, A)
+    for number in range(dispatched):
+        controller.submit(Request(number, "m", 1), 0.0)
+        controller.poll(0.0)
+    if not dispatched:
+        controller.set_endpoints([], 0.0)
+    for number in range(2000, 2021):
+        controller.submit(Request(number, "m", 1), 0.0)
+
+    (refused,) = controller.poll(0.0)
+
+    assert refused.retry_after_seconds == expected
+
+
+def test_retry_after_of_an_empty_band_is_one_second():
+    """A request that is too large for an empty queue is told the least time there is."""
+    plan = Plan(bands=(BandPlan("Standard", 0, max_bytes=10),))
+    controller = controller_of(plan, A)
+    controller.submit(Request(1, "m", 11), 0.0)
+
+    (refused,) = controller.poll(0.0)
+
+    assert refused.retry_after_seconds == 1
+
+
+class Lots:
+    """Draws what it was told, and remembers among how many."""
+
+    def __init__(self, drawn):
+        self.drawn = drawn
+        self.stops = []
+
+    def randrange(self, stop, /):
+        self.stops.append(stop)
+        return self.drawn
+
+
+def endpoint_with(address, free, kv_usage):
+    state = EndpointState(Endpoint(address), concurrency(free))
+    state.kv_usage = kv_usage
+    return state
+
+
+def test_most_free_slots_win_over_kv_usage():
+    """Room comes first."""
+    lots = Lots(0)
+    picked = selection.pick([endpoint_with(A, 2, 0.9), endpoint_with(B, 1, 0.1)], lots)
+
+    assert picked is not None
+    assert picked.address == A
+    assert not lots.stops
+
+
+def test_least_kv_usage_wins_among_equally_free():
+    """The emptier cache has more room for what is to come."""
+    lots = Lots(0)
+    picked = selection.pick([endpoint_with(A, 1, 0.3), endpoint_with(B, 1, 0.2)], lots)
+
+    assert picked is not None
+    assert picked.address == B
+    assert not lots.stops
+
+
+@pytest.mark.parametrize(("kv_usage", "expected"), [(0.4, A), (0.6, B)])
+def test_an_unreported_kv_usage_counts_as_half(kv_usage, expected):
+    """Neither preferred nor shunned."""
+    picked = selection.pick([endpoint_with(A, 1, kv_usage), endpoint_with(B, 1, None)], Lots(0))
+
+    assert picked is not None
+    assert picked.address == expected
+
+
+def test_a_tie_is_broken_by_lot_among_the_equal_only():
+    """Two of three are equal: the lot is drawn between those."""
+    lots = Lots(1)
+    picked = selection.pick(
+        [endpoint_with("c", 1, 0.5), endpoint_with(A, 2, 0.5), endpoint_with(B, 2, None)], lots
+    )
+
+    assert picked is not None
+    assert picked.address == B
+    assert lots.stops == [2]
+
+
+def test_nobody_is_picked_without_a_free_slot():
+    """Nor among none at all."""
+    full = endpoint_with(A, 1, 0.0)
+    full.dispatched()
+
+    assert selection.pick([full], Lots(0)) is None
+    assert selection.pick([], Lots(0)) is None
+
+
+def test_foreign_load_is_forgotten_when_limits_are_given():
+    """In mode Concurrency scrapes do not count, so neither does what one said before."""
+    controller = controller_of(Plan(), A)
+    controller.observe(EndpointMetrics(A, 3, 0, 0.1, 1.0), 1.0)
+    controller.reconfigure(Plan(saturation=concurrency(4)), 1.0)
+
+    (endpoint,) = controller.snapshot(1.0).endpoints
+
+    assert (endpoint.foreign, endpoint.free) == (0, 4)
+
+
+def test_places_held_blindly_are_free_when_limits_are_given():
+    """The same for requests whose end nobody reports."""
+    controller = controller_of(Plan(), A)
+    controller.observe(EndpointMetrics(A, 0, 0, 0.1, 1.0), 1.0)
+    controller.submit(Request(1, "m", 1), 1.0)
+    controller.poll(1.0)
+    controller.complete(1, blind=True)
+    controller.reconfigure(Plan(saturation=concurrency(4)), 1.0)
+
+    (endpoint,) = controller.snapshot(1.0).endpoints
+
+    assert endpoint.free == 4
+
+
+def test_a_burst_completed_blindly_still_counts_once_the_server_reports_it():
+    """Four sent and closed at once still run: the scrape that shows them frees no place."""
+    controller = controller_of(Plan(), A)
+    controller.observe(EndpointMetrics(A, 0, 0, 0.1, 1.0), 1.0)
+    for number in range(4):
+        controller.submit(Request(number, "m", 1), 1.0)
+    for decision in controller.poll(1.0):
+        controller.complete(decision.request_id, blind=True)
+    controller.observe(EndpointMetrics(A, 4, 1, 0.1, 1.2), 1.2)
+
+    (endpoint,) = controller.snapshot(1.2).endpoints
+
+    assert endpoint.free == 0
+
+
+def test_metrics_become_stale_while_an_endpoint_is_out_of_the_pool():
+    """One that returns is not judged by what it said before it left."""
+    controller = controller_of(Plan(), A, B)
+    controller.submit(Request(1, "m", 1, frozenset({A})), 0.0)
+    controller.poll(0.0)
+    controller.observe(EndpointMetrics(A, 1, 0, 1.0, 0.0), 0.0)
+    controller.set_endpoints([Endpoint(B)], 0.5)
+    for tenths in range(100):
+        controller.poll(0.5 + tenths / 10)
+    controller.set_endpoints([Endpoint(A)], 100.0)
+    controller.poll(100.0)
+
+    (endpoint,) = controller.snapshot(100.0).endpoints
+
+    assert not endpoint.fresh
+    assert endpoint.free == 3
+
+
+@pytest.mark.parametrize("ending", ["dispatched", "cancelled", "flushed", "expired"])
+def test_a_removed_band_is_gone_with_its_last_request(ending):
+    """However the last request leaves."""
+    with_gold = (*ONE_BAND, BandPlan("Gold", 10, ttl_seconds=5))
+    plan = Plan(bands=with_gold, models=(ModelPlan("m", "Gold"),), saturation=concurrency(1))
+    controller = controller_of(plan)
+    controller.submit(Request(1, "m", 1), 0.0)
+    controller.submit(Request(2, "of another band", 1), 0.0)
+    controller.reconfigure(Plan(bands=ONE_BAND, saturation=concurrency(1)), 0.0)
+    controller.poll(0.0)
+    before = [band.band for band in controller.snapshot(0.0).bands]
+    now = 0.0
+    if ending == "dispatched":
+        controller.set_endpoints([Endpoint(A)], now)
+    elif ending == "cancelled":
+        controller.cancel(1, now)
+    elif ending == "flushed":
+        controller.flush(now)
+    else:
+        now = 61.0
+    controller.poll(now)
+
+    assert before == ["Gold", "Standard"]
+    assert [band.band for band in controller.snapshot(now).bands] == ["Standard"]
+
+
+def calls_of_one_life(queued, fairness):
+    """Count the Python calls of one more request's submit, poll and completion."""
+    plan = Plan(
+        bands=(BandPlan("Standard", 0, fairness, max_requests=50_000, flow_max_requests=50_000),),
+        limits=LimitsPlan(max_requests=50_000),
+        saturation=concurrency(1),
+    )
+    controller = controller_of(plan, A)
+    controller.submit(Request(1_000_000, "m", 1), 0.0)
+    controller.poll(0.0)
+    for number in range(queued):
+        controller.submit(Request(number, f"model-{number % 100}", 1), 0.0)
+    controller.poll(0.0)
+    request = Request(queued, "model-1", 1)
+    calls = 0
+
+    def count(_frame, event, _argument):
+        nonlocal calls
+        calls += event in {"call", "c_call"}
+
+    previous = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        controller.submit(request, 1.0)
+        controller.poll(1.0)
+        controller.complete(1_000_000)
+        decisions = controller.poll(1.0)
+    finally:
+        sys.setprofile(previous)
+    assert isinstance(decisions[0], Dispatched)
+    return calls
+
+
+@pytest.mark.parametrize("fairness", list(FairnessName))
+def test_the_cost_of_one_request_does_not_grow_with_the_queue(fairness):
+    """Calls are counted, not seconds: the machine may be busy."""
+    few = calls_of_one_life(100, fairness)
+    many = calls_of_one_life(20_000, fairness)
+
+    assert many <= few * 1.5
