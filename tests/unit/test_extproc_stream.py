@@ -1,0 +1,507 @@
+"""The ext_proc state machine: what a proxy says in, what it gets back, what flow control hears."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forebay_epp.codec import openai
+from forebay_epp.codec.extproc import DESTINATION, Event, ExtProcStream, State
+from forebay_epp.core.terms import Outcome
+from forebay_extproc.v3 import external_processor_pb2 as pb
+
+LIMIT = 1 << 20
+BODY = b'{"model":"m","prompt":"hello"}'
+JSON_ANSWER = b'{"model":"m","usage":{"prompt_tokens":7,"completion_tokens":9}}'
+
+
+def headers(end=False, modes=(pb.FULL_DUPLEX_STREAMED,) * 2, early_body=False, **given):
+    """A request_headers message."""
+    values = {":method": "POST", ":path": "/v1/chat/completions"}
+    values.update({name.replace("_", "-"): value for name, value in given.items()})
+    message = pb.ProcessingRequest(
+        request_headers=pb.HttpHeaders(
+            headers=pb.HeaderMap(
+                headers=[
+                    pb.HeaderValue(key=key, raw_value=value.encode())
+                    for key, value in values.items()
+                ]
+            ),
+            end_of_stream=end,
+        )
+    )
+    if modes:
+        message.protocol_config.request_body_mode = modes[0]
+        message.protocol_config.response_body_mode = modes[1]
+        message.protocol_config.send_body_without_waiting_for_header_response = early_body
+    return message
+
+
+def body(data=BODY, end=True):
+    return pb.ProcessingRequest(request_body=pb.HttpBody(body=data, end_of_stream=end))
+
+
+def answer_headers(status="200", content_type="application/json", end=False, **given):
+    values = {":status": status, "content-type": content_type, **given}
+    return pb.ProcessingRequest(
+        response_headers=pb.HttpHeaders(
+            headers=pb.HeaderMap(
+                headers=[
+                    pb.HeaderValue(key=key.replace("_", "-"), raw_value=value.encode())
+                    for key, value in values.items()
+                ]
+            ),
+            end_of_stream=end,
+        )
+    )
+
+
+def answer_body(data=JSON_ANSWER, end=True):
+    return pb.ProcessingRequest(response_body=pb.HttpBody(body=data, end_of_stream=end))
+
+
+class Peer:
+    """A stream and everything it has sent."""
+
+    def __init__(self, limit=LIMIT):
+        self.stream = ExtProcStream(limit)
+
+    def say(self, message):
+        """Send a message; return the event."""
+        return self.stream.receive(message.SerializeToString())
+
+    def take(self):
+        """Take the messages that the stream wants to send."""
+        out = [pb.ProcessingResponse.FromString(data) for data in self.stream.outbox]
+        self.stream.outbox.clear()
+        return out
+
+    def arrived(self, *messages):
+        """Send messages of which the last completes the request."""
+        events = [self.say(message) for message in messages]
+        assert events == [None] * (len(events) - 1) + [Event.ARRIVED]
+        return self
+
+
+def set_headers(common):
+    for option in common.header_mutation.set_headers:
+        assert option.header.value == ""
+    return {o.header.key: o.header.raw_value.decode() for o in common.header_mutation.set_headers}
+
+
+def pieces(messages, field):
+    return [
+        getattr(m, field).response.body_mutation.streamed_response
+        for m in messages
+        if m.HasField(field)
+    ]
+
+
+# --- full duplex
+
+
+def test_full_duplex_answers_headers_then_body_after_the_decision():
+    """Nothing is said before; then the destination in header and metadata, then the same bytes."""
+    peer = Peer().arrived(
+        headers(), body(BODY[:5], end=False), body(BODY[5:], end=False), body(b"")
+    )
+    assert peer.take() == []
+
+    peer.stream.dispatch("10.0.0.1:8000", None)
+
+    first, second = peer.take()
+    assert first.request_headers.response.clear_route_cache
+    assert set_headers(first.request_headers.response) == {DESTINATION: "10.0.0.1:8000"}
+    assert first.dynamic_metadata["envoy.lb"][DESTINATION] == "10.0.0.1:8000"
+    piece = second.request_body.response.body_mutation.streamed_response
+    assert (piece.body, piece.end_of_stream) == (BODY, True)
+
+
+@given(size=st.integers(0, 200_000))
+@settings(max_examples=25)
+def test_a_large_body_is_cut_and_whole(size):
+    """At most 62,000 bytes each; only the last says end."""
+    data = json.dumps({"model": "m", "prompt": "x" * size}).encode()
+    peer = Peer().arrived(headers(), body(data))
+
+    peer.stream.dispatch("10.0.0.1:8000", None)
+
+    sent = pieces(peer.take(), "request_body")
+    assert b"".join(piece.body for piece in sent) == data
+    assert [piece.end_of_stream for piece in sent] == [False] * (len(sent) - 1) + [True]
+    assert max(len(piece.body) for piece in sent) <= 62_000
+
+
+def test_request_trailers_are_the_end_of_the_body():
+    """No body message said so: the echo does not either, the trailers' answer follows."""
+    trailers = pb.ProcessingRequest(request_trailers=pb.HttpTrailers())
+    peer = Peer().arrived(headers(), body(end=False), trailers)
+
+    peer.stream.dispatch("10.0.0.1:8000", None)
+
+    sent = peer.take()
+    assert [piece.end_of_stream for piece in pieces(sent, "request_body")] == [False]
+    assert sent[-1].HasField("request_trailers")
+
+
+def test_a_bodiless_request_is_submitted_without_a_model():
+    """It is classified, not waved through."""
+    peer = Peer().arrived(headers(end=True, **{":method": "GET", ":path": "/v1/models"}))
+
+    peer.stream.dispatch("10.0.0.1:8000", None)
+
+    assert peer.stream.model == ""
+    assert [m.WhichOneof("response") for m in peer.take()] == ["request_headers"]
+
+
+def test_a_proxy_that_shows_no_modes_nor_pseudo_headers_is_served():
+    """NGINX Gateway Fabric: values in `value`, no :path; the body must be JSON with a model."""
+    message = headers(modes=None)
+    del message.request_headers.headers.headers[:]
+    message.request_headers.headers.headers.add(key="content-type", value="application/json")
+    peer = Peer().arrived(message, body())
+
+    assert peer.stream.half_close() is None
+    event = peer.stream.dispatch("10.0.0.1:8000", None)
+
+    assert (event, peer.stream.model, peer.stream.ended) == (Event.FINISHED_BLIND, "m", True)
+    assert [m.WhichOneof("response") for m in peer.take()] == ["request_headers", "request_body"]
+
+
+# --- buffered and streamed
+
+
+def test_buffered_waves_headers_through_and_decides_on_the_body():
+    """One answer per message; an unchanged body is not sent back."""
+    modes = (pb.BUFFERED, pb.BUFFERED)
+    peer = Peer()
+    peer.say(headers(modes=modes))
+    assert [m.WhichOneof("response") for m in peer.take()] == ["request_headers"]
+
+    assert peer.say(body()) is Event.ARRIVED
+    peer.stream.dispatch("10.0.0.1:8000", None)
+
+    (decision,) = peer.take()
+    common = decision.request_body.response
+    assert set_headers(common) == {DESTINATION: "10.0.0.1:8000"}
+    assert not common.HasField("body_mutation")
+    assert decision.dynamic_metadata["envoy.lb"][DESTINATION] == "10.0.0.1:8000"
+
+
+def test_buffered_changes_body_and_length_together():
+    """Envoy answers 500 when they differ."""
+    peer = Peer()
+    peer.say(headers(modes=(pb.BUFFERED, pb.NONE)))
+    peer.say(body())
+    peer.take()
+
+    peer.stream.dispatch("10.0.0.1:8000", "another-name")
+
+    (decision,) = peer.take()
+    changed = decision.request_body.response.body_mutation.body
+    assert json.loads(changed) == {"model": "another-name", "prompt": "hello"}
+    assert set_headers(decision.request_body.response)["content-length"] == str(len(changed))
+
+
+def test_streamed_decides_on_the_headers_and_owes_an_answer_per_piece():
+    """The body is not shown before; what came meanwhile is answered in order."""
+    modes = (pb.STREAMED, pb.STREAMED)
+    peer = Peer().arrived(headers(modes=modes))
+    peer.say(body(b"one", end=False))
+    assert peer.take() == []
+
+    peer.stream.dispatch("10.0.0.1:8000", None)
+    peer.say(body(b"two"))
+
+    kinds = [m.WhichOneof("response") for m in peer.take()]
+    assert kinds == ["request_headers", "request_body", "request_body"]
+
+
+def test_streamed_reads_the_body_first_where_the_proxy_sends_it():
+    """`send_body_without_waiting_for_header_response` allows to know the model."""
+    modes = (pb.STREAMED, pb.STREAMED)
+    peer = Peer().arrived(
+        headers(modes=modes, early_body=True), body(BODY[:4], end=False), body(BODY[4:])
+    )
+
+    peer.stream.dispatch("10.0.0.1:8000", "other")
+
+    first, second, third = peer.take()
+    assert peer.stream.model == "m"
+    assert first.HasField("request_headers")
+    assert json.loads(second.request_body.response.body_mutation.body)["model"] == "other"
+    assert third.request_body.response.body_mutation.clear_body
+
+
+# --- the answer
+
+
+def dispatched(target=None, modes=(pb.FULL_DUPLEX_STREAMED,) * 2):
+    peer = Peer()
+    peer.say(headers(modes=modes))
+    peer.say(body())
+    peer.stream.dispatch("10.0.0.1:8000", target)
+    peer.take()
+    return peer
+
+
+def test_a_json_answer_passes_and_its_usage_is_read():
+    """The echo is byte for byte; the end frees the slot and closes the stream."""
+    peer = dispatched()
+    assert peer.say(answer_headers()) is None
+    assert peer.say(answer_body(JSON_ANSWER[:9], end=False)) is Event.FIRST_CHUNK
+    assert peer.say(answer_body(JSON_ANSWER[9:])) is Event.FINISHED
+
+    sent = peer.take()
+    assert sent[0].HasField("response_headers")
+    assert b"".join(piece.body for piece in pieces(sent, "response_body")) == JSON_ANSWER
+    assert peer.stream.usage() == openai.Usage(7, 9)
+    assert (peer.stream.status, peer.stream.ended, peer.stream.failure) == (200, True, None)
+
+
+@given(cut=st.lists(st.integers(1, 160), max_size=4, unique=True))
+def test_usage_of_an_event_stream_is_read_wherever_it_is_cut(cut):
+    """The event with usage may be split over chunks at every position."""
+    text = (
+        b'data: {"choices":[{"delta":{"content":"a"}}]}\r\n\r\n'
+        b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":9,'
+        b'"prompt_tokens_details":{"cached_tokens":3}}}\n\ndata: [DONE]\n\n'
+    )
+    edges = [0, *sorted(cut), len(text)]
+    peer = dispatched()
+    peer.say(answer_headers(content_type="text/event-stream"))
+
+    for start, end in pairwise(edges):
+        peer.say(answer_body(text[start:end], end=end == len(text)))
+
+    assert peer.stream.usage() == openai.Usage(7, 9, 3)
+    assert b"".join(p.body for p in pieces(peer.take(), "response_body")) == text
+
+
+@given(cut=st.lists(st.integers(1, 70), max_size=5, unique=True))
+def test_the_clients_model_name_comes_back_wherever_the_answer_is_cut(cut):
+    """The target's name is replaced even when it is split over chunks."""
+    text = (
+        b'data: {"id":"1","model":"target-name","x":"model"}\n\ndata: {"model": "target-name"}\n\n'
+    )
+    edges = [0, *sorted(cut), len(text)]
+    peer = dispatched(target="target-name")
+    peer.say(answer_headers(content_type="text/event-stream"))
+
+    for start, end in pairwise(edges):
+        peer.say(answer_body(text[start:end], end=end == len(text)))
+
+    sent = b"".join(piece.body for piece in pieces(peer.take(), "response_body"))
+    assert sent == text.replace(b'"target-name"', b'"m"')
+
+
+def test_a_changed_answer_loses_its_length():
+    """The name that comes back may be longer or shorter."""
+    peer = dispatched(target="target-name")
+
+    peer.say(answer_headers(content_length="63"))
+
+    (sent,) = peer.take()
+    assert list(sent.response_headers.response.header_mutation.remove_headers) == ["content-length"]
+
+
+def test_response_trailers_end_the_answer():
+    """Servers of gRPC and HTTP/2: the last body message does not say end."""
+    peer = dispatched()
+    peer.say(answer_headers())
+    peer.say(answer_body(end=False))
+
+    event = peer.say(pb.ProcessingRequest(response_trailers=pb.HttpTrailers()))
+
+    assert event is Event.FINISHED
+    assert peer.take()[-1].HasField("response_trailers")
+
+
+def test_an_answer_without_body_ends_with_its_headers():
+    """HEAD, 204."""
+    assert dispatched().say(answer_headers(status="204", end=True)) is Event.FINISHED
+
+
+@pytest.mark.parametrize("mode", [pb.BUFFERED, pb.STREAMED])
+def test_other_response_modes_continue_each_message(mode):
+    """No body is sent back unless it has changed."""
+    peer = dispatched(modes=(pb.BUFFERED, mode))
+    peer.say(answer_headers())
+
+    assert peer.say(answer_body()) is Event.FINISHED
+
+    last = peer.take()[-1]
+    assert last.HasField("response_body")
+    assert not last.response_body.response.HasField("body_mutation")
+
+
+def test_a_local_reply_of_the_proxy_abandons_a_queued_request():
+    """Envoy's own timeout is shown as response headers of a request that never went out."""
+    peer = Peer().arrived(headers(), body())
+
+    assert peer.say(answer_headers(status="504")) is Event.ABANDONED
+    assert peer.say(answer_body(b"timeout")) is Event.FINISHED
+    assert [m.WhichOneof("response") for m in peer.take()] == ["response_headers", "response_body"]
+
+
+# --- ends
+
+
+def test_half_close_in_each_state():
+    """Before headers: a clean end. In the body: 400. While answered: the end of the request."""
+    silent = Peer()
+    assert (silent.stream.half_close(), silent.stream.ended) == (None, True)
+    reading = Peer()
+    reading.say(headers())
+    assert reading.stream.half_close() is Event.REFUSED
+    assert reading.take()[0].immediate_response.status.code == 400
+    answered = dispatched()
+    answered.say(answer_headers())
+    assert answered.stream.half_close() is Event.FINISHED
+    unanswered = dispatched()
+    assert unanswered.stream.half_close() is Event.FINISHED_BLIND
+
+
+def test_reset_in_each_state():
+    """A stream that is gone gives its place or slot back, once."""
+    queued = Peer().arrived(headers(), body())
+    assert [queued.stream.reset(), queued.stream.reset()] == [Event.ABANDONED, None]
+    answered = dispatched()
+    assert [answered.stream.reset(), answered.stream.reset()] == [Event.FINISHED, None]
+    assert Peer().stream.reset() is None
+
+
+@pytest.mark.parametrize("outcome", [o for o in Outcome if o is not Outcome.DISPATCHED])
+def test_a_refusal_is_an_openai_error_with_the_outcome(outcome):
+    """Status, headers in raw_value, a JSON body, and the end of the stream."""
+    peer = Peer().arrived(headers(), body())
+
+    peer.stream.refuse(outcome, "the reason", 7)
+
+    immediate = peer.take()[0].immediate_response
+    given = {o.header.key: o.header.raw_value.decode() for o in immediate.headers.set_headers}
+    assert immediate.status.code == openai.HTTP_STATUS[outcome]
+    assert given == {
+        "content-type": "application/json",
+        "x-forebay-outcome": outcome,
+        "retry-after": "7",
+    }
+    error = json.loads(immediate.body)["error"]
+    assert (error["message"], error["code"]) == ("the reason", outcome)
+    assert peer.stream.ended
+
+
+def test_too_large_is_refused_as_soon_as_it_is_known():
+    """By content-length at once, else by the byte that is one too many."""
+    by_header, by_body = Peer(100), Peer(100)
+
+    assert by_header.say(headers(content_length="101")) is Event.REFUSED
+    by_body.say(headers())
+    assert by_body.say(body(b"x" * 60, end=False)) is None
+    assert by_body.say(body(b"x" * 60, end=False)) is Event.REFUSED
+
+    for peer in (by_header, by_body):
+        assert peer.take()[0].immediate_response.status.code == 413
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (["10.0.0.1:1", "10.0.0.2:1"], {"10.0.0.1:1", "10.0.0.2:1"}),
+        ("10.0.0.1:1, 10.0.0.2:1", {"10.0.0.1:1", "10.0.0.2:1"}),
+        ([], set()),
+    ],
+)
+def test_a_subset_hint_is_read_from_either_message(value, expected):
+    """As a list or a comma list; an empty one allows nobody."""
+    for where in (0, 1):
+        messages = [headers(), body()]
+        hint = messages[where].metadata_context.filter_metadata["envoy.lb.subset_hint"]
+        hint[f"{DESTINATION}-subset"] = value
+        peer = Peer().arrived(*messages)
+
+        assert peer.stream.subset == frozenset(expected)
+
+
+def test_no_hint_is_no_subset():
+    """None means every endpoint."""
+    assert Peer().arrived(headers(), body()).stream.subset is None
+
+
+# --- anything at all
+
+MESSAGES = st.one_of(
+    st.builds(
+        headers,
+        end=st.booleans(),
+        modes=st.one_of(st.none(), st.tuples(st.sampled_from(range(6)), st.sampled_from(range(6)))),
+        early_body=st.booleans(),
+    ),
+    st.builds(body, data=st.sampled_from([BODY, b"", b"{", b"\xff"]), end=st.booleans()),
+    st.just(pb.ProcessingRequest(request_trailers=pb.HttpTrailers())),
+    st.builds(answer_headers, end=st.booleans()),
+    st.builds(answer_body, data=st.sampled_from([JSON_ANSWER, b""]), end=st.booleans()),
+    st.just(pb.ProcessingRequest(response_trailers=pb.HttpTrailers())),
+    st.just(pb.ProcessingRequest()),
+)
+STEPS = st.lists(
+    st.one_of(
+        MESSAGES,
+        st.binary(max_size=40),
+        st.sampled_from(["dispatch", "rewrite", "refuse", "half_close", "reset"]),
+    ),
+    max_size=12,
+)
+
+
+@given(steps=STEPS)
+@settings(max_examples=400)
+def test_whatever_comes_in_whatever_order_has_one_end(steps):  # noqa: C901, PLR0912  # one case per step
+    """Never an exception; one arrival and one end of it; no clean end without an answer."""
+    peer = Peer()
+    stream = peer.stream
+    events = []
+    seen_headers = answered = was_reset = False
+    for step in steps:
+        before = stream.state
+        event = None
+        match step:
+            case "dispatch" | "rewrite":
+                if before is State.QUEUED:
+                    target = "t" if step == "rewrite" else None
+                    event = stream.dispatch("10.0.0.1:1", target)
+            case "refuse":
+                if before is State.QUEUED:
+                    stream.refuse(Outcome.EVICTED_TTL, "late", 1)
+                    event = "refused"
+            case "half_close":
+                if not stream.ended:
+                    event = stream.half_close()
+            case "reset":
+                event = stream.reset()
+                was_reset = True
+            case bytes():
+                if not stream.ended:
+                    event = stream.receive(step)
+            case _:
+                if not stream.ended:
+                    event = peer.say(step)
+        events.append(event)
+        seen_headers = seen_headers or stream.state not in {State.HEADERS, State.DONE}
+        kinds = {message.WhichOneof("response") for message in peer.take()}
+        answered = answered or bool(
+            kinds & {"immediate_response", "request_headers", "response_headers"}
+        )
+        if stream.ended and stream.failure is None and seen_headers and not was_reset:
+            assert answered
+
+    arrivals = events.count(Event.ARRIVED)
+    ends = sum(event in {Event.FINISHED, Event.FINISHED_BLIND, "refused"} for event in events)
+    abandoned = events.count(Event.ABANDONED)
+    assert arrivals <= 1
+    assert ends <= 1
+    assert abandoned <= 1

@@ -1,0 +1,146 @@
+"""Bodies as clients and servers write them, well-formed and not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forebay_epp.codec import openai
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=8,
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "expected"),
+    [
+        ("POST", "/v1/chat/completions", True),
+        ("POST", "/gateway/v1/completions?x=1", True),
+        ("POST", "/v1/embeddings/", True),
+        ("POST", "/v1/audio/transcriptions", False),
+        ("GET", "/v1/chat/completions", False),
+        ("GET", "/v1/models", False),
+        ("", "", True),
+    ],
+)
+def test_which_paths_name_a_model(method, path, expected):
+    """Suffixes of POST paths; a proxy that shows no path is taken to send completions."""
+    assert openai.names_model(method, path) is expected
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "empty"),
+        (b"{", "not valid JSON"),
+        (b"[]", "must be a JSON object"),
+        (b"{}", "model not found"),
+        (b'{"model":1}', "model must be a string"),
+        (b'{"model":null}', "model must be a string"),
+        (b'{"model":""}', "must not be empty"),
+        (b'{"model":"' + b"m" * 257 + b'"}', "at most 256"),
+        (b'{"model":"a\\u0000"}', "control characters"),
+        (b'{"model":"a","x":NaN}', "not valid JSON"),
+        (b'{"model":"a"}\x00', "not valid JSON"),
+        (b'{"model":"\\ud800"}', "not valid JSON"),
+        (b'{"model":"\xff"}', "not UTF-8"),
+        ('{"model":"a"}'.encode("utf-16"), "not UTF-8"),
+        (b'\xef\xbb\xbf{"model":"a"}', "not valid JSON"),
+        (b'{"model":"a","x":' + b"[" * 9999 + b"]" * 9999 + b"}", "nested too deeply"),
+    ],
+    ids=range(16),
+)
+def test_a_body_without_a_usable_model_is_refused_in_words(body, message):
+    """The text tells the client what to mend."""
+    with pytest.raises(openai.BadRequestError, match=message):
+        openai.read_model(body)
+
+
+@given(data=st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_no_body_raises_anything_else(data):
+    """Whatever the bytes: a printable name of 1 to 256 characters, or BadRequestError."""
+    try:
+        model = openai.read_model(data)
+    except openai.BadRequestError:
+        return
+
+    assert 0 < len(model) <= 256
+    assert model.isprintable()
+
+
+@given(fields=st.dictionaries(st.text(max_size=6), JSON, max_size=5), target=st.text(min_size=1))
+def test_what_can_be_read_can_be_rewritten_and_only_the_model_changes(fields, target):
+    """`with_model` accepts everything that `read_model` accepts."""
+    body = json.dumps(fields | {"model": "m"}).encode()
+    try:
+        openai.read_model(body)
+        target.encode()
+    except (openai.BadRequestError, UnicodeEncodeError):
+        return
+
+    rewritten = json.loads(openai.with_model(body, target))
+
+    assert rewritten == json.loads(body) | {"model": target}
+
+
+def test_members_keep_their_bytes_when_the_model_changes():
+    """Numbers are not rounded, escapes not resolved."""
+    body = rb'{"n":1.0000000000000000001,"model":"m","s":"\u00e4"}'
+
+    assert openai.with_model(body, "t") == rb'{"n":1.0000000000000000001,"model":"t","s":"\u00e4"}'
+
+
+def test_usage_of_the_responses_api_is_read():
+    """The last event wraps the response; tokens are named input and output."""
+    reader = openai.UsageReader(events=True)
+    reader.feed(
+        b'event: response.completed\ndata: {"type":"response.completed","response":'
+        b'{"usage":{"input_tokens":5,"output_tokens":6}}}\n\n'
+    )
+
+    assert reader.usage() == openai.Usage(5, 6)
+
+
+def test_usage_of_a_stream_is_read_from_its_end_in_bounded_memory():
+    """A long stream does not accumulate."""
+    reader = openai.UsageReader(events=True)
+    for _ in range(10_000):
+        reader.feed(b'data: {"choices":[]}\n\n')
+    reader.feed(b'data: {"usage":{"prompt_tokens":1,"completion_tokens":2}}\n\n')
+
+    assert reader.usage() == openai.Usage(1, 2)
+    assert sum(map(len, reader._chunks)) <= openai.MAX_EVENT_BYTES + 100
+
+
+def test_an_answer_that_is_too_long_has_no_usage():
+    """And is not kept."""
+    reader = openai.UsageReader(events=False)
+    for _ in range(3):
+        reader.feed(b"x" * (openai.MAX_USAGE_BYTES // 2))
+
+    assert reader.usage() is None
+    assert not reader._chunks
+
+
+@given(data=st.binary(max_size=100), events=st.booleans())
+def test_usage_of_anything_never_raises(data, events):
+    """A server may answer whatever it likes."""
+    reader = openai.UsageReader(events=events)
+    reader.feed(data)
+
+    assert reader.usage() is None or isinstance(reader.usage(), openai.Usage)
+
+
+def test_names_beyond_ascii_are_restored_in_both_spellings():
+    """Servers escape or do not."""
+    restorer = openai.ModelRestorer("ziel-ä", "name-ö")
+
+    out = restorer.feed('{"model":"ziel-ä"}{"model": "ziel-\\u00e4"}'.encode(), last=True)
+
+    assert [json.loads(part + b"}")["model"] for part in out.split(b"}")[:2]] == ["name-ö"] * 2
