@@ -336,9 +336,11 @@ async def serve(settings: ServerSettings, host: str, port: int) -> tuple[web.App
         OSError: the address cannot be bound.
     """
     server = SimulatedServer(settings)
-    runner = web.AppRunner(server.app(), access_log=None, handler_cancellation=True)
+    runner = web.AppRunner(
+        server.app(), access_log=None, handler_cancellation=True, shutdown_timeout=0.5
+    )
     await runner.setup()
-    site = web.TCPSite(runner, host, port, backlog=4096, shutdown_timeout=0.5)
+    site = web.TCPSite(runner, host, port, backlog=4096)
     try:
         await site.start()
     except OSError:
