@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 FINISH_SECONDS = 5.0
 QUIET_SECONDS = 0.3
 PLAN_DEBOUNCE_MILLISECONDS = 50
+PLAN_LOOK_MILLISECONDS = 1000
 
 TRANSPORTS: dict[str, Callable[[FlowLoop, str, grpc.ServerCredentials | None, int], Transport]] = {
     "completion-queue": CompletionQueueTransport,
@@ -83,7 +84,8 @@ class EndpointPicker:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        plan, endpoints = _read_plan(settings.plan_file)
+        self._plan_text = _read_text(settings.plan_file)
+        plan, endpoints = _parse_plan(settings.plan_file, self._plan_text)
         self._controller = FlowController(plan, random.SystemRandom())
         self._controller.set_endpoints(endpoints, time.monotonic())
         self._traffic = Traffic()
@@ -215,12 +217,26 @@ class EndpointPicker:
     # --- plan
 
     async def _watch_plan(self) -> None:
+        """Take each new content of the plan file.
+
+        A look every second is not for speed: it finds what was written before the watch began.
+        """
         path = self._settings.plan_file
+        seen = self._plan_text
         async for _ in awatch(
-            path.parent, debounce=PLAN_DEBOUNCE_MILLISECONDS, step=10, recursive=False
+            path.parent,
+            debounce=PLAN_DEBOUNCE_MILLISECONDS,
+            step=10,
+            recursive=False,
+            rust_timeout=PLAN_LOOK_MILLISECONDS,
+            yield_on_timeout=True,
         ):
             try:
-                plan, endpoints = _read_plan(path)
+                text = await asyncio.to_thread(_read_text, path)
+                if text == seen:
+                    continue
+                seen = text
+                plan, endpoints = _parse_plan(path, text)
             except StartError as error:
                 self._traffic.plan_reloaded(ok=False)
                 _log.error("plan not taken, the last good one stays: %s", error)
@@ -282,10 +298,15 @@ def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
         raise StartError(f"--cert-path: {error}") from error
 
 
-def _read_plan(path: Path) -> tuple[Plan, tuple[Endpoint, ...]]:
+def _read_text(path: Path) -> str:
     try:
-        return plan_codec.parse_snapshot_json(path.read_text())
+        return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise StartError(f"--plan-file: {path}: {error}") from error
+
+
+def _parse_plan(path: Path, text: str) -> tuple[Plan, tuple[Endpoint, ...]]:
+    try:
+        return plan_codec.parse_snapshot_json(text)
     except PlanError as error:
         raise StartError(f"{path}: {error}") from error

@@ -256,6 +256,7 @@ class _Up:
     async def _watch(self, plan_file: Path, planned: Planned) -> None:
         """Follow the folder; what cannot be planned leaves the last good plan in force."""
         current = planned.snapshot
+        refused = False
         async for manifests in sources.changes(self._arguments.folder):
             try:
                 planned = self._plan(manifests)
@@ -263,6 +264,7 @@ class _Up:
                 self._console.print(
                     f"not taken, the last good plan stays:\n{error}", style="red", markup=False
                 )
+                refused = True
                 continue
             self._complain(manifests, planned)
             if planned.snapshot != current:
@@ -272,8 +274,9 @@ class _Up:
                     f"plan written: {len(current.plan.models)} models, "
                     f"{len(current.endpoints.endpoints)} endpoints"
                 )
-            else:
-                self._console.print("manifests are valid; the plan is as before")
+            elif refused:
+                self._console.print("manifests are valid again; the plan is as before")
+            refused = False
 
     # --- processes
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 MAX_FILE_BYTES = 4 << 20
 SUFFIXES = (".yaml", ".yml")
 DEBOUNCE_MILLISECONDS = 50
+LOOK_MILLISECONDS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +71,35 @@ def read(folder: Path) -> Manifests:
 
 
 async def changes(folder: Path) -> AsyncIterator[Manifests]:
-    """Yield the folder's manifests each time a file of it has changed."""
-    async for _ in awatch(folder, debounce=DEBOUNCE_MILLISECONDS, step=10, recursive=False):
-        yield read(folder)
+    """Yield the folder's manifests, and again each time a file of it has changed.
+
+    A look every second finds what was written before the watch began.
+    """
+    seen: object = None
+    async for _ in awatch(
+        folder,
+        debounce=DEBOUNCE_MILLISECONDS,
+        step=10,
+        recursive=False,
+        rust_timeout=LOOK_MILLISECONDS,
+        yield_on_timeout=True,
+    ):
+        files = _fingerprint(folder)
+        if files != seen:
+            seen = files
+            yield read(folder)
+
+
+def _fingerprint(folder: Path) -> dict[str, tuple[int, int]]:
+    """Tell contents apart without reading them; a folder that is gone is empty."""
+    try:
+        return {
+            file.name: ((stat := file.stat()).st_mtime_ns, stat.st_size)
+            for file in folder.iterdir()
+            if file.suffix in SUFFIXES
+        }
+    except OSError:
+        return {}
 
 
 def _documents(file: Path) -> list[Any]:
