@@ -211,7 +211,7 @@ def _endpoints(pool: AnyPool, resources: list[Resource], problems: list[Problem]
                     continue
                 for port in ports:
                     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-                    name = str((endpoint.target_ref or {}).get("name", "")) or address
+                    name = endpoint.target_ref.name or address
                     found.setdefault(address, pb.Endpoint(address=address, name=name))
     return pb.Endpoints(endpoints=found.values())
 

@@ -1,16 +1,17 @@
 """The resources as typed objects: the only place where a field of a resource is declared.
 
 Our own kind is strict: an unknown field is an error that names the allowed ones. Foreign kinds are
-read leniently, since their owners add fields. What a resource leads to is planning.py's business.
+read leniently, since their owners add fields. How an error is worded is wording.py's business, what
+a resource leads to is planning.py's.
 """
 
 from __future__ import annotations
 
-import datetime as dt  # noqa: TC003  # pydantic evaluates the annotations
 import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AwareDatetime,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -21,13 +22,16 @@ from pydantic import (
 )
 from pydantic.alias_generators import to_camel
 
+from forebay_operator import wording
+
 POOL_LABEL = "forebay.dev/inference-pool"
 MAX_SECONDS = 3600.0
 MAX_COUNT = 1_000_000
 MAX_BYTES = 1 << 40
 
-_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?")
-_QUANTITY = re.compile(r"(\d+)(Ki|Mi|Gi|Ti|k|M|G|T)?")
+_NUMBER = r"([0-9]{1,9}(?:\.[0-9]{1,9})?)"
+_DURATION = re.compile(f"(?:{_NUMBER}h)?(?:{_NUMBER}m)?(?:{_NUMBER}s)?(?:{_NUMBER}ms)?")
+_QUANTITY = re.compile(r"([0-9]{1,15})(Ki|Mi|Gi|Ti|k|M|G|T)?")
 _FACTORS = {
     "": 1,
     "k": 10**3,
@@ -43,22 +47,24 @@ _FACTORS = {
 
 def _seconds(value: object) -> object:
     """Read a duration as Go and Kubernetes write it."""
-    if not isinstance(value, str):
-        raise ValueError('must be a duration such as "30s", "1m30s" or "500ms"')  # noqa: TRY004  # pydantic's rule
-    match = _DURATION.fullmatch(value)
-    if match is None or not value:
-        raise ValueError('must be a duration such as "30s", "1m30s" or "500ms"')
+    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
+    if not match or not value:
+        raise ValueError(
+            f'{wording.shown(value)} is not a duration such as "30s", "1m30s" or "500ms"'
+        )
     hours, minutes, seconds, milliseconds = (float(part or 0) for part in match.groups())
     return hours * 3600 + minutes * 60 + seconds + milliseconds / 1000
 
 
 def _bytes(value: object) -> object:
     """Read a quantity of bytes as Kubernetes writes it."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
     match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
     if match is None:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        raise ValueError("must be a number of bytes such as 1048576 or 512Mi")
+        raise ValueError(
+            f"{wording.shown(value)} is not a number of bytes such as 1048576 or 512Mi"
+        )
     return int(match[1]) * _FACTORS[match[2] or ""]
 
 
@@ -67,20 +73,35 @@ Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=MAX_SECONDS
 Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=1, le=MAX_BYTES)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT, strict=True)]
 Name = Annotated[str, Field(min_length=1, max_length=253)]
+Label = Annotated[str, Field(max_length=63)]
+Labels = Annotated[dict[str, Label], Field(max_length=64)]
 ModelName = Annotated[str, Field(min_length=1, max_length=256)]
 Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
 
 
-class _Foreign(BaseModel):
+class _Part(BaseModel):
+    """A part of a resource. A field that is null counts as unset, as it does in Kubernetes."""
+
+    model_config = ConfigDict(alias_generator=to_camel, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_unset(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: item for key, item in value.items() if item is not None}
+        return value
+
+
+class _Foreign(_Part):
     """A part of a kind that somebody else owns."""
 
-    model_config = ConfigDict(extra="ignore", alias_generator=to_camel, frozen=True)
+    model_config = ConfigDict(extra="ignore")
 
 
-class _Own(BaseModel):
+class _Own(_Part):
     """A part of a kind that is ours."""
 
-    model_config = ConfigDict(extra="forbid", alias_generator=to_camel, frozen=True)
+    model_config = ConfigDict(extra="forbid")
 
 
 class Metadata(_Foreign):
@@ -88,12 +109,12 @@ class Metadata(_Foreign):
 
     name: Name
     namespace: Name = "default"
-    labels: dict[str, str] = {}
-    creation_timestamp: dt.datetime | None = None
+    labels: Labels = {}
+    creation_timestamp: AwareDatetime | None = None
 
 
 class _PoolSelector(_Foreign):
-    match_labels: dict[str, str] = Field(min_length=1)
+    match_labels: Labels = Field(min_length=1)
 
 
 class _TargetPort(_Foreign):
@@ -118,7 +139,7 @@ class InferencePool(_Foreign):
 
 
 class _OldPoolSpec(_Foreign):
-    selector: dict[str, str] = Field(min_length=1)
+    selector: Labels = Field(min_length=1)
     target_port_number: Port
 
 
@@ -170,10 +191,14 @@ class _Conditions(_Foreign):
     ready: bool | None = None
 
 
+class _TargetPod(_Foreign):
+    name: Annotated[str, Field(max_length=253)] = ""
+
+
 class _SliceEndpoint(_Foreign):
-    addresses: tuple[str, ...] = Field(min_length=1, max_length=100)
+    addresses: tuple[Name, ...] = Field(min_length=1, max_length=100)
     conditions: _Conditions = _Conditions()
-    target_ref: dict[str, Any] | None = None
+    target_ref: _TargetPod = _TargetPod()
 
 
 class _SlicePort(_Foreign):
@@ -188,8 +213,8 @@ class EndpointSlice(_Foreign):
     """
 
     metadata: Metadata
-    endpoints: tuple[_SliceEndpoint, ...] = ()
-    ports: tuple[_SlicePort, ...] = ()
+    endpoints: tuple[_SliceEndpoint, ...] = Field((), max_length=1000)
+    ports: tuple[_SlicePort, ...] = Field((), max_length=100)
 
 
 class TargetRef(_Own):
@@ -253,7 +278,7 @@ class Saturation(_Own):
 
     mode: Literal["Adaptive", "Concurrency"] = "Adaptive"
     max_concurrency: Count = 100
-    kv_cache_usage_threshold: Annotated[float, Field(gt=0, le=1)] = 0.95
+    kv_cache_usage_threshold: Annotated[float, Field(gt=0, le=1, strict=True)] = 0.95
 
 
 class Unmatched(_Own):
@@ -339,43 +364,4 @@ def parse(manifest: dict[str, Any]) -> Resource | None:
     try:
         return kind.model_validate(manifest)
     except ValidationError as error:
-        problems = [(_path(detail["loc"]), _problem(kind, detail)) for detail in error.errors()]
-        raise ResourceError(problems) from None
-
-
-def _path(location: tuple[int | str, ...]) -> str:
-    path = ""
-    for part in location:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}"
-    return path.lstrip(".") or "spec"
-
-
-def _problem(kind: type[BaseModel], detail: Any) -> str:
-    value = repr(detail["input"])
-    shown = value if len(value) <= 60 else value[:57] + "..."
-    match detail["type"]:
-        case "extra_forbidden":
-            return f"unknown field; known are {', '.join(_fields(kind, detail['loc'][:-1]))}"
-        case "literal_error":
-            expected = detail["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
-            return f"{shown} is not one of {expected}"
-        case "missing":
-            return "is required"
-        case "value_error":
-            return f"{detail['ctx']['error']}"
-    message = str(detail["msg"])
-    return f"{message[0].lower()}{message[1:]}, is {shown}"
-
-
-def _fields(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Return the field names at a place of a resource, as they are written in YAML."""
-    model: type[BaseModel] = kind
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation: Any = next(
-            field.annotation for field in model.model_fields.values() if field.alias == part
-        )
-        arguments = getattr(annotation, "__args__", ())
-        model = arguments[0] if arguments else annotation
-    return sorted(field.alias or name for name, field in model.model_fields.items())
+        raise ResourceError(wording.problems(kind, error)) from None

@@ -25,7 +25,7 @@ MAX_LIMIT = 100_000
 STALE_SECONDS = 2.0
 MIN_BACKOFF_SECONDS = 0.25
 MAX_BACKOFF_SECONDS = 8.0
-CROWDED_SCRAPES = 3
+CROWDED_SCRAPES = 5
 
 
 class FixedLimit:
@@ -51,7 +51,8 @@ class AdaptiveLimit:
 
     One waiting request proves little: an engine admits new arrivals at its next step, and a scrape
     may fall in between. A scrape is proof when more wait than were sent since the scrape before,
-    or when `CROWDED_SCRAPES` in a row found somebody waiting.
+    or when `CROWDED_SCRAPES` in a row found somebody waiting and the same number running: a full
+    batch keeps its size, while what only waits for the next step is another number each time.
     """
 
     __slots__ = ("_backoff", "_climbing", "_crowded", "_known", "_next_probe_at", "value")
@@ -78,7 +79,8 @@ class AdaptiveLimit:
         """
         if waiting > 0:
             self._crowded.append(running)
-            if waiting > arrivals or len(self._crowded) == CROWDED_SCRAPES:
+            steady = len(self._crowded) == CROWDED_SCRAPES and len(set(self._crowded)) == 1
+            if waiting > arrivals or steady:
                 self._full_at(max(1, *self._crowded), now)
             return
         self._crowded.clear()

@@ -1,0 +1,98 @@
+"""What is wrong with a manifest, in the words of somebody who writes YAML.
+
+Which fields there are does not belong here: resources.py declares them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
+
+MAX_PROBLEMS = 10
+MAX_CHARACTERS = 60
+MAX_BITS = 128
+
+_WANTED = {
+    "model_type": "must be an object",
+    "dict_type": "must be an object",
+    "tuple_type": "must be a list",
+    "string_type": "must be a string",
+    "int_type": "must be a whole number",
+    "invalid_key": "the name of a field must be a string",
+}
+
+
+def problems(kind: type[BaseModel], error: ValidationError) -> list[tuple[str, str]]:
+    """Return (field path, what is wrong) pairs, the first ten and how many more there are."""
+    details = error.errors(include_url=False)
+    found = [(_path(detail["loc"]), _problem(kind, detail)) for detail in details[:MAX_PROBLEMS]]
+    if more := details[MAX_PROBLEMS:]:
+        found.append(("...", f"and {len(more)} more problems"))
+    return found
+
+
+def printable(text: str) -> str:
+    """Escape what would move the cursor of a terminal, or could not be encoded for it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: object) -> str:
+    """Write a value of a manifest for an error message, as YAML would have it, in short."""
+    match value:
+        case dict():
+            return "an object"
+        case list() | tuple():
+            return "a list"
+        case int() if value.bit_length() > MAX_BITS:
+            return "a huge number"
+        case str() | int() | float() | None:
+            text = json.dumps(value, ensure_ascii=False)
+        case _:
+            text = str(value)
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}..."
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path.lstrip(".")
+
+
+def _problem(kind: type[BaseModel], detail: Any) -> str:
+    """Say what is wrong with a field in the words of somebody who writes YAML."""
+    context = detail.get("ctx", {})
+    match detail["type"]:
+        case "extra_forbidden":
+            return f"unknown field; known are {', '.join(_fields(kind, detail['loc'][:-1]))}"
+        case "literal_error":
+            expected = context["expected"].replace("'", "").replace(" or ", ", ")
+            return f"{shown(detail['input'])} is not one of {expected}"
+        case "missing":
+            return "is required"
+        case "value_error":
+            return str(context["error"])
+        case "too_long":
+            return f"must have at most {context['max_length']} entries"
+        case "too_short":
+            return "must not be empty"
+    wanted = _WANTED.get(detail["type"]) or re.sub("^(Input|String) should", "must", detail["msg"])
+    return f"{wanted}, is {shown(detail['input'])}"
+
+
+def _fields(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Return the field names at a place of a resource, as they are written in YAML."""
+    model: type[BaseModel] = kind
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation: Any = next(
+            field.annotation for field in model.model_fields.values() if field.alias == part
+        )
+        arguments = getattr(annotation, "__args__", ())
+        model = arguments[0] if arguments else annotation
+    return sorted(field.alias or name for name, field in model.model_fields.items())

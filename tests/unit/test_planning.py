@@ -1,0 +1,275 @@
+"""From resources to what an endpoint picker is told, and what it makes of it."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+from google.protobuf import json_format
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forebay_epp.codec import plan as plan_codec
+from forebay_epp.core import plan as core
+from forebay_operator import planning, resources
+
+X = "inference.networking.x-k8s.io/v1alpha2"
+
+
+def pool(name="chat", namespace="default", ports=(8000,)):
+    return resources.parse(
+        {
+            "apiVersion": "inference.networking.k8s.io/v1",
+            "kind": "InferencePool",
+            "metadata": {"name": name, "namespace": namespace},
+            "spec": {
+                "selector": {"matchLabels": {"app": "a"}},
+                "targetPorts": [{"number": port} for port in ports],
+            },
+        }
+    )
+
+
+def model(name, model_name=None, created=None, namespace="default", **spec):
+    metadata = {"name": name, "namespace": namespace, "creationTimestamp": created}
+    return resources.parse(
+        {
+            "apiVersion": X,
+            "kind": "InferenceModel",
+            "metadata": metadata,
+            "spec": {"modelName": model_name or name, "poolRef": {"name": "chat"}, **spec},
+        }
+    )
+
+
+def policy(name="p", created=None, namespace="default", **spec):
+    return resources.parse(
+        {
+            "apiVersion": "forebay.dev/v1alpha1",
+            "kind": "FlowControlPolicy",
+            "metadata": {"name": name, "namespace": namespace, "creationTimestamp": created},
+            "spec": {"targetRefs": [{"name": "chat"}], **spec},
+        }
+    )
+
+
+def endpoint_slice(*endpoints, ports=(), label="chat"):
+    return resources.parse(
+        {
+            "apiVersion": "discovery.k8s.io/v1",
+            "kind": "EndpointSlice",
+            "metadata": {"name": "s", "labels": {"forebay.dev/inference-pool": label}},
+            "endpoints": endpoints,
+            "ports": [{"port": port} for port in ports],
+        }
+    )
+
+
+def picked_up(*given):
+    """Plan the pool and read the result as the endpoint picker does."""
+    planned = planning.plan(pool(), [pool(), *given])
+    plan, endpoints = plan_codec.parse_snapshot(planned.snapshot)
+    return plan, endpoints, planned.problems
+
+
+def test_no_policy_is_the_core_s_default():
+    """Both sides of the contract agree on defaults without knowing each other."""
+    assert picked_up()[0] == core.Plan(pool="default/chat")
+
+
+def test_an_empty_policy_is_no_policy():
+    """`targetRefs` alone."""
+    assert picked_up(policy())[0] == picked_up()[0]
+
+
+def test_a_policy_reaches_every_field_of_the_plan():
+    """Nothing in the resource is without effect."""
+    plan, _, problems = picked_up(
+        policy(
+            bands=[
+                {
+                    "criticality": "Critical",
+                    "fairness": {"policy": "RoundRobin"},
+                    "queue": {
+                        "maxRequests": 7,
+                        "maxBytes": "1Ki",
+                        "ttl": "5s",
+                        "perFlow": {"maxRequests": 3, "maxBytes": 100},
+                    },
+                }
+            ],
+            models=[{"name": "only-here", "criticality": "Sheddable"}],
+            limits={"maxRequests": 11, "maxBytes": 12, "maxBodyBytes": 13},
+            saturation={
+                "mode": "Concurrency",
+                "maxConcurrency": 4,
+                "kvCacheUsageThreshold": 0.5,
+            },
+            unmatched={"action": "Reject", "criticality": "Sheddable"},
+            noEndpoints={"ttl": "2m"},
+        )
+    )
+
+    assert problems == ()
+    assert plan.bands[0] == core.BandPlan(
+        "Critical",
+        100,
+        core.FairnessName.ROUND_ROBIN,
+        ttl_seconds=5.0,
+        max_requests=7,
+        max_bytes=1024,
+        flow_max_requests=3,
+        flow_max_bytes=100,
+    )
+    assert plan.bands[1:] == core.DEFAULT_BANDS[1:]
+    assert plan.models == (core.ModelPlan("only-here", "Sheddable"),)
+    assert plan.limits == core.LimitsPlan(11, 12, 13)
+    assert plan.saturation == core.SaturationPlan(core.SaturationMode.CONCURRENCY, 4, 0.5)
+    assert (plan.unmatched_action, plan.unmatched_band) == ("Reject", "Sheddable")
+    assert plan.no_endpoints_ttl_seconds == 120
+
+
+def test_criticality_decides_the_band():
+    """Unset means Standard; the policy's word is above the model's."""
+    plan, _, _ = picked_up(
+        model("a", criticality="Critical"),
+        model("b"),
+        model("c", criticality="Critical"),
+        policy(models=[{"name": "c", "criticality": "Sheddable"}]),
+    )
+
+    assert {m.name: m.band for m in plan.models} == {
+        "a": "Critical",
+        "b": "Standard",
+        "c": "Sheddable",
+    }
+
+
+def test_targets_without_weights_weigh_the_same():
+    """And weights are taken as they are."""
+    plan, _, _ = picked_up(
+        model("a", targetModels=[{"name": "x"}, {"name": "y"}]),
+        model("b", targetModels=[{"name": "x", "weight": 3}]),
+    )
+
+    assert [m.targets for m in plan.models] == [(("x", 1), ("y", 1)), (("x", 3),)]
+
+
+@given(seed=st.integers(0, 10_000))
+def test_the_oldest_wins_whatever_the_order(seed):
+    """By creation time, then by name; the losers are told who won."""
+    given_ = [
+        policy("young", "2026-02-01T00:00:00Z", limits={"maxRequests": 2}),
+        policy("old", "2026-01-01T00:00:00Z", limits={"maxRequests": 1}),
+        model("m-young", "same", "2026-02-01T00:00:00Z", criticality="Sheddable"),
+        model("m-old", "same", "2026-01-01T00:00:00Z", criticality="Critical"),
+        model("a-no-time", "same"),
+    ]
+    random.Random(seed).shuffle(given_)
+
+    plan, _, problems = picked_up(*given_)
+
+    assert plan.limits.max_requests == 1
+    assert plan.models == (core.ModelPlan("same", "Critical"),)
+    assert {(p.name, p.reason) for p in problems} == {
+        ("default/young", "Conflicted"),
+        ("default/m-young", "ModelNameInUse"),
+        ("default/a-no-time", "ModelNameInUse"),
+    }
+    assert all("old" in problem.message for problem in problems)
+
+
+def test_another_namespace_has_no_effect():
+    """A policy of elsewhere is told so; a model of elsewhere has a pool of elsewhere."""
+    plan, _, problems = picked_up(
+        policy(namespace="other", limits={"maxRequests": 1}), model("m", namespace="other")
+    )
+
+    assert (plan, [p.reason for p in problems]) == (picked_up()[0], ["NoSuchPool"])
+
+
+def test_endpoints_are_addresses_times_ports():
+    """The slice's ports, else the pool's; not ready is left out; IPv6 is bracketed."""
+    _, endpoints, _ = picked_up(
+        endpoint_slice(
+            {"addresses": ["10.0.0.1"], "targetRef": {"kind": "Pod", "name": "pod-1"}},
+            {"addresses": ["10.0.0.2"], "conditions": {"ready": False}},
+            {"addresses": ["fd00::1"], "conditions": {"ready": True}},
+        ),
+        endpoint_slice({"addresses": ["10.0.0.3"]}, ports=(1, 2)),
+        endpoint_slice({"addresses": ["10.0.0.4"]}, label="another-pool"),
+    )
+
+    assert {e.address: e.name for e in endpoints} == {
+        "10.0.0.1:8000": "pod-1",
+        "[fd00::1]:8000": "[fd00::1]:8000",
+        "10.0.0.3:1": "10.0.0.3:1",
+        "10.0.0.3:2": "10.0.0.3:2",
+    }
+
+
+def test_a_name_is_no_address():
+    """Envoy is told where to connect to, so it must be an IP."""
+    _, endpoints, problems = picked_up(endpoint_slice({"addresses": ["example.com"]}))
+
+    assert (endpoints, [p.reason for p in problems]) == ((), ["InvalidAddress"])
+
+
+# --- the file between them
+
+
+def snapshot_json(**changes):
+    message = json_format.MessageToDict(planning.plan(pool(), []).snapshot)
+    message["plan"].update(changes)
+    return json.dumps(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("nonsense", "snapshot"),
+        ("3", "snapshot"),
+        ('{"plan": {"unknown": 1}}', "snapshot"),
+        (snapshot_json(bands=[]), "bands"),
+        (snapshot_json(saturation={"mode": "Magic"}), "plan.saturation.mode"),
+        (snapshot_json(unmatched={"action": "Queue", "band": "Nowhere"}), "unmatched.band"),
+        (snapshot_json(models=[{"name": "m", "band": "Nowhere"}]), "models[0].band"),
+        (snapshot_json(noEndpointsTtlSeconds=0), "noEndpointsTtlSeconds"),
+        (snapshot_json(noEndpointsTtlSeconds="NaN"), "noEndpointsTtlSeconds"),
+    ],
+)
+def test_a_plan_that_cannot_be_applied_names_the_field(text, path):
+    """The endpoint picker does not trust what it reads."""
+    with pytest.raises(core.PlanError) as error:
+        plan_codec.parse_snapshot_json(text)
+
+    assert path in [found for found, _ in error.value.problems]
+
+
+@pytest.mark.parametrize(
+    "address", ["", "host:80", "10.0.0.1", "10.0.0.1:0", "10.0.0.1:99999", "::1:80", "[::1]"]
+)
+def test_an_address_is_ip_and_port(address):
+    """Anything else would be Envoy's problem later."""
+    message = json.loads(snapshot_json()) | {"endpoints": {"endpoints": [{"address": address}]}}
+
+    with pytest.raises(core.PlanError, match="is not ip:port"):
+        plan_codec.parse_snapshot_json(json.dumps(message))
+
+
+def test_an_address_is_there_once():
+    """Two endpoints with one address would share slots."""
+    twice = {"endpoints": [{"address": "10.0.0.1:1"}] * 2}
+
+    with pytest.raises(core.PlanError, match="twice"):
+        plan_codec.parse_snapshot_json(
+            json.dumps(json.loads(snapshot_json()) | {"endpoints": twice})
+        )
+
+
+@given(text=st.text(max_size=100))
+def test_no_text_raises_anything_else(text):
+    """A plan, or PlanError."""
+    with pytest.raises(core.PlanError):
+        plan_codec.parse_snapshot_json(text)
