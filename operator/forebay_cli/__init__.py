@@ -1,1 +1,5 @@
 """The `forebay` command."""
+
+
+class CommandError(Exception):
+    """What keeps a command from going on; the text says what to do."""

@@ -21,7 +21,7 @@ def main() -> int:
             allow_abbrev=False,
         )
     )
-    return up.run(parser.parse_args())
+    return up.run(parser.parse_args(namespace=up.Settings()))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 import ipaddress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from forebay_control.v1 import control_pb2 as pb
@@ -26,11 +26,15 @@ from forebay_operator.resources import (
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from google.protobuf.message import Message
+
     from forebay_operator.resources import Criticality, Metadata, Resource
 
 PRIORITIES: dict[Criticality, int] = {"Critical": 100, "Standard": 0, "Sheddable": -100}
 
 _NO_POLICY = PolicySpec.model_validate({"targetRefs": [{"name": "none"}]})
+
+MAX_MODELS = 4096  # what an endpoint picker takes
 
 _NEVER = dt.datetime.max.replace(tzinfo=dt.UTC)
 
@@ -53,7 +57,7 @@ class Planned:
     """What the pool's endpoint pickers are told, and what is wrong with the resources."""
 
     snapshot: pb.Snapshot
-    problems: tuple[Problem, ...] = field(default=())
+    problems: tuple[Problem, ...] = ()
 
 
 def pools(resources: Iterable[Resource]) -> list[AnyPool]:
@@ -67,6 +71,8 @@ def plan(pool: AnyPool, resources: Iterable[Resource]) -> Planned:
 
     Policies and models of other namespaces have no effect. Of two policies for the pool, and of
     two models with the same name, the oldest counts (GEP-713): by creation time, then by name.
+    A reference means the pool by its name alone: a pool that moves from the group x-k8s.io to
+    k8s.io takes its models along. Resources of other pools are not looked at.
     """
     problems: list[Problem] = []
     everything = list(resources)
@@ -99,6 +105,64 @@ def plan(pool: AnyPool, resources: Iterable[Resource]) -> Planned:
     )
 
 
+def unattached(resources: Iterable[Resource]) -> tuple[Problem, ...]:
+    """Tell of the resources that are for a pool which is not there."""
+    everything = list(resources)
+    names = {(pool.metadata.namespace, pool.metadata.name) for pool in pools(everything)}
+    problems: list[Problem] = []
+    for resource in everything:
+        match resource:
+            case FlowControlPolicy():
+                wanted = [ref.name for ref in resource.spec.target_refs]
+            case InferenceModel():
+                wanted = [resource.spec.pool_ref.name]
+            case EndpointSlice():
+                wanted = [resource.metadata.labels.get(POOL_LABEL, "")]
+            case _:
+                continue
+        kind, metadata = type(resource).__name__, resource.metadata
+        for name in wanted:
+            if (metadata.namespace, name) in names:
+                continue
+            elsewhere = sorted(namespace for namespace, other in names if other == name)
+            if not name:
+                message = f"the label {POOL_LABEL} does not say for which InferencePool it is"
+            elif elsewhere:
+                message = (
+                    f"InferencePool {name} is in namespace {elsewhere[0]}, and only resources of "
+                    "its own namespace count"
+                )
+            else:
+                message = f"there is no InferencePool {name}"
+            problems.append(_problem(kind, metadata, "TargetNotFound", message))
+    return tuple(problems)
+
+
+def differences(before: Message, after: Message, path: str = "") -> list[str]:
+    """Say in lines what changed from one message to another; parts of a list go by their name."""
+    lines: list[str] = []
+    for field in before.DESCRIPTOR.fields:
+        where = f"{path}{field.json_name}"
+        old, new = getattr(before, field.name), getattr(after, field.name)
+        if old == new:
+            continue
+        if field.is_repeated:
+            olds, news = ({_key(part): part for part in parts} for parts in (old, new))
+            lines.extend(f"{where}[{key}] removed" for key in olds.keys() - news.keys())
+            lines.extend(f"{where}[{key}] added" for key in news.keys() - olds.keys())
+            for key in olds.keys() & news.keys():
+                lines.extend(differences(olds[key], news[key], f"{where}[{key}]."))
+        elif field.message_type:
+            lines.extend(differences(old, new, f"{where}."))
+        else:
+            lines.append(f"{where}: {old} -> {new}")
+    return sorted(lines)
+
+
+def _key(part: pb.Band | pb.Model | pb.Target | pb.Endpoint) -> str:
+    return part.address if isinstance(part, pb.Endpoint) else part.name
+
+
 def _age(metadata: Metadata) -> tuple[dt.datetime, str, str]:
     return metadata.creation_timestamp or _NEVER, metadata.namespace, metadata.name
 
@@ -106,18 +170,13 @@ def _age(metadata: Metadata) -> tuple[dt.datetime, str, str]:
 def _policy(
     pool: AnyPool, resources: list[Resource], problems: list[Problem]
 ) -> FlowControlPolicy | None:
-    candidates = []
-    for policy in (r for r in resources if isinstance(r, FlowControlPolicy)):
-        if not any(ref.name == pool.metadata.name for ref in policy.spec.target_refs):
-            continue
-        if policy.metadata.namespace == pool.metadata.namespace:
-            candidates.append(policy)
-        else:
-            message = (
-                f"InferencePool {pool.metadata.name} is in namespace {pool.metadata.namespace}; "
-                "a policy reaches pools of its own namespace only"
-            )
-            problems.append(_problem("FlowControlPolicy", policy.metadata, "NoSuchPool", message))
+    candidates = [
+        policy
+        for policy in resources
+        if isinstance(policy, FlowControlPolicy)
+        and policy.metadata.namespace == pool.metadata.namespace
+        and any(ref.name == pool.metadata.name for ref in policy.spec.target_refs)
+    ]
     candidates.sort(key=lambda policy: _age(policy.metadata))
     for loser in candidates[1:]:
         message = (
@@ -186,10 +245,14 @@ def _models(
         for name, model in taken.items()
     ]
     models.extend(pb.Model(name=name, band=band) for name, band in override.items())
-    return models
+    if len(models) > MAX_MODELS:
+        message = f"has {len(models)} models; those beyond {MAX_MODELS} are treated as unmatched"
+        problems.append(_problem("InferencePool", pool.metadata, "TooManyModels", message))
+    return models[:MAX_MODELS]
 
 
 def _endpoints(pool: AnyPool, resources: list[Resource], problems: list[Problem]) -> pb.Endpoints:
+    """Take each ready address of the pool's slices, on the slice's ports or else the pool's."""
     found: dict[str, pb.Endpoint] = {}
     for part in resources:
         if (
@@ -202,23 +265,25 @@ def _endpoints(pool: AnyPool, resources: list[Resource], problems: list[Problem]
         for endpoint in part.endpoints:
             if endpoint.conditions.ready is False:
                 continue
-            for host in endpoint.addresses:
-                if not _is_ip(host):
-                    message = f"address {host!r} is not an IP address"
+            for text in endpoint.addresses:
+                host = _host(text)
+                if host is None:
+                    message = f"address {text!r} is not an IP address"
                     problems.append(
                         _problem("EndpointSlice", part.metadata, "InvalidAddress", message)
                     )
                     continue
                 for port in ports:
-                    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+                    address = f"{host}:{port}"
                     name = endpoint.target_ref.name or address
                     found.setdefault(address, pb.Endpoint(address=address, name=name))
     return pb.Endpoints(endpoints=found.values())
 
 
-def _is_ip(text: str) -> bool:
+def _host(text: str) -> str | None:
+    """Write an IP address as it stands before a colon and a port."""
     try:
-        ipaddress.ip_address(text)
+        ip = ipaddress.ip_address(text)
     except ValueError:
-        return False
-    return True
+        return None
+    return f"[{ip}]" if ip.version == 6 else str(ip)

@@ -6,6 +6,7 @@ What the resources mean does not belong here.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,43 +46,20 @@ class Manifests:
 
 def read(folder: Path) -> Manifests:
     """Read every manifest of a folder; problems are lines that name file, object and field."""
+    reading = _Reading()
     try:
         files = sorted(_files(folder))
     except OSError as error:
-        return Manifests((), (f"{folder}: {error.strerror}",), ())
-    if not files:
-        return Manifests((), (f"{folder}: holds no .yaml or .yml file",), ())
-    found: dict[tuple[str, str, str], tuple[str, Resource]] = {}
-    errors: list[str] = []
-    ignored: list[str] = []
-    for file in files:
-        try:
-            documents = _documents(file)
-        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-            errors.append(f"{file}: {_one_line(error)}")
-            continue
-        for number, document in enumerate(documents, 1):
-            where = f"{file} (document {number}, {_title(document)})"
-            if not isinstance(document, dict):
-                errors.append(f"{where}: is not an object with apiVersion and kind")
-                continue
-            try:
-                resource = resources.parse(document)
-            except resources.ResourceError as error:
-                errors.extend(f"{where}: {path}: {what}" for path, what in error.problems)
-                continue
-            if resource is None:
-                ignored.append(f"{where}: this kind has no effect here")
-                continue
-            key = (document["kind"], resource.metadata.namespace, resource.metadata.name)
-            if key in found:
-                errors.append(f"{where}: is also in {found[key][0]}")
-            else:
-                found[key] = (where, resource)
+        reading.errors.append(f"{folder}: is not a folder that can be read: {error.strerror}")
+    else:
+        if not files:
+            reading.errors.append(f"{folder}: holds no .yaml file")
+        for file in files:
+            reading.file(file)
     return Manifests(
-        tuple(resource for _, resource in found.values()),
-        tuple(map(wording.printable, errors)),
-        tuple(map(wording.printable, ignored)),
+        tuple(resource for _, resource in reading.found.values()),
+        tuple(map(wording.printable, reading.errors)),
+        tuple(map(wording.printable, reading.ignored)),
     )
 
 
@@ -106,6 +84,43 @@ async def changes(folder: Path) -> AsyncIterator[Manifests]:
             yield await asyncio.to_thread(read, folder)
 
 
+class _Reading:
+    """What has been read so far; `found` holds (where, resource) by kind, namespace and name."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str, str, str], tuple[str, Resource]] = {}
+        self.errors: list[str] = []
+        self.ignored: list[str] = []
+
+    def file(self, file: Path) -> None:
+        try:
+            documents = _documents(file)
+        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+            text = (isinstance(error, OSError) and error.strerror) or str(error)
+            self.errors.append(f"{file}: {' '.join(text.split())}")
+            return
+        for number, document in enumerate(documents, 1):
+            self._document(f"{file} (document {number}, {_title(document)})", document)
+
+    def _document(self, where: str, document: Any) -> None:
+        if not isinstance(document, dict):
+            self.errors.append(f"{where}: is not an object with apiVersion and kind")
+            return
+        try:
+            resource = resources.parse(document)
+        except resources.ResourceError as error:
+            self.errors.extend(f"{where}: {path}: {what}" for path, what in error.problems)
+            return
+        if resource is None:
+            self.ignored.append(f"{where}: this kind has no effect here")
+            return
+        key = (document["kind"], resource.metadata.namespace, resource.metadata.name)
+        if key in self.found:
+            self.errors.append(f"{where}: is also in {self.found[key][0]}")
+        else:
+            self.found[key] = (where, resource)
+
+
 def _files(folder: Path) -> list[Path]:
     """Return the folder's manifests. What begins with a dot is an editor's."""
     return [
@@ -115,15 +130,15 @@ def _files(folder: Path) -> list[Path]:
     ]
 
 
-def _fingerprint(folder: Path) -> dict[str, tuple[int, int, int]] | None:
+def _fingerprint(folder: Path) -> dict[Path, tuple[int, int, int]]:
     """Tell contents apart without reading them."""
-    try:
-        return {
-            file.name: ((stat := file.stat()).st_ino, stat.st_mtime_ns, stat.st_size)
-            for file in _files(folder)
-        }
-    except OSError:
-        return None
+    found = {}
+    with suppress(OSError):  # a folder that is gone is empty
+        for file in _files(folder):
+            with suppress(OSError):  # a link that leads nowhere
+                stat = file.stat()
+                found[file] = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+    return found
 
 
 def _documents(file: Path) -> list[Any]:
@@ -133,7 +148,7 @@ def _documents(file: Path) -> list[Any]:
     if size > MAX_FILE_BYTES:
         raise ValueError(f"is larger than {MAX_FILE_BYTES} bytes")
     with file.open("rb") as stream:
-        documents = yaml.load_all(stream, _Loader)  # noqa: S506  # it is a SafeLoader
+        documents = yaml.load_all(stream, _Loader)
         return [document for document in documents if document is not None]
 
 
@@ -154,7 +169,9 @@ class _Loader(yaml.SafeLoader):
         self._checked[id(node)] = node
         seen = set()
         for key, _ in node.value:
-            if (name := (key.tag, str(key.value))) in seen:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if (name := (key.tag, key.value)) in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key.value!r} is there twice", key.start_mark
                 )
@@ -168,7 +185,3 @@ def _title(document: Any) -> str:
     metadata = document.get("metadata")
     names = (document.get("kind"), metadata.get("name") if isinstance(metadata, dict) else None)
     return " ".join(name if isinstance(name, str) else "?" for name in names)
-
-
-def _one_line(error: BaseException) -> str:
-    return error.strerror if isinstance(error, OSError) else " ".join(str(error).split())

@@ -206,7 +206,7 @@ def test_a_folder_that_cannot_be_used_says_why(tmp_path, case, monkeypatch):
     if case == "large":
         monkeypatch.setattr(sources, "MAX_FILE_BYTES", 10)
         (folder / "a.yaml").write_text(POOL)
-    expected = {"missing": "is not a folder", "empty": "no .yaml file", "large": "larger than"}
+    expected = {"missing": "No such file", "empty": "no .yaml", "large": "larger than"}
 
     assert expected[case] in sources.read(folder).errors[0]
 

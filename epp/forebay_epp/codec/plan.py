@@ -134,13 +134,13 @@ def _endpoints(message: pb.Endpoints, problems: Problems) -> tuple[Endpoint, ...
 
 
 def _is_address(text: str) -> bool:
+    """Check for ip:port in the one form that makes equal addresses equal texts."""
     host, _, port = text.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        return False
     try:
-        ipaddress.ip_address(host)
+        ip = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+        number = int(port)
     except ValueError:
         return False
-    return port.isdecimal() and 0 < int(port) <= 65535
+    return 0 < number <= 65535 and text == (
+        f"[{ip}]:{number}" if ip.version == 6 else f"{ip}:{number}"
+    )

@@ -5,6 +5,7 @@ Plain frozen data and its own validation. Where a plan comes from does not belon
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -133,7 +134,7 @@ class Plan:
             ("saturation.maxConcurrency", self.saturation.max_concurrency),
             ("noEndpointsTtlSeconds", self.no_endpoints_ttl_seconds),
         ):
-            if not value > 0:
+            if not 0 < value < math.inf:
                 problems.append((path, f"must be greater than 0, is {value}"))
         if not 0 < self.saturation.kv_cache_usage_threshold <= 1:
             problems.append(
@@ -166,7 +167,7 @@ class Plan:
                 ("flowMaxRequests", band.flow_max_requests),
                 ("flowMaxBytes", band.flow_max_bytes),
             ):
-                if not value > 0:
+                if not 0 < value < math.inf:
                     problems.append((f"{path}.{name}", f"must be greater than 0, is {value}"))
         return problems
 

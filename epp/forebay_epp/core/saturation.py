@@ -26,6 +26,7 @@ STALE_SECONDS = 2.0
 MIN_BACKOFF_SECONDS = 0.25
 MAX_BACKOFF_SECONDS = 8.0
 CROWDED_SCRAPES = 5
+LONG_STEP_SECONDS = 0.15
 
 
 class FixedLimit:
@@ -49,13 +50,23 @@ class AdaptiveLimit:
     start). After that it is the batch that was seen, and one more place is tried at a time; the
     pause between tries doubles when a try fails and halves while tries succeed.
 
-    One waiting request proves little: an engine admits new arrivals at its next step, and a scrape
-    may fall in between. A scrape is proof when more wait than were sent since the scrape before,
-    or when `CROWDED_SCRAPES` in a row found somebody waiting and the same number running: a full
-    batch keeps its size, while what only waits for the next step is another number each time.
+    Waiting requests prove little by themselves: an engine admits new arrivals at its next step, and
+    a scrape may fall in between. A scrape is proof when more wait than were sent since the scrape
+    before. Otherwise it takes `CROWDED_SCRAPES` in a row with somebody waiting, and either always
+    the same number running, for a full batch keeps its size while what only waits for the next
+    step is another number each time; or, where capacity varies, waits that are too long for a
+    step. By Little's law (1961) the mean wait is the number waiting over the rate of arrivals.
     """
 
-    __slots__ = ("_backoff", "_climbing", "_crowded", "_known", "_next_probe_at", "value")
+    __slots__ = (
+        "_backoff",
+        "_climbing",
+        "_crowded",
+        "_known",
+        "_next_probe_at",
+        "_observed_at",
+        "value",
+    )
 
     def __init__(self) -> None:
         self.value = INITIAL_LIMIT
@@ -63,7 +74,10 @@ class AdaptiveLimit:
         self._climbing = False
         self._backoff = MIN_BACKOFF_SECONDS
         self._next_probe_at = 0.0
-        self._crowded: deque[int] = deque(maxlen=CROWDED_SCRAPES)
+        self._observed_at = 0.0
+        # Of the last scrapes, without a gap, that found somebody waiting: running, waiting,
+        # arrivals before them, seconds before them.
+        self._crowded: deque[tuple[int, int, int, float]] = deque(maxlen=CROWDED_SCRAPES)
 
     def observe(
         self, running: int, waiting: int, occupancy: int, arrivals: int, now: float
@@ -77,17 +91,30 @@ class AdaptiveLimit:
             arrivals: requests sent to the server since the scrape before was started.
             now: monotonic seconds.
         """
+        elapsed = min(STALE_SECONDS, now - self._observed_at)
+        self._observed_at = now
         if waiting > 0:
-            self._crowded.append(running)
-            steady = len(self._crowded) == CROWDED_SCRAPES and len(set(self._crowded)) == 1
-            if waiting > arrivals or steady:
-                self._full_at(max(1, *self._crowded), now)
+            self._crowded.append((running, waiting, arrivals, elapsed))
+            lasting = len(self._crowded) == CROWDED_SCRAPES
+            if waiting > arrivals or (lasting and (self._steady() or self._queueing())):
+                self._full_at(max(1, *(scrape[0] for scrape in self._crowded)), now)
             return
         self._crowded.clear()
         # A server that reports far less than it was sent does not know what it is doing; its word
         # does not open it further.
         if occupancy >= self.value and (running + waiting) * 2 >= self.value:
             self._grow(now)
+
+    def _queueing(self) -> bool:
+        """Whether those who wait do so for longer than a step takes."""
+        waiting = sum(scrape[1] for scrape in self._crowded) / len(self._crowded)
+        arrivals = sum(scrape[2] for scrape in self._crowded)
+        seconds = sum(scrape[3] for scrape in self._crowded)
+        return waiting * seconds > arrivals * LONG_STEP_SECONDS
+
+    def _steady(self) -> bool:
+        """Whether the same number was running each time."""
+        return len({scrape[0] for scrape in self._crowded}) == 1
 
     def _full_at(self, batch: int, now: float) -> None:
         if batch < self.value or not self._known:

