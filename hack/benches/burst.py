@@ -58,7 +58,7 @@ class Bench:
                 await reader.readuntil(b"0\r\n\r\n")
                 await self._open.wait()
                 writer.write(ANSWER)
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             writer.close()
 
     async def start(self) -> None:

@@ -29,19 +29,21 @@ _WANTED = {
 def problems(kind: type[BaseModel], error: ValidationError) -> list[tuple[str, str]]:
     """Return (field path, what is wrong) pairs, the first ten and how many more there are."""
     details = error.errors(include_url=False)
-    refused = {detail["loc"][:-1] for detail in details} | {
-        detail["loc"][:-2] for detail in details
-    }
     details = [
         detail
         for detail in details
         # A list is not empty because all its entries were refused.
-        if detail["type"] != "too_short" or detail["loc"] not in refused
+        if detail["type"] != "too_short" or not _entries_refused(detail["loc"], details)
     ]
     found = [(_path(detail["loc"]), _problem(kind, detail)) for detail in details[:MAX_PROBLEMS]]
     if more := details[MAX_PROBLEMS:]:
         found.append(("...", f"and {len(more)} more problems"))
     return found
+
+
+def _entries_refused(location: tuple[int | str, ...], details: list[Any]) -> bool:
+    depth = len(location)
+    return any(len(d["loc"]) > depth and d["loc"][:depth] == location for d in details)
 
 
 def printable(text: str) -> str:

@@ -218,6 +218,86 @@ def test_a_name_is_no_address():
     assert (endpoints, [p.reason for p in problems]) == ((), ["InvalidAddress"])
 
 
+def test_one_address_is_one_endpoint_however_it_is_written():
+    """Slices may overlap, and IPv6 has many spellings."""
+    _, endpoints, problems = picked_up(
+        endpoint_slice({"addresses": ["fd00::0:1", "10.0.0.1"]}),
+        endpoint_slice({"addresses": ["FD00::1", "10.0.0.1"]}),
+    )
+
+    assert [endpoint.address for endpoint in endpoints] == ["[fd00::1]:8000", "10.0.0.1:8000"]
+    assert problems == ()
+
+
+def test_more_models_than_an_endpoint_picker_takes_are_cut_and_told():
+    """A plan that is refused as a whole would help nobody."""
+    override = {"name": "override", "criticality": "Critical"}
+
+    plan, _, problems = picked_up(
+        *(model(f"m{number}") for number in range(core.MAX_MODELS)), policy(models=[override])
+    )
+
+    assert len(plan.models) == core.MAX_MODELS
+    assert [(p.reason, "4097 models" in p.message) for p in problems] == [("TooManyModels", True)]
+
+
+def test_what_is_for_no_pool_is_told():
+    """A mistyped name would otherwise just have no effect."""
+    told = planning.unattached(
+        [
+            pool("chatt"),
+            model("m"),
+            policy(targetRefs=[{"name": "chatt"}, {"name": "chat"}]),
+            endpoint_slice(label=""),
+            endpoint_slice(label="chatt"),
+        ]
+    )
+
+    assert [str(problem) for problem in told] == [
+        "InferenceModel default/m: TargetNotFound: there is no InferencePool chat",
+        "FlowControlPolicy default/p: TargetNotFound: there is no InferencePool chat",
+        "EndpointSlice default/s: TargetNotFound: the label forebay.dev/inference-pool does not "
+        "say for which InferencePool it is",
+    ]
+
+
+def test_pools_of_one_name_in_two_namespaces_are_apart():
+    """Each takes what is of its own namespace, and nobody is told of a problem."""
+    pools = [pool(), pool(namespace="other")]
+    everything = [*pools, policy(limits={"maxRequests": 1}), policy(namespace="other"), model("m")]
+
+    here, there = (planning.plan(each, everything) for each in pools)
+
+    assert planning.unattached(everything) == here.problems == there.problems == ()
+    assert (here.snapshot.plan.limits.max_requests, len(here.snapshot.plan.models)) == (1, 1)
+    assert there.snapshot.plan.limits.max_requests == core.LimitsPlan().max_requests
+    assert not there.snapshot.plan.models
+
+
+def test_differences_are_told_by_name():
+    """What people see when they have edited a manifest."""
+    before = planning.plan(pool(), [model("a"), model("b", criticality="Critical")]).snapshot
+    after = planning.plan(
+        pool(),
+        [
+            model("b", targetModels=[{"name": "x"}]),
+            model("c"),
+            policy(bands=[{"criticality": "Standard", "queue": {"ttl": "5s"}}]),
+            endpoint_slice({"addresses": ["10.0.0.1"], "targetRef": {"name": "pod"}}),
+        ],
+    ).snapshot
+
+    assert planning.differences(before, before) == []
+    assert planning.differences(before, after) == [
+        "endpoints.endpoints[10.0.0.1:8000] added",
+        "plan.bands[Standard].ttlSeconds: 60.0 -> 5.0",
+        "plan.models[a] removed",
+        "plan.models[b].band: Critical -> Standard",
+        "plan.models[b].targets[x] added",
+        "plan.models[c] added",
+    ]
+
+
 # --- the file between them
 
 
