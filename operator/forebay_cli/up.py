@@ -154,7 +154,8 @@ class _Up:
         self._complain(manifests, planned)
         running = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            running.add_signal_handler(number, self._on_signal)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
+                running.add_signal_handler(number, self._on_signal)
         with tempfile.TemporaryDirectory(prefix="forebay-") as name:
             folder = Path(name)
             plan_file = folder / "plan" / "plan.json"

@@ -126,7 +126,7 @@ def unattached(resources: Iterable[Resource]) -> tuple[Problem, ...]:
                 continue
             elsewhere = sorted(namespace for namespace, other in names if other == name)
             if not name:
-                message = f"the label {POOL_LABEL} does not say for which InferencePool it is"
+                message = f"no label {POOL_LABEL} names a pool"
             elif elsewhere:
                 message = (
                     f"InferencePool {name} is in namespace {elsewhere[0]}, and only resources of "
@@ -248,7 +248,7 @@ def _models(
     if len(models) > MAX_MODELS:
         message = f"has {len(models)} models; those beyond {MAX_MODELS} are treated as unmatched"
         problems.append(_problem("InferencePool", pool.metadata, "TooManyModels", message))
-    return models[:MAX_MODELS]
+    return models
 
 
 def _endpoints(pool: AnyPool, resources: list[Resource], problems: list[Problem]) -> pb.Endpoints:

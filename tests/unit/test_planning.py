@@ -256,8 +256,7 @@ def test_what_is_for_no_pool_is_told():
     assert [str(problem) for problem in told] == [
         "InferenceModel default/m: TargetNotFound: there is no InferencePool chat",
         "FlowControlPolicy default/p: TargetNotFound: there is no InferencePool chat",
-        "EndpointSlice default/s: TargetNotFound: the label forebay.dev/inference-pool does not "
-        "say for which InferencePool it is",
+        "EndpointSlice default/s: TargetNotFound: no label forebay.dev/inference-pool names a pool",
     ]
 
 
