@@ -248,7 +248,7 @@ def _models(
     if len(models) > MAX_MODELS:
         message = f"has {len(models)} models; those beyond {MAX_MODELS} are treated as unmatched"
         problems.append(_problem("InferencePool", pool.metadata, "TooManyModels", message))
-    return models
+    return models[:MAX_MODELS]
 
 
 def _endpoints(pool: AnyPool, resources: list[Resource], problems: list[Problem]) -> pb.Endpoints:
