@@ -13,7 +13,7 @@ from collections import OrderedDict
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
-from forebay_epp.codec.extproc import Event, ExtProcStream, State
+from forebay_epp.codec.extproc.stream import Event, ExtProcStream, State
 from forebay_epp.codec.openai import Usage
 from forebay_epp.core.terms import Dispatched, Outcome, Request
 

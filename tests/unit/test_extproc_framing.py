@@ -6,7 +6,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forebay_epp.codec import extproc
+from forebay_epp.codec.extproc import framing
 from forebay_extproc.v3 import external_processor_pb2 as pb
 
 # Lengths around each size of varint; what large bodies consist of does not matter.
@@ -29,10 +29,10 @@ def test_a_streamed_piece_is_what_protobuf_would_write(body, end):
     request = pb.ProcessingResponse(request_body=streamed(body, end=end))
     response = pb.ProcessingResponse(response_body=streamed(body, end=end))
 
-    assert extproc._streamed(extproc._REQUEST_BODY, body, end_of_stream=end) == (
+    assert framing.streamed(framing.REQUEST_BODY, body, end_of_stream=end) == (
         request.SerializeToString()
     )
-    assert extproc._streamed(extproc._RESPONSE_BODY, body, end_of_stream=end) == (
+    assert framing.streamed(framing.RESPONSE_BODY, body, end_of_stream=end) == (
         response.SerializeToString()
     )
 
@@ -44,7 +44,7 @@ def test_a_response_body_is_read_as_protobuf_reads_it(body, end, metadata):
     if metadata:
         message.metadata_context.filter_metadata["envoy.lb"]["key"] = "value"
 
-    read = extproc._read_streamed(message.SerializeToString())
+    read = framing.read_streamed(message.SerializeToString())
 
     assert read is not None
     assert read[1:] == (body, end)
@@ -55,7 +55,7 @@ def test_a_response_body_is_read_as_protobuf_reads_it(body, end, metadata):
 def test_what_is_read_by_hand_is_read_alike_by_protobuf(data):
     """Arbitrary bytes: either the hand-written reader passes, or both agree."""
     try:
-        read = extproc._read_streamed(data)
+        read = framing.read_streamed(data)
     except IndexError:
         return
     if read is None:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forebay_epp.codec import openai
-from forebay_epp.codec.extproc import DESTINATION, Event, ExtProcStream, State
+from forebay_epp.codec.extproc.framing import DESTINATION
+from forebay_epp.codec.extproc.stream import Event, ExtProcStream, State
 from forebay_epp.core.terms import Outcome
 from forebay_extproc.v3 import external_processor_pb2 as pb
 

@@ -25,32 +25,21 @@ from __future__ import annotations
 
 from collections import deque
 from enum import Enum, auto
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError
 
 from forebay_epp.codec import openai
+from forebay_epp.codec.extproc import framing
 from forebay_epp.core.terms import Outcome
 from forebay_extproc.v3 import external_processor_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-MAX_CHUNK_BYTES = 62_000
-DESTINATION = "x-gateway-destination-endpoint"
-LB_NAMESPACE = "envoy.lb"
 SUBSET_NAMESPACE = "envoy.lb.subset_hint"
 SUBSET = "x-gateway-destination-endpoint-subset"
 OUTCOME = "x-forebay-outcome"
-
-# Tags of the messages that are written by hand: field number << 3 | 2 (length-delimited).
-_REQUEST_BODY = b"\x1a"
-_RESPONSE_BODY = b"\x22"
-_IN_RESPONSE_BODY = 0x2A
-_BODY_FIELD = 0x0A
-_END_OF_STREAM = b"\x10\x01"
-_SHORT_VARINT = 0x80
 
 _READ_HEADERS = frozenset({":method", ":path", "content-length", "content-encoding"})
 
@@ -85,126 +74,6 @@ class Event(Enum):
 
     FINISHED_BLIND = auto()
     """The proxy shows nothing of the answer: its end is unknown."""
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value >= _SHORT_VARINT:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-@lru_cache(maxsize=4096)
-def _frame(tag: bytes, size: int) -> bytes:
-    """Header of a BodyResponse whose StreamedBodyResponse has `size` bytes.
-
-    ProcessingResponse{tag: BodyResponse{1: CommonResponse{3: BodyMutation{3: ...}}}}
-    """
-    header = b"\x1a" + _varint(size)
-    for outer in (b"\x1a", b"\x0a", tag):
-        header = outer + _varint(size + len(header)) + header
-    return header
-
-
-def _streamed(tag: bytes, body: bytes, *, end_of_stream: bool) -> bytes:
-    """A streamed piece of body, serialised as protobuf does it but three times faster."""
-    inner = b"\x0a" + _varint(len(body)) + body if body else b""
-    if end_of_stream:
-        inner += _END_OF_STREAM
-    return _frame(tag, len(inner)) + inner
-
-
-def _header(key: str, value: str) -> pb.HeaderValueOption:
-    # Always raw_value: Envoy sets an empty header when only `value` is filled.
-    return pb.HeaderValueOption(header=pb.HeaderValue(key=key, raw_value=value.encode()))
-
-
-def _route(
-    response: pb.CommonResponse, message: pb.ProcessingResponse, endpoint: str, length: int | None
-) -> None:
-    """Write the destination, equal in header and metadata, and the length of a changed body."""
-    response.clear_route_cache = True
-    headers = response.header_mutation.set_headers
-    headers.append(_header(DESTINATION, endpoint))
-    if length is not None:
-        headers.append(_header("content-length", str(length)))
-    metadata = message.dynamic_metadata.get_or_create_struct(LB_NAMESPACE)
-    metadata[DESTINATION] = endpoint
-
-
-@lru_cache(maxsize=1024)
-def _routed_headers(endpoint: str, length: int | None) -> bytes:
-    message = pb.ProcessingResponse()
-    _route(message.request_headers.response, message, endpoint, length)
-    return message.SerializeToString()
-
-
-_CONTINUE_HEADERS = pb.ProcessingResponse(request_headers=pb.HeadersResponse()).SerializeToString()
-_CONTINUE_BODY = pb.ProcessingResponse(request_body=pb.BodyResponse()).SerializeToString()
-_CLEAR_BODY = pb.ProcessingResponse(
-    request_body=pb.BodyResponse(
-        response=pb.CommonResponse(body_mutation=pb.BodyMutation(clear_body=True))
-    )
-).SerializeToString()
-_CONTINUE_TRAILERS = pb.ProcessingResponse(
-    request_trailers=pb.TrailersResponse()
-).SerializeToString()
-_CONTINUE_RESPONSE_HEADERS = pb.ProcessingResponse(
-    response_headers=pb.HeadersResponse()
-).SerializeToString()
-_UNSIZED_RESPONSE_HEADERS = pb.ProcessingResponse(
-    response_headers=pb.HeadersResponse(
-        response=pb.CommonResponse(
-            header_mutation=pb.HeaderMutation(remove_headers=["content-length"])
-        )
-    )
-).SerializeToString()
-_CONTINUE_RESPONSE_BODY = pb.ProcessingResponse(response_body=pb.BodyResponse()).SerializeToString()
-_CONTINUE_RESPONSE_TRAILERS = pb.ProcessingResponse(
-    response_trailers=pb.TrailersResponse()
-).SerializeToString()
-
-
-def _read_streamed(data: bytes) -> tuple[bytes, bytes, bool] | None:
-    """Read a response body message by hand, for it is the one that comes per token.
-
-    Returns:
-        (HttpBody's bytes, which are a StreamedBodyResponse's too; body; end_of_stream), or None
-        where the message is not in the usual form and protobuf has to read it.
-    """
-    size = data[1]
-    at = 2
-    if size >= _SHORT_VARINT:
-        size, at = _read_varint(data, 1)
-    inner = data[at : at + size]
-    if len(inner) != size:
-        return None
-    if not inner or inner == _END_OF_STREAM:
-        return inner, b"", bool(inner)
-    if inner[0] != _BODY_FIELD:
-        return None
-    size = inner[1]
-    at = 2
-    if size >= _SHORT_VARINT:
-        size, at = _read_varint(inner, 1)
-    body = inner[at : at + size]
-    rest = inner[at + size :]
-    if len(body) != size or (rest and rest != _END_OF_STREAM):
-        return None
-    return inner, body, bool(rest)
-
-
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < _SHORT_VARINT:
-            return value, at
-        shift += 7
 
 
 class ExtProcStream:
@@ -283,9 +152,9 @@ class ExtProcStream:
 
     def receive(self, data: bytes) -> Event | None:
         """Take one message from the proxy; whatever it contains, nothing is raised."""
-        if self._duplex and data and data[0] == _IN_RESPONSE_BODY:
+        if self._duplex and data and data[0] == framing.IN_RESPONSE_BODY:
             try:
-                streamed = _read_streamed(data)
+                streamed = framing.read_streamed(data)
             except IndexError:
                 streamed = None
             if streamed is not None:
@@ -358,13 +227,13 @@ class ExtProcStream:
         if self._request_mode in _BUFFERED_MODES and self._answered_headers:
             self._send_buffered(endpoint, body, length)
         else:
-            self.outbox.append(_routed_headers(endpoint, length))
+            self.outbox.append(framing.routed_headers(endpoint, length))
             if self._request_mode == pb.STREAMED:
                 self._send_owed_bodies(body if length is not None else None)
             elif body is not None:
                 self._send_duplex(body)
         if self._trailers:
-            self.outbox.append(_CONTINUE_TRAILERS)
+            self.outbox.append(framing.CONTINUE_TRAILERS)
         self.state = State.RESPONSE
         self._duplex = self._response_mode == pb.FULL_DUPLEX_STREAMED and self._restorer is None
         if self._half_closed:
@@ -392,7 +261,7 @@ class ExtProcStream:
         headers = [("content-type", "application/json"), (OUTCOME, str(outcome))]
         if retry_after_seconds is not None:
             headers.append(("retry-after", str(retry_after_seconds)))
-        immediate.headers.set_headers.extend(_header(key, value) for key, value in headers)
+        immediate.headers.set_headers.extend(framing.header(key, value) for key, value in headers)
         immediate.body = openai.error_body(outcome, message, param)
         immediate.details = f"forebay_{outcome}"
         self.outbox.append(response.SerializeToString())
@@ -445,7 +314,7 @@ class ExtProcStream:
             return self._queue(None)
         if self._request_mode in _BUFFERED_MODES:
             self._answered_headers = True
-            self.outbox.append(_CONTINUE_HEADERS)
+            self.outbox.append(framing.CONTINUE_HEADERS)
         return None
 
     def _on_body(self, message: pb.ProcessingRequest) -> Event | None:
@@ -509,25 +378,25 @@ class ExtProcStream:
     def _send_buffered(self, endpoint: str, body: bytes | None, length: int | None) -> None:
         message = pb.ProcessingResponse()
         response = message.request_body.response
-        _route(response, message, endpoint, length)
+        framing.route(response, message, endpoint, length)
         if length is not None and body is not None:
             response.body_mutation.body = body
         self.outbox.append(message.SerializeToString())
 
     def _send_duplex(self, body: bytes) -> None:
-        pieces = openai.split(body, MAX_CHUNK_BYTES)
+        pieces = openai.split(body, framing.MAX_CHUNK_BYTES)
         last = len(pieces) - 1
         for number, piece in enumerate(pieces):
             end = number == last and not self._trailers
-            self.outbox.append(_streamed(_REQUEST_BODY, piece, end_of_stream=end))
+            self.outbox.append(framing.streamed(framing.REQUEST_BODY, piece, end_of_stream=end))
 
     def _send_owed_bodies(self, changed: bytes | None) -> None:
         """Answer body messages that came before the decision; a changed body replaces the first."""
         for number in range(self._owed_bodies):
             if changed is None:
-                self.outbox.append(_CONTINUE_BODY)
+                self.outbox.append(framing.CONTINUE_BODY)
             elif number:
-                self.outbox.append(_CLEAR_BODY)
+                self.outbox.append(framing.CLEAR_BODY)
             else:
                 message = pb.ProcessingResponse()
                 message.request_body.response.body_mutation.body = changed
@@ -545,7 +414,7 @@ class ExtProcStream:
         if self.state is State.QUEUED:
             self._owed_bodies += 1
         else:
-            self.outbox.append(_CONTINUE_BODY)
+            self.outbox.append(framing.CONTINUE_BODY)
         return None
 
     def _on_late_trailers(self, _: pb.ProcessingRequest) -> Event | None:
@@ -553,7 +422,7 @@ class ExtProcStream:
         if self.state is State.QUEUED:
             self._trailers = True
         else:
-            self.outbox.append(_CONTINUE_TRAILERS)
+            self.outbox.append(framing.CONTINUE_TRAILERS)
         return None
 
     # --- response
@@ -576,7 +445,9 @@ class ExtProcStream:
         else:
             self._restorer = None
         self.outbox.append(
-            _UNSIZED_RESPONSE_HEADERS if self._restorer is not None else _CONTINUE_RESPONSE_HEADERS
+            framing.UNSIZED_RESPONSE_HEADERS
+            if self._restorer is not None
+            else framing.CONTINUE_RESPONSE_HEADERS
         )
         return self._finish() if headers.end_of_stream else None
 
@@ -588,11 +459,11 @@ class ExtProcStream:
         self._on_response_headers(message)
         return Event.ABANDONED
 
-    def _echo(self, inner: bytes, body: bytes, end_of_stream: bool) -> Event | None:  # noqa: FBT001  # unpacked from _read_streamed
+    def _echo(self, inner: bytes, body: bytes, end_of_stream: bool) -> Event | None:  # noqa: FBT001  # unpacked from framing.read_streamed
         if self.state is not State.RESPONSE:
             return self._late_response_body(end_of_stream=end_of_stream)
-        if len(body) <= MAX_CHUNK_BYTES:
-            self.outbox.append(_frame(_RESPONSE_BODY, len(inner)) + inner)
+        if len(body) <= framing.MAX_CHUNK_BYTES:
+            self.outbox.append(framing.frame(framing.RESPONSE_BODY, len(inner)) + inner)
         else:
             self._send_pieces(body, end_of_stream=end_of_stream)
         return self._progress(body, end_of_stream=end_of_stream)
@@ -608,7 +479,7 @@ class ExtProcStream:
             if answer or end_of_stream or not body:
                 self._send_pieces(answer, end_of_stream=end_of_stream)
         elif answer == body:
-            self.outbox.append(_CONTINUE_RESPONSE_BODY)
+            self.outbox.append(framing.CONTINUE_RESPONSE_BODY)
         else:
             response = pb.ProcessingResponse()
             mutation = response.response_body.response.body_mutation
@@ -620,11 +491,11 @@ class ExtProcStream:
         return self._progress(body, end_of_stream=end_of_stream)
 
     def _send_pieces(self, body: bytes, *, end_of_stream: bool) -> None:
-        pieces = openai.split(body, MAX_CHUNK_BYTES)
+        pieces = openai.split(body, framing.MAX_CHUNK_BYTES)
         last = len(pieces) - 1
         for number, piece in enumerate(pieces):
             end = end_of_stream and number == last
-            self.outbox.append(_streamed(_RESPONSE_BODY, piece, end_of_stream=end))
+            self.outbox.append(framing.streamed(framing.RESPONSE_BODY, piece, end_of_stream=end))
 
     def _progress(self, body: bytes, *, end_of_stream: bool) -> Event | None:
         if self._reader is not None and body:
@@ -638,7 +509,9 @@ class ExtProcStream:
 
     def _late_response_body(self, *, end_of_stream: bool) -> Event | None:
         """An answer after the end of ours has no meaning; answering keeps the proxy going."""
-        self.outbox.append(_streamed(_RESPONSE_BODY, b"", end_of_stream=end_of_stream))
+        self.outbox.append(
+            framing.streamed(framing.RESPONSE_BODY, b"", end_of_stream=end_of_stream)
+        )
         return None
 
     def _on_response_trailers(self, _: pb.ProcessingRequest) -> Event | None:
@@ -646,11 +519,11 @@ class ExtProcStream:
             held = self._restorer.feed(b"", last=True)
             if held:
                 self._send_pieces(held, end_of_stream=False)
-        self.outbox.append(_CONTINUE_RESPONSE_TRAILERS)
+        self.outbox.append(framing.CONTINUE_RESPONSE_TRAILERS)
         return self._finish()
 
     def _on_done_trailers(self, _: pb.ProcessingRequest) -> Event | None:
-        self.outbox.append(_CONTINUE_RESPONSE_TRAILERS)
+        self.outbox.append(framing.CONTINUE_RESPONSE_TRAILERS)
         return None
 
     def _finish(self) -> Event | None:

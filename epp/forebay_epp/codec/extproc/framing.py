@@ -1,0 +1,145 @@
+"""The messages of an ext_proc stream as bytes: those that never change, and those per token.
+
+Most are protobuf's work, done once. Pieces of bodies are read and written by hand, because one
+comes per token; tests compare them with protobuf's. Which message is due when is stream.py's.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from forebay_extproc.v3 import external_processor_pb2 as pb
+
+MAX_CHUNK_BYTES = 62_000
+DESTINATION = "x-gateway-destination-endpoint"
+LB_NAMESPACE = "envoy.lb"
+
+# Tags of the messages that are written by hand: field number << 3 | 2 (length-delimited).
+REQUEST_BODY = b"\x1a"
+RESPONSE_BODY = b"\x22"
+IN_RESPONSE_BODY = 0x2A
+_BODY_FIELD = 0x0A
+_END_OF_STREAM = b"\x10\x01"
+_SHORT_VARINT = 0x80
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value >= _SHORT_VARINT:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+@lru_cache(maxsize=4096)
+def frame(tag: bytes, size: int) -> bytes:
+    """Header of a BodyResponse whose StreamedBodyResponse has `size` bytes.
+
+    ProcessingResponse{tag: BodyResponse{1: CommonResponse{3: BodyMutation{3: ...}}}}
+    """
+    header = b"\x1a" + _varint(size)
+    for outer in (b"\x1a", b"\x0a", tag):
+        header = outer + _varint(size + len(header)) + header
+    return header
+
+
+def streamed(tag: bytes, body: bytes, *, end_of_stream: bool) -> bytes:
+    """A streamed piece of body, serialised as protobuf does it but three times faster."""
+    inner = b"\x0a" + _varint(len(body)) + body if body else b""
+    if end_of_stream:
+        inner += _END_OF_STREAM
+    return frame(tag, len(inner)) + inner
+
+
+def header(key: str, value: str) -> pb.HeaderValueOption:
+    """Return a header to set; one that is there is overwritten."""
+    # Always raw_value: Envoy sets an empty header when only `value` is filled.
+    return pb.HeaderValueOption(header=pb.HeaderValue(key=key, raw_value=value.encode()))
+
+
+def route(
+    response: pb.CommonResponse, message: pb.ProcessingResponse, endpoint: str, length: int | None
+) -> None:
+    """Write the destination, equal in header and metadata, and the length of a changed body."""
+    response.clear_route_cache = True
+    headers = response.header_mutation.set_headers
+    headers.append(header(DESTINATION, endpoint))
+    if length is not None:
+        headers.append(header("content-length", str(length)))
+    metadata = message.dynamic_metadata.get_or_create_struct(LB_NAMESPACE)
+    metadata[DESTINATION] = endpoint
+
+
+@lru_cache(maxsize=1024)
+def routed_headers(endpoint: str, length: int | None) -> bytes:
+    """Return the answer to request headers that sends the request to `endpoint`."""
+    message = pb.ProcessingResponse()
+    route(message.request_headers.response, message, endpoint, length)
+    return message.SerializeToString()
+
+
+CONTINUE_HEADERS = pb.ProcessingResponse(request_headers=pb.HeadersResponse()).SerializeToString()
+CONTINUE_BODY = pb.ProcessingResponse(request_body=pb.BodyResponse()).SerializeToString()
+CLEAR_BODY = pb.ProcessingResponse(
+    request_body=pb.BodyResponse(
+        response=pb.CommonResponse(body_mutation=pb.BodyMutation(clear_body=True))
+    )
+).SerializeToString()
+CONTINUE_TRAILERS = pb.ProcessingResponse(
+    request_trailers=pb.TrailersResponse()
+).SerializeToString()
+CONTINUE_RESPONSE_HEADERS = pb.ProcessingResponse(
+    response_headers=pb.HeadersResponse()
+).SerializeToString()
+UNSIZED_RESPONSE_HEADERS = pb.ProcessingResponse(
+    response_headers=pb.HeadersResponse(
+        response=pb.CommonResponse(
+            header_mutation=pb.HeaderMutation(remove_headers=["content-length"])
+        )
+    )
+).SerializeToString()
+CONTINUE_RESPONSE_BODY = pb.ProcessingResponse(response_body=pb.BodyResponse()).SerializeToString()
+CONTINUE_RESPONSE_TRAILERS = pb.ProcessingResponse(
+    response_trailers=pb.TrailersResponse()
+).SerializeToString()
+
+
+def read_streamed(data: bytes) -> tuple[bytes, bytes, bool] | None:
+    """Read a response body message by hand, for it is the one that comes per token.
+
+    Returns:
+        (HttpBody's bytes, which are a StreamedBodyResponse's too; body; end_of_stream), or None
+        where the message is not in the usual form and protobuf has to read it.
+    """
+    size = data[1]
+    at = 2
+    if size >= _SHORT_VARINT:
+        size, at = _read_varint(data, 1)
+    inner = data[at : at + size]
+    if len(inner) != size:
+        return None
+    if not inner or inner == _END_OF_STREAM:
+        return inner, b"", bool(inner)
+    if inner[0] != _BODY_FIELD:
+        return None
+    size = inner[1]
+    at = 2
+    if size >= _SHORT_VARINT:
+        size, at = _read_varint(inner, 1)
+    body = inner[at : at + size]
+    rest = inner[at + size :]
+    if len(body) != size or (rest and rest != _END_OF_STREAM):
+        return None
+    return inner, body, bool(rest)
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < _SHORT_VARINT:
+            return value, at
+        shift += 7
