@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from forebay_epp.core import selection
 from forebay_epp.core.registry import Registry
-from forebay_epp.core.saturation import STALE_SECONDS, EndpointState
+from forebay_epp.core.saturation import EndpointState
 from forebay_epp.core.terms import (
     ControllerSnapshot,
     Decision,
@@ -120,7 +120,7 @@ class FlowController:
         with_slots = endpoint.free
         endpoint.observe(metrics, now)
         self._moved(endpoint, with_slots)
-        self._next_staleness = min(self._next_staleness, now + STALE_SECONDS)
+        self._next_staleness = min(self._next_staleness, endpoint.stale_at)
 
     def drain(self) -> None:
         """Stop queueing: what waits may still be dispatched, a new request only at once."""
@@ -214,9 +214,10 @@ class FlowController:
             if self._waiting and self._free > 0:
                 self._dispatch(now)
         decisions = self._decisions
-        if decisions:
-            self._decisions = []
-            self._registry.sweep()
+        if not decisions:
+            return []
+        self._decisions = []
+        self._registry.sweep()
         return decisions
 
     def next_wakeup(self) -> float | None:
@@ -397,5 +398,4 @@ class FlowController:
             with_slots = endpoint.free
             endpoint.expire(now)
             self._moved(endpoint, with_slots)
-            if endpoint.fresh:
-                self._next_staleness = now + STALE_SECONDS / 2
+            self._next_staleness = min(self._next_staleness, endpoint.stale_at)

@@ -195,7 +195,11 @@ class Registry:
         self.reconfigure(plan)
 
     def reconfigure(self, plan: Plan) -> None:
-        """Take a new, valid plan. A band that it no longer names drains in its old place."""
+        """Take a new, valid plan.
+
+        A band that it no longer names drains in its old place, before a new one of the same
+        priority: who waits there came first, and there are no more of them.
+        """
         self._unmatched_band = (
             plan.unmatched_band if plan.unmatched_action is UnmatchedAction.QUEUE else None
         )
@@ -217,7 +221,9 @@ class Registry:
             if band.draining and not band.arrival:
                 del self._by_name[name]
         self.bands = tuple(
-            sorted(self._by_name.values(), key=lambda band: (-band.plan.priority, band.draining))
+            sorted(
+                self._by_name.values(), key=lambda band: (-band.plan.priority, not band.draining)
+            )
         )
 
     def sweep(self) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 INITIAL_LIMIT = 4
 MAX_LIMIT = 100_000
+NEVER = float("inf")
 STALE_SECONDS = 2.0
 MIN_BACKOFF_SECONDS = 0.25
 MAX_BACKOFF_SECONDS = 8.0
@@ -145,7 +146,8 @@ class EndpointState:
     whose end nobody will report (the proxy closed its stream after the request phase); each holds
     its place until a scrape that was started after it has been seen, or metrics are stale.
     `foreign` is what the server reports beyond that: other clients' requests. `free` is always up
-    to date; it may be negative when a limit shrinks.
+    to date; it may be negative when a limit shrinks. `stale_at` is when the last scrape is no
+    longer believed; infinity when none is.
     """
 
     __slots__ = (
@@ -164,6 +166,7 @@ class EndpointState:
         "name",
         "present",
         "running",
+        "stale_at",
         "waiting",
     )
 
@@ -177,7 +180,8 @@ class EndpointState:
         self.waiting = 0
         self.kv_usage: float | None = None
         self.fresh = False
-        self._observed_at = 0.0
+        self.stale_at = NEVER
+        self._observed_at = -NEVER
         self._peak = 0
         self._arrivals = 0
         self._blind: deque[float] = deque()
@@ -222,13 +226,15 @@ class EndpointState:
         self._refresh()
 
     def observe(self, metrics: EndpointMetrics, now: float) -> None:
-        """Take a scrape; one that was started before the last one taken is ignored."""
-        if self.fresh and metrics.started_at < self._observed_at:
+        """Take a scrape; one that is stale, or was started before the last one, is ignored."""
+        stale_at = metrics.started_at + STALE_SECONDS
+        if metrics.started_at < self._observed_at or now >= stale_at:
             return
         while self._blind and self._blind[0] <= metrics.started_at:
             self._blind.popleft()
         self.fresh = True
         self._observed_at = metrics.started_at
+        self.stale_at = stale_at
         self.running = metrics.running
         self.waiting = metrics.waiting
         self.kv_usage = metrics.kv_usage
@@ -246,8 +252,9 @@ class EndpointState:
 
     def expire(self, now: float) -> None:
         """Stop believing metrics that are older than `STALE_SECONDS`."""
-        if self.fresh and now - self._observed_at > STALE_SECONDS:
+        if now >= self.stale_at:
             self.fresh = False
+            self.stale_at = NEVER
             self.foreign = 0
             self._blind.clear()
             self._refresh()
@@ -256,14 +263,15 @@ class EndpointState:
         if not self.present:
             self.free = 0
             return
-        free = self.limit.value - self.occupancy
+        occupancy = self.occupancy
+        free = self.limit.value - occupancy
         if (
             free > 0
             and self.fresh
             and self._kv_threshold is not None
             and self.kv_usage is not None
             and self.kv_usage >= self._kv_threshold
-            and self.in_flight + self.running > 0
+            and occupancy + self.running > 0
         ):
             free = 0  # an idle server takes a request whatever it says, or nothing would move
         self.free = free

@@ -1,0 +1,76 @@
+"""Events of one request leave the others alone, however many wait."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from forebay_epp.core.controller import FlowController
+from forebay_epp.core.plan import (
+    BandPlan,
+    FairnessName,
+    LimitsPlan,
+    Plan,
+    SaturationMode,
+    SaturationPlan,
+)
+from forebay_epp.core.terms import Endpoint, Request
+
+A = "10.0.0.1:8000"
+MANY = 20_000
+
+
+class Watched(Request):
+    """Notes the id of each request of which any attribute is read."""
+
+    __slots__ = ()
+    touched: set[int] = set()  # noqa: RUF012  # one set for all of them
+
+    def __getattribute__(self, name):
+        Watched.touched.add(object.__getattribute__(self, "id"))
+        return object.__getattribute__(self, name)
+
+
+@pytest.fixture(params=list(FairnessName))
+def queue(request):
+    """A full endpoint and many who wait, one more each millisecond."""
+    band = BandPlan("Standard", 0, request.param, max_requests=2 * MANY, flow_max_requests=2 * MANY)
+    plan = Plan(
+        bands=(band,),
+        limits=LimitsPlan(max_requests=2 * MANY),
+        saturation=SaturationPlan(SaturationMode.CONCURRENCY, 1),
+    )
+    controller = FlowController(plan, Random(1))
+    controller.set_endpoints([Endpoint(A)], 0.0)
+    for number in range(MANY):
+        controller.submit(Watched(number, f"model-{number % 50}", 1), number / 1000)
+        controller.poll(number / 1000)
+    Watched.touched.clear()
+    return controller
+
+
+def test_cancelling_one_in_the_middle_touches_no_other(queue):
+    """Its place in line closes by itself."""
+    queue.cancel(MANY // 2, 20.0)
+    (decision,) = queue.poll(20.0)
+
+    assert decision.request_id == MANY // 2
+    assert Watched.touched == {MANY // 2}
+
+
+def test_expiring_one_touches_it_and_the_next_to_expire(queue):
+    """Number 0 is in flight, so number 1 has waited longest; number 2 says when to come again."""
+    (decision,) = queue.poll(60.0015)
+
+    assert decision.request_id == 1
+    assert Watched.touched == {1, 2}
+    assert queue.next_wakeup() == pytest.approx(60.002)
+
+
+def test_a_completion_touches_the_one_that_ends_and_the_one_that_follows(queue):
+    """The slot passes from one to the next."""
+    queue.complete(0)
+    (decision,) = queue.poll(20.0)
+
+    assert Watched.touched == {0, decision.request_id}

@@ -1,0 +1,123 @@
+"""What an endpoint's metrics are believed for, and how long; and who is served before whom."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from forebay_epp.core.controller import FlowController
+from forebay_epp.core.plan import BandPlan, ModelPlan, Plan, SaturationMode, SaturationPlan
+from forebay_epp.core.saturation import STALE_SECONDS
+from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Request
+
+A = "10.0.0.1:8000"
+ONE_SLOT = SaturationPlan(SaturationMode.CONCURRENCY, 1)
+
+
+def controller_of(plan, *addresses):
+    controller = FlowController(plan, Random(7))
+    controller.set_endpoints([Endpoint(address) for address in addresses], 0.0)
+    controller.poll(0.0)
+    return controller
+
+
+def state_of(controller, now):
+    (endpoint,) = controller.snapshot(now).endpoints
+    return endpoint
+
+
+def test_an_empty_answer_of_poll_stays_empty():
+    """A caller may keep what a poll returned; later decisions are not added to it."""
+    controller = controller_of(Plan(), A)
+    kept = controller.poll(0.0)
+    controller.submit(Request(1, "m", 1), 0.0)
+    controller.poll(0.0)
+
+    assert kept == []
+
+
+def test_a_band_that_was_renamed_is_served_before_its_successor():
+    """Who waited under the old name came first, and cannot be overtaken without end."""
+
+    def plan_with(band):
+        return Plan(
+            bands=(BandPlan(band, 10), BandPlan("Standard", 0)),
+            models=(ModelPlan("m", band),),
+            saturation=ONE_SLOT,
+        )
+
+    controller = controller_of(plan_with("Gold"))
+    controller.submit(Request(1, "m", 1), 0.0)
+    controller.reconfigure(plan_with("Golden"), 0.0)
+    controller.submit(Request(2, "m", 1), 0.0)
+    controller.set_endpoints([Endpoint(A)], 0.0)
+
+    (first,) = controller.poll(0.0)
+
+    assert isinstance(first, Dispatched)
+    assert first.request_id == 1
+
+
+def test_a_page_that_is_stale_when_it_comes_is_not_believed():
+    """A scrape may hang; what it says at last is history."""
+    controller = controller_of(Plan(), A)
+    controller.observe(EndpointMetrics(A, 3, 0, 1.0, 1.0), 1.0 + STALE_SECONDS)
+
+    assert not state_of(controller, 3.0).fresh
+    assert state_of(controller, 3.0).free == 4
+
+
+def test_a_page_older_than_the_last_is_ignored_even_when_that_has_expired():
+    """Pages may overtake each other; time does not go back."""
+    controller = controller_of(Plan(), A)
+    controller.observe(EndpointMetrics(A, 1, 0, 0.1, 10.0), 10.0)
+    controller.poll(10.0 + STALE_SECONDS)
+    controller.observe(EndpointMetrics(A, 9, 0, 0.1, 9.0), 12.0)
+
+    assert not state_of(controller, 12.0).fresh
+
+
+@pytest.mark.parametrize(("page_at", "fresh"), [(1.0, False), (1.01, True)])
+def test_metrics_are_believed_for_two_seconds(page_at, fresh):
+    """Counted from when the scrape was sent, whatever other endpoints say meanwhile."""
+    other = "10.0.0.2:8000"
+    controller = controller_of(Plan(), A, other)
+    controller.observe(EndpointMetrics(A, 1, 0, 0.1, page_at), page_at)
+    for tenth in range(11, 31):
+        now = tenth / 10
+        controller.observe(EndpointMetrics(other, 1, 0, 0.1, now), now)
+        controller.poll(now)
+
+    states = {state.address: state for state in controller.snapshot(3.0).endpoints}
+
+    assert states[A].fresh == fresh
+    assert states[other].fresh
+
+
+def test_whoever_waits_for_stale_metrics_is_woken_in_time():
+    """A full KV cache that nobody reports any more closes the endpoint for two seconds only."""
+    controller = controller_of(Plan(), A)
+    controller.observe(EndpointMetrics(A, 1, 0, 1.0, 1.0), 1.2)
+    controller.submit(Request(1, "m", 1), 1.2)
+    controller.poll(1.2)
+
+    wakeup = controller.next_wakeup()
+
+    assert wakeup == 1.0 + STALE_SECONDS
+    assert [decision.request_id for decision in controller.poll(wakeup)] == [1]
+
+
+def test_a_full_kv_cache_takes_one_request_whose_end_nobody_reports():
+    """An idle server is tried with one request, not with as many as the limit allows."""
+    controller = controller_of(Plan(), A)
+    controller.observe(EndpointMetrics(A, 0, 0, 1.0, 1.0), 1.0)
+    for number in range(3):
+        controller.submit(Request(number, "m", 1), 1.0)
+    sent = []
+    while decisions := controller.poll(1.0):
+        for decision in decisions:
+            sent.append(decision.request_id)
+            controller.complete(decision.request_id, blind=True)
+
+    assert sent == [0]
