@@ -316,8 +316,9 @@ class FlowLoop:
             self.traffic.decided(
                 request.band, request.model, Outcome.DISPATCHED, decision.waited_seconds
             )
-            if stream.dispatch(decision.endpoint, decision.target_model) is not None:
-                self._complete(exchange, now, blind=True)
+            ended = stream.dispatch(decision.endpoint, decision.target_model)
+            if ended is not None:
+                self._complete(exchange, now, blind=ended is Event.FINISHED_BLIND)
         else:
             del self._queued_or_sent[exchange.id]
             self.traffic.decided(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -67,6 +68,16 @@ def test_what_is_read_by_hand_is_read_alike_by_protobuf(data):
         return  # what follows the body is not read by hand; it changes nothing about the body
     if message.WhichOneof("request") == "response_body" and not _repeats(data):
         assert read[1:] == (message.response_body.body, message.response_body.end_of_stream)
+
+
+def test_a_length_of_too_many_bytes_is_not_read():
+    """As in protobuf; reading an endless one would take the square of its size."""
+    message = b"\x2a\x83\x80\x80\x80\x80\x00\x0a\x01x"
+
+    with pytest.raises(IndexError):
+        framing.read_streamed(message)
+    with pytest.raises(DecodeError):
+        pb.ProcessingRequest.FromString(message)
 
 
 def _repeats(data: bytes) -> bool:

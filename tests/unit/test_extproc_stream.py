@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import sys
 from itertools import pairwise
 
 import pytest
@@ -12,7 +14,11 @@ from hypothesis import strategies as st
 from forebay_epp.codec import openai
 from forebay_epp.codec.extproc.framing import DESTINATION
 from forebay_epp.codec.extproc.stream import Event, ExtProcStream, State
-from forebay_epp.core.terms import Outcome
+from forebay_epp.core.controller import FlowController
+from forebay_epp.core.plan import ModelPlan, Plan, SaturationMode, SaturationPlan
+from forebay_epp.core.terms import Endpoint, EndpointMetrics, Outcome
+from forebay_epp.loop import FlowLoop
+from forebay_epp.traffic import Traffic
 from forebay_extproc.v3 import external_processor_pb2 as pb
 
 LIMIT = 1 << 20
@@ -171,6 +177,7 @@ def test_a_proxy_that_shows_no_modes_nor_pseudo_headers_is_served():
 
     assert (event, peer.stream.model, peer.stream.ended) == (Event.FINISHED_BLIND, "m", True)
     assert [m.WhichOneof("response") for m in peer.take()] == ["request_headers", "request_body"]
+    assert peer.stream.reset() is None
 
 
 # --- buffered and streamed
@@ -365,6 +372,8 @@ def test_half_close_in_each_state():
     assert answered.stream.half_close() is Event.FINISHED
     unanswered = dispatched()
     assert unanswered.stream.half_close() is Event.FINISHED_BLIND
+    for over in (silent, reading, answered, unanswered):
+        assert (over.stream.ended, over.stream.reset()) == (True, None)
 
 
 def test_reset_in_each_state():
@@ -506,3 +515,224 @@ def test_whatever_comes_in_whatever_order_has_one_end(steps):  # noqa: C901, PLR
     assert arrivals <= 1
     assert ends <= 1
     assert abandoned <= 1
+
+
+# --- what else a proxy may do
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/files"])
+def test_a_compressed_body_is_refused_where_its_model_matters(path):
+    """It cannot be read, and must not pass unread."""
+    peer = Peer()
+
+    event = peer.say(headers(content_encoding="gzip", **{":path": path}))
+
+    if path == "/v1/files":
+        assert (event, peer.take()) == (None, [])
+    else:
+        assert event is Event.REFUSED
+        assert peer.take()[0].immediate_response.status.code == 415
+
+
+def test_a_proxy_that_writes_values_into_value_is_read():
+    """NGINX Gateway Fabric's client leaves raw_value empty."""
+    message = headers(modes=None)
+    message.request_headers.headers.headers.add(key="content-length", value=str(LIMIT + 1))
+    peer = Peer()
+
+    assert peer.say(message) is Event.REFUSED
+    assert peer.take()[0].immediate_response.status.code == 413
+
+
+def test_a_proxy_that_shows_no_body_gets_its_decision_on_the_headers():
+    """Body mode NONE: the request is classified without its model."""
+    peer = Peer().arrived(headers(modes=(pb.NONE, pb.NONE)))
+
+    peer.stream.dispatch("10.0.0.1:8000", "other")
+
+    assert [m.WhichOneof("response") for m in peer.take()] == ["request_headers"]
+
+
+@pytest.mark.parametrize("modes", [(pb.BUFFERED, pb.NONE), (pb.STREAMED, pb.NONE)])
+def test_patience_is_asked_of_a_proxy_that_counts_the_time(modes):
+    """While the request is queued and no longer."""
+    peer = Peer()
+    peer.say(headers(modes=modes))
+    if peer.stream.state is not State.QUEUED:
+        peer.say(body())
+    peer.take()
+
+    peer.stream.extend_timeout(2.5)
+    asked = peer.take()
+    peer.stream.dispatch("10.0.0.1:8000", None)
+    peer.take()
+    peer.stream.extend_timeout(2.5)
+
+    assert [m.override_message_timeout.ToMilliseconds() for m in asked] == [2500]
+    assert peer.take() == []
+
+
+def test_no_patience_is_asked_in_full_duplex():
+    """No message timeout runs there, and a message more would be a spurious one."""
+    peer = Peer().arrived(headers(), body())
+
+    peer.stream.extend_timeout(2.5)
+
+    assert peer.take() == []
+
+
+def test_a_bodiless_request_in_buffered_mode_is_decided_on_its_headers():
+    """There will be no body to answer."""
+    modes = (pb.BUFFERED, pb.NONE)
+    peer = Peer().arrived(headers(end=True, modes=modes, **{":method": "GET"}))
+
+    peer.stream.dispatch("10.0.0.1:8000", None)
+
+    (decision,) = peer.take()
+    assert set_headers(decision.request_headers.response) == {DESTINATION: "10.0.0.1:8000"}
+
+
+def test_a_request_that_is_refused_behind_a_half_close_is_answered():
+    """The client of NGINX Gateway Fabric still reads."""
+    peer = Peer().arrived(headers(modes=None), body())
+    peer.stream.half_close()
+
+    peer.stream.refuse(Outcome.EVICTED_TTL, "late", 1)
+
+    assert peer.take()[0].immediate_response.status.code == 429
+    assert (peer.stream.ended, peer.stream.failure) == (True, None)
+
+
+def test_what_was_held_back_is_sent_before_the_trailers():
+    """The end of a body that looks like the beginning of a model's name."""
+    peer = dispatched(target="target")
+    peer.say(answer_headers())
+    peer.say(answer_body(b'{"x":"', end=False))
+
+    peer.say(pb.ProcessingRequest(response_trailers=pb.HttpTrailers()))
+
+    sent = peer.take()
+    assert b"".join(piece.body for piece in pieces(sent, "response_body")) == b'{"x":"'
+    assert sent[-1].HasField("response_trailers")
+
+
+def test_a_compressed_answer_passes_untouched():
+    """Nothing can be read of it or replaced in it, and its length stays."""
+    peer = dispatched(target="target")
+    data = b'\x1f\x8b"model":"target"'
+    peer.say(answer_headers(content_encoding="gzip"))
+    (first,) = peer.take()
+
+    peer.say(answer_body(data))
+
+    assert not first.response_headers.response.header_mutation.remove_headers
+    assert [piece.body for piece in pieces(peer.take(), "response_body")] == [data]
+    assert peer.stream.usage() is None
+
+
+@pytest.mark.parametrize(
+    "modes", [(pb.FULL_DUPLEX_STREAMED,) * 2, (pb.BUFFERED, pb.NONE), (pb.STREAMED, pb.STREAMED)]
+)
+@pytest.mark.parametrize("bad", [b"", b"[]", b"{", b"\xff", b'{"model":"' + b"m" * 2**20 + b'"}'])
+def test_a_bad_body_is_refused_in_every_mode(modes, bad):
+    """400 in OpenAI's words, and the end; what the body said is not repeated."""
+    peer = Peer(limit=2 << 20)
+    peer.say(headers(modes=modes, early_body=True))
+    peer.take()
+
+    assert peer.say(body(bad)) is Event.REFUSED
+
+    (answer,) = peer.take()
+    assert answer.immediate_response.status.code == 400
+    assert json.loads(answer.immediate_response.body)["error"]["type"] == "invalid_request_error"
+    assert len(answer.immediate_response.body) < 300
+    assert peer.stream.ended
+
+
+# --- what a hostile client or server can make of it
+
+
+def frames_deeper(frames, call):
+    """Call with less of the stack left."""
+    return frames_deeper(frames - 1, call) if frames else call()
+
+
+def test_a_body_that_was_read_with_more_stack_than_is_left_at_dispatch_is_refused():
+    """The parser recurses; decisions are applied deeper in the stack than messages are read."""
+    for depth in range(sys.getrecursionlimit(), 0, -1):
+        peer = Peer()
+        peer.say(headers())
+        if peer.say(body(b'{"model":"m","x":' + b"[" * depth + b"]" * depth + b"}")):
+            peer.take()
+            if peer.stream.state is State.QUEUED:
+                break
+
+    event = frames_deeper(10, lambda: peer.stream.dispatch("10.0.0.1:8000", "other"))
+
+    first = peer.take()[0]
+    if event is None:  # interpreters that count their own frames apart from the parser's
+        assert first.HasField("request_headers")
+    else:
+        assert (event, peer.stream.ended) == (Event.FINISHED, True)
+        assert first.immediate_response.status.code == 400
+
+
+def test_a_body_that_cannot_be_rewritten_costs_neither_the_loop_nor_a_slot():
+    """The loop goes on, and no place is held for a request that was never sent."""
+    plan = Plan(
+        saturation=SaturationPlan(SaturationMode.ADAPTIVE),
+        models=(ModelPlan("m", "Standard", targets=(("other", 1),)),),
+    )
+    controller = FlowController(plan, random.Random(1))
+    controller.set_endpoints([Endpoint("10.0.0.1:8000")], 0.0)
+    controller.observe(EndpointMetrics("10.0.0.1:8000", 0, 0, 0.0, 0.0), 0.0)
+    free = controller.snapshot(0.0).endpoints[0].free
+    loop = FlowLoop(controller, Traffic(), clock=lambda: 0.0)
+    loop.serving = True
+
+    for depth in range(sys.getrecursionlimit() - 100, sys.getrecursionlimit()):
+        exchange = loop.open(lambda: None)
+        nested = b'{"model":"m","x":' + b"[" * depth + b"]" * depth + b"}"
+        exchange.receive(headers().SerializeToString())
+        exchange.receive(body(nested).SerializeToString())
+        answer = pb.ProcessingResponse.FromString(exchange.outbox[0])
+        assert answer.WhichOneof("response") in {"request_headers", "immediate_response"}
+        exchange.close()
+
+    assert loop.unfinished == 0
+    assert controller.snapshot(0.0).endpoints[0].free == free > 0
+
+
+@pytest.mark.parametrize("status", ["9" * 5000, "", "-1", "2000", "ok"], ids=range(5))
+def test_a_status_that_is_none_is_an_error(status):
+    """Whatever a server calls it; Python refuses to read very long numbers."""
+    peer = dispatched()
+
+    peer.say(answer_headers(status=status))
+
+    assert peer.stream.status == 500
+
+
+def test_a_partly_buffered_answer_comes_whole():
+    """It is one message, which does not say end where the rest passes unseen."""
+    peer = dispatched(target="target", modes=(pb.BUFFERED, pb.BUFFERED_PARTIAL))
+    peer.say(answer_headers())
+    peer.take()
+
+    peer.say(answer_body(b'{"model":"target","id":"', end=False))
+
+    (sent,) = peer.take()
+    assert sent.response_body.response.body_mutation.body == b'{"model":"m","id":"'
+
+
+@pytest.mark.parametrize("late", [answer_body(), answer_body(b"", end=False), headers(), body()])
+def test_nothing_is_said_after_the_end(late):
+    """The transport closes the stream once the outbox is sent."""
+    peer = dispatched()
+    peer.say(answer_headers())
+    peer.say(answer_body())
+    peer.take()
+
+    assert peer.say(late) is None
+    assert peer.take() == []
+    assert peer.stream.failure is None

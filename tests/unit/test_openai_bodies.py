@@ -26,11 +26,15 @@ JSON = st.recursive(
         ("POST", "/v1/audio/transcriptions", False),
         ("GET", "/v1/chat/completions", False),
         ("GET", "/v1/models", False),
+        ("POST", "/v1/chat/completion%73", True),
+        ("POST", "/v1/chat%2Fcompletions?x=%3f", True),
+        ("POST", "/v1/models%3f/completions", True),
+        ("POST", "/v1/models?/completions", False),
         ("", "", True),
     ],
 )
 def test_which_paths_name_a_model(method, path, expected):
-    """Suffixes of POST paths; a proxy that shows no path is taken to send completions."""
+    """Suffixes of POST paths as servers decode them; no path is taken for completions."""
     assert openai.names_model(method, path) is expected
 
 
@@ -116,6 +120,17 @@ def test_usage_of_a_stream_is_read_from_its_end_in_bounded_memory():
 
     assert reader.usage() == openai.Usage(1, 2)
     assert sum(map(len, reader._chunks)) <= openai.MAX_EVENT_BYTES + 100
+
+
+@pytest.mark.parametrize("size", [1, 100, 4096])
+def test_a_long_event_is_read_from_many_chunks(size):
+    """The Responses API repeats the whole answer beside its usage."""
+    text = b'data: {"text":"' + b"x" * 12_000 + b'","usage":{"prompt_tokens":1}}\n\n'
+    reader = openai.UsageReader(events=True)
+    for start in range(0, len(text), size):
+        reader.feed(text[start : start + size])
+
+    assert reader.usage() == openai.Usage(1, 0)
 
 
 def test_an_answer_that_is_too_long_has_no_usage():

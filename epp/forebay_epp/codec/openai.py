@@ -10,6 +10,7 @@ import json
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 import msgspec
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 MAX_MODEL_LENGTH = 256
 MAX_USAGE_BYTES = 1 << 20
 MAX_EVENT_BYTES = 16 << 10
+_TOO_DEEP = "the body is not accepted: it is nested too deeply"
 
 # Paths whose POST body names a model; matched as suffixes, so that prefixes of gateways pass.
 _MODEL_PATHS = (
@@ -104,7 +106,12 @@ def names_model(method: str, path: str) -> bool:
     """
     if not path:
         return True
-    return method == "POST" and path.partition("?")[0].rstrip("/").endswith(_MODEL_PATHS)
+    if method != "POST":
+        return False
+    path = path.partition("?")[0]
+    if "%" in path:  # servers decode it, so an escaped letter must not hide the model
+        path = unquote(path)
+    return path.rstrip("/").endswith(_MODEL_PATHS)
 
 
 def read_model(body: bytes) -> str:
@@ -126,7 +133,7 @@ def read_model(body: bytes) -> str:
         reason = "it is empty" if not body else str(error)
         raise BadRequestError(f"the body is not valid JSON: {reason}") from None
     except RecursionError:
-        raise BadRequestError("the body is not accepted: it is nested too deeply") from None
+        raise BadRequestError(_TOO_DEEP) from None
     if not model:
         raise BadRequestError("model must not be empty", "model")
     if len(model) > MAX_MODEL_LENGTH:
@@ -147,8 +154,16 @@ def _invalid_field(problem: str) -> BadRequestError:
 
 
 def with_model(body: bytes, model: str) -> bytes:
-    """Return the same JSON object under another model name; other members keep their bytes."""
-    members = _members.decode(body)
+    """Return the same JSON object under another model name; other members keep their bytes.
+
+    Raises:
+        BadRequestError: nested too deeply for what is left of the stack, which may be less than
+            `read_model` had.
+    """
+    try:
+        members = _members.decode(body)
+    except RecursionError:
+        raise BadRequestError(_TOO_DEEP) from None
     members["model"] = msgspec.Raw(msgspec.json.encode(model))
     return msgspec.json.encode(members)
 

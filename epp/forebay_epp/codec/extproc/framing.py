@@ -21,6 +21,7 @@ IN_RESPONSE_BODY = 0x2A
 _BODY_FIELD = 0x0A
 _END_OF_STREAM = b"\x10\x01"
 _SHORT_VARINT = 0x80
+_LENGTH_BYTES = 5  # a message of protobuf has at most 2 GiB
 
 
 def _varint(value: int) -> bytes:
@@ -111,6 +112,9 @@ def read_streamed(data: bytes) -> tuple[bytes, bytes, bool] | None:
     Returns:
         (HttpBody's bytes, which are a StreamedBodyResponse's too; body; end_of_stream), or None
         where the message is not in the usual form and protobuf has to read it.
+
+    Raises:
+        IndexError: the message ends too early, or a length does not end.
     """
     size = data[1]
     at = 2
@@ -135,11 +139,11 @@ def read_streamed(data: bytes) -> tuple[bytes, bytes, bool] | None:
 
 
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
+    value = 0
+    for shift in range(0, 7 * _LENGTH_BYTES, 7):
         byte = data[at]
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < _SHORT_VARINT:
             return value, at
-        shift += 7
+    raise IndexError("the length has too many bytes")

@@ -151,7 +151,12 @@ class ExtProcStream:
     # --- what the proxy says
 
     def receive(self, data: bytes) -> Event | None:
-        """Take one message from the proxy; whatever it contains, nothing is raised."""
+        """Take one message from the proxy; whatever it contains, nothing is raised.
+
+        What comes after the end of the stream has crossed it on the wire and means nothing.
+        """
+        if self.ended:
+            return None
         if self._duplex and data and data[0] == framing.IN_RESPONSE_BODY:
             try:
                 streamed = framing.read_streamed(data)
@@ -214,13 +219,18 @@ class ExtProcStream:
         """Send the queued request to `endpoint`, under another model name if one is given.
 
         Returns:
-            FINISHED_BLIND where the proxy has already stopped sending.
+            FINISHED_BLIND where the proxy has already stopped sending; FINISHED where the body
+            cannot be rewritten, so that the client is refused and nothing is sent.
         """
         body = self._body
         self._body = None
         if target_model is not None and self.model and body is not None:
+            try:
+                body = openai.with_model(body, target_model)
+            except openai.BadRequestError as error:
+                self.refuse(Outcome.REJECTED_BAD_REQUEST, str(error))
+                return Event.FINISHED
             self._restorer = openai.ModelRestorer(target_model, self.model)
-            body = openai.with_model(body, target_model)
             length: int | None = len(body)
         else:
             length = None
@@ -434,7 +444,7 @@ class ExtProcStream:
             value = header.raw_value or header.value.encode()
             match header.key:
                 case ":status":
-                    self.status = int(value) if value.isdigit() else 500
+                    self.status = int(value) if len(value) == 3 and value.isdigit() else 500
                 case "content-type":
                     events = b"text/event-stream" in value
                 case "content-encoding":
@@ -460,8 +470,6 @@ class ExtProcStream:
         return Event.ABANDONED
 
     def _echo(self, inner: bytes, body: bytes, end_of_stream: bool) -> Event | None:  # noqa: FBT001  # unpacked from framing.read_streamed
-        if self.state is not State.RESPONSE:
-            return self._late_response_body(end_of_stream=end_of_stream)
         if len(body) <= framing.MAX_CHUNK_BYTES:
             self.outbox.append(framing.frame(framing.RESPONSE_BODY, len(inner)) + inner)
         else:
@@ -473,7 +481,7 @@ class ExtProcStream:
         end_of_stream = message.response_body.end_of_stream
         answer = body
         if self._restorer is not None:
-            last = end_of_stream or self._response_mode == pb.BUFFERED
+            last = end_of_stream or self._response_mode in _BUFFERED_MODES
             answer = self._restorer.feed(body, last=last)
         if self._response_mode == pb.FULL_DUPLEX_STREAMED:
             if answer or end_of_stream or not body:
@@ -507,13 +515,6 @@ class ExtProcStream:
             return Event.FIRST_CHUNK
         return None
 
-    def _late_response_body(self, *, end_of_stream: bool) -> Event | None:
-        """An answer after the end of ours has no meaning; answering keeps the proxy going."""
-        self.outbox.append(
-            framing.streamed(framing.RESPONSE_BODY, b"", end_of_stream=end_of_stream)
-        )
-        return None
-
     def _on_response_trailers(self, _: pb.ProcessingRequest) -> Event | None:
         if self._restorer is not None and self._response_mode == pb.FULL_DUPLEX_STREAMED:
             held = self._restorer.feed(b"", last=True)
@@ -521,10 +522,6 @@ class ExtProcStream:
                 self._send_pieces(held, end_of_stream=False)
         self.outbox.append(framing.CONTINUE_RESPONSE_TRAILERS)
         return self._finish()
-
-    def _on_done_trailers(self, _: pb.ProcessingRequest) -> Event | None:
-        self.outbox.append(framing.CONTINUE_RESPONSE_TRAILERS)
-        return None
 
     def _finish(self) -> Event | None:
         """Nothing can follow an answered end of the answer, so the stream need not wait for it."""
@@ -573,5 +570,4 @@ _HANDLERS: dict[
     (State.RESPONSE, "response_headers"): ExtProcStream._on_response_headers,  # noqa: SLF001
     (State.RESPONSE, "response_body"): ExtProcStream._on_response_body,  # noqa: SLF001
     (State.RESPONSE, "response_trailers"): ExtProcStream._on_response_trailers,  # noqa: SLF001
-    (State.DONE, "response_trailers"): ExtProcStream._on_done_trailers,  # noqa: SLF001
 }
