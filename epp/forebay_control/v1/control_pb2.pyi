@@ -6,16 +6,200 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class FromPicker(_message.Message):
+    __slots__ = ("hello", "ack", "nack", "stats", "bye", "ping")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    ACK_FIELD_NUMBER: _ClassVar[int]
+    NACK_FIELD_NUMBER: _ClassVar[int]
+    STATS_FIELD_NUMBER: _ClassVar[int]
+    BYE_FIELD_NUMBER: _ClassVar[int]
+    PING_FIELD_NUMBER: _ClassVar[int]
+    hello: Hello
+    ack: Ack
+    nack: Nack
+    stats: Stats
+    bye: Bye
+    ping: Ping
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., nack: _Optional[_Union[Nack, _Mapping]] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ..., bye: _Optional[_Union[Bye, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ...) -> None: ...
+
+class FromOperator(_message.Message):
+    __slots__ = ("program", "not_leader", "ping", "close")
+    PROGRAM_FIELD_NUMBER: _ClassVar[int]
+    NOT_LEADER_FIELD_NUMBER: _ClassVar[int]
+    PING_FIELD_NUMBER: _ClassVar[int]
+    CLOSE_FIELD_NUMBER: _ClassVar[int]
+    program: Program
+    not_leader: NotLeader
+    ping: Ping
+    close: Close
+    def __init__(self, program: _Optional[_Union[Program, _Mapping]] = ..., not_leader: _Optional[_Union[NotLeader, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ...) -> None: ...
+
+class Version(_message.Message):
+    __slots__ = ("epoch", "revision")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    revision: int
+    def __init__(self, epoch: _Optional[int] = ..., revision: _Optional[int] = ...) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("protocol", "pool", "pod_namespace", "pod_name", "pod_uid", "boot_id", "build", "applied", "highest_epoch")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    POD_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    POD_NAME_FIELD_NUMBER: _ClassVar[int]
+    POD_UID_FIELD_NUMBER: _ClassVar[int]
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    BUILD_FIELD_NUMBER: _ClassVar[int]
+    APPLIED_FIELD_NUMBER: _ClassVar[int]
+    HIGHEST_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    pool: str
+    pod_namespace: str
+    pod_name: str
+    pod_uid: str
+    boot_id: str
+    build: str
+    applied: Applied
+    highest_epoch: int
+    def __init__(self, protocol: _Optional[int] = ..., pool: _Optional[str] = ..., pod_namespace: _Optional[str] = ..., pod_name: _Optional[str] = ..., pod_uid: _Optional[str] = ..., boot_id: _Optional[str] = ..., build: _Optional[str] = ..., applied: _Optional[_Union[Applied, _Mapping]] = ..., highest_epoch: _Optional[int] = ...) -> None: ...
+
+class Applied(_message.Message):
+    __slots__ = ("version", "sha256", "source")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    version: Version
+    sha256: bytes
+    source: str
+    def __init__(self, version: _Optional[_Union[Version, _Mapping]] = ..., sha256: _Optional[bytes] = ..., source: _Optional[str] = ...) -> None: ...
+
+class Program(_message.Message):
+    __slots__ = ("nonce", "version", "sha256", "snapshot")
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    nonce: int
+    version: Version
+    sha256: bytes
+    snapshot: bytes
+    def __init__(self, nonce: _Optional[int] = ..., version: _Optional[_Union[Version, _Mapping]] = ..., sha256: _Optional[bytes] = ..., snapshot: _Optional[bytes] = ...) -> None: ...
+
+class Ack(_message.Message):
+    __slots__ = ("nonce", "version", "sha256", "apply_seconds")
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    APPLY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    nonce: int
+    version: Version
+    sha256: bytes
+    apply_seconds: float
+    def __init__(self, nonce: _Optional[int] = ..., version: _Optional[_Union[Version, _Mapping]] = ..., sha256: _Optional[bytes] = ..., apply_seconds: _Optional[float] = ...) -> None: ...
+
+class Nack(_message.Message):
+    __slots__ = ("nonce", "version", "code", "errors", "still_running", "highest_epoch")
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
+    STILL_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    HIGHEST_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    nonce: int
+    version: Version
+    code: str
+    errors: _containers.RepeatedCompositeFieldContainer[FieldError]
+    still_running: Applied
+    highest_epoch: int
+    def __init__(self, nonce: _Optional[int] = ..., version: _Optional[_Union[Version, _Mapping]] = ..., code: _Optional[str] = ..., errors: _Optional[_Iterable[_Union[FieldError, _Mapping]]] = ..., still_running: _Optional[_Union[Applied, _Mapping]] = ..., highest_epoch: _Optional[int] = ...) -> None: ...
+
+class FieldError(_message.Message):
+    __slots__ = ("path", "message")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    message: str
+    def __init__(self, path: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+
+class Stats(_message.Message):
+    __slots__ = ("saturation", "endpoints", "in_flight", "bands")
+    SATURATION_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    BANDS_FIELD_NUMBER: _ClassVar[int]
+    saturation: float
+    endpoints: int
+    in_flight: int
+    bands: _containers.RepeatedCompositeFieldContainer[BandStats]
+    def __init__(self, saturation: _Optional[float] = ..., endpoints: _Optional[int] = ..., in_flight: _Optional[int] = ..., bands: _Optional[_Iterable[_Union[BandStats, _Mapping]]] = ...) -> None: ...
+
+class BandStats(_message.Message):
+    __slots__ = ("band", "requests", "bytes", "oldest_seconds", "dispatched", "rejected", "evicted")
+    BAND_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    DISPATCHED_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
+    band: str
+    requests: int
+    bytes: int
+    oldest_seconds: float
+    dispatched: int
+    rejected: int
+    evicted: int
+    def __init__(self, band: _Optional[str] = ..., requests: _Optional[int] = ..., bytes: _Optional[int] = ..., oldest_seconds: _Optional[float] = ..., dispatched: _Optional[int] = ..., rejected: _Optional[int] = ..., evicted: _Optional[int] = ...) -> None: ...
+
+class Bye(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Ping(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class NotLeader(_message.Message):
+    __slots__ = ("hint",)
+    HINT_FIELD_NUMBER: _ClassVar[int]
+    hint: str
+    def __init__(self, hint: _Optional[str] = ...) -> None: ...
+
+class Close(_message.Message):
+    __slots__ = ("retry_after_seconds",)
+    RETRY_AFTER_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    retry_after_seconds: float
+    def __init__(self, retry_after_seconds: _Optional[float] = ...) -> None: ...
+
 class Snapshot(_message.Message):
-    __slots__ = ("plan", "endpoints")
+    __slots__ = ("plan", "endpoints", "pool_uid", "sources")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    POOL_UID_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
     plan: Plan
     endpoints: Endpoints
-    def __init__(self, plan: _Optional[_Union[Plan, _Mapping]] = ..., endpoints: _Optional[_Union[Endpoints, _Mapping]] = ...) -> None: ...
+    pool_uid: str
+    sources: _containers.RepeatedCompositeFieldContainer[Source]
+    def __init__(self, plan: _Optional[_Union[Plan, _Mapping]] = ..., endpoints: _Optional[_Union[Endpoints, _Mapping]] = ..., pool_uid: _Optional[str] = ..., sources: _Optional[_Iterable[_Union[Source, _Mapping]]] = ...) -> None: ...
+
+class Source(_message.Message):
+    __slots__ = ("kind", "namespace", "name", "uid", "generation")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    UID_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    def __init__(self, kind: _Optional[str] = ..., namespace: _Optional[str] = ..., name: _Optional[str] = ..., uid: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("pool", "bands", "models", "limits", "saturation", "unmatched", "no_endpoints_ttl_seconds")
+    __slots__ = ("pool", "bands", "models", "limits", "saturation", "unmatched", "no_endpoints_ttl_seconds", "objectives", "trust_objective_header")
     POOL_FIELD_NUMBER: _ClassVar[int]
     BANDS_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
@@ -23,6 +207,8 @@ class Plan(_message.Message):
     SATURATION_FIELD_NUMBER: _ClassVar[int]
     UNMATCHED_FIELD_NUMBER: _ClassVar[int]
     NO_ENDPOINTS_TTL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    OBJECTIVES_FIELD_NUMBER: _ClassVar[int]
+    TRUST_OBJECTIVE_HEADER_FIELD_NUMBER: _ClassVar[int]
     pool: str
     bands: _containers.RepeatedCompositeFieldContainer[Band]
     models: _containers.RepeatedCompositeFieldContainer[Model]
@@ -30,7 +216,9 @@ class Plan(_message.Message):
     saturation: Saturation
     unmatched: Unmatched
     no_endpoints_ttl_seconds: float
-    def __init__(self, pool: _Optional[str] = ..., bands: _Optional[_Iterable[_Union[Band, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., saturation: _Optional[_Union[Saturation, _Mapping]] = ..., unmatched: _Optional[_Union[Unmatched, _Mapping]] = ..., no_endpoints_ttl_seconds: _Optional[float] = ...) -> None: ...
+    objectives: _containers.RepeatedCompositeFieldContainer[Objective]
+    trust_objective_header: bool
+    def __init__(self, pool: _Optional[str] = ..., bands: _Optional[_Iterable[_Union[Band, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., saturation: _Optional[_Union[Saturation, _Mapping]] = ..., unmatched: _Optional[_Union[Unmatched, _Mapping]] = ..., no_endpoints_ttl_seconds: _Optional[float] = ..., objectives: _Optional[_Iterable[_Union[Objective, _Mapping]]] = ..., trust_objective_header: _Optional[bool] = ...) -> None: ...
 
 class Band(_message.Message):
     __slots__ = ("name", "priority", "fairness", "ordering", "ttl_seconds", "max_requests", "max_bytes", "flow_max_requests", "flow_max_bytes")
@@ -63,6 +251,14 @@ class Model(_message.Message):
     band: str
     targets: _containers.RepeatedCompositeFieldContainer[Target]
     def __init__(self, name: _Optional[str] = ..., band: _Optional[str] = ..., targets: _Optional[_Iterable[_Union[Target, _Mapping]]] = ...) -> None: ...
+
+class Objective(_message.Message):
+    __slots__ = ("name", "band")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    BAND_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    band: str
+    def __init__(self, name: _Optional[str] = ..., band: _Optional[str] = ...) -> None: ...
 
 class Target(_message.Message):
     __slots__ = ("name", "weight")
