@@ -8,6 +8,7 @@ a resource leads to is planning.py's.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -105,12 +106,16 @@ class _Own(_Part):
 
 
 class Metadata(_Foreign):
-    """What identifies an object."""
+    """What identifies an object. `uid` and `generation` are the API server's."""
 
     name: Name
     namespace: Name = "default"
     labels: Labels = {}
+    annotations: dict[str, str] = {}
+    uid: Annotated[str, Field(max_length=128)] = ""
+    generation: int = 0
     creation_timestamp: AwareDatetime | None = None
+    deletion_timestamp: AwareDatetime | None = None
 
 
 class _PoolSelector(_Foreign):
@@ -121,9 +126,15 @@ class _TargetPort(_Foreign):
     number: Port
 
 
+class _PickerReference(_Foreign):
+    kind: str = "Service"
+    name: Name
+
+
 class _PoolSpec(_Foreign):
     selector: _PoolSelector
     target_ports: tuple[_TargetPort, ...] = Field(min_length=1, max_length=8)
+    endpoint_picker_ref: _PickerReference | None = None
 
 
 class InferencePool(_Foreign):
@@ -137,10 +148,22 @@ class InferencePool(_Foreign):
         """The ports on which each member serves."""
         return tuple(port.number for port in self.spec.target_ports)
 
+    @property
+    def selector(self) -> dict[str, str]:
+        """The labels of the pods that are its members."""
+        return self.spec.selector.match_labels
+
+    @property
+    def picker_service(self) -> str | None:
+        """The Service whose pods are its endpoint pickers."""
+        reference = self.spec.endpoint_picker_ref
+        return reference.name if reference and reference.kind == "Service" else None
+
 
 class _OldPoolSpec(_Foreign):
     selector: Labels = Field(min_length=1)
     target_port_number: Port
+    extension_ref: _PickerReference | None = None
 
 
 class InferencePoolV1Alpha2(_Foreign):
@@ -153,6 +176,17 @@ class InferencePoolV1Alpha2(_Foreign):
     def ports(self) -> tuple[int, ...]:
         """The port on which each member serves."""
         return (self.spec.target_port_number,)
+
+    @property
+    def selector(self) -> dict[str, str]:
+        """The labels of the pods that are its members."""
+        return self.spec.selector
+
+    @property
+    def picker_service(self) -> str | None:
+        """The Service whose pods are its endpoint pickers."""
+        reference = self.spec.extension_ref
+        return reference.name if reference and reference.kind == "Service" else None
 
 
 class _TargetModel(_Foreign):
@@ -185,6 +219,60 @@ class InferenceModel(_Foreign):
 
     metadata: Metadata
     spec: _ModelSpec
+
+
+class _ObjectiveSpec(_Foreign):
+    pool_ref: _PoolReference
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31, strict=True)] = 0
+
+
+class InferenceObjective(_Foreign):
+    """inference.networking.x-k8s.io/v1alpha2 and llm-d.ai/v1alpha2: a priority by name."""
+
+    metadata: Metadata
+    spec: _ObjectiveSpec
+
+
+class _PodCondition(_Foreign):
+    type: str = ""
+    status: str = ""
+
+
+class _PodStatus(_Foreign):
+    phase: str = ""
+    pod_ip: Annotated[str, Field(alias="podIP")] = ""
+    conditions: tuple[_PodCondition, ...] = ()
+
+
+class Pod(_Foreign):
+    """v1: a member of a pool, or one of its endpoint pickers."""
+
+    metadata: Metadata
+    status: _PodStatus = _PodStatus()
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes requests: Ready, and not about to go."""
+        return not self.metadata.deletion_timestamp and any(
+            condition.type == "Ready" and condition.status == "True"
+            for condition in self.status.conditions
+        )
+
+    @property
+    def running(self) -> bool:
+        """Whether its containers run and it is not about to go."""
+        return not self.metadata.deletion_timestamp and self.status.phase == "Running"
+
+
+class _ServiceSpec(_Foreign):
+    selector: dict[str, str] = {}
+
+
+class Service(_Foreign):
+    """v1: what a pool's endpointPickerRef names."""
+
+    metadata: Metadata
+    spec: _ServiceSpec = _ServiceSpec()
 
 
 class _Conditions(_Foreign):
@@ -329,15 +417,75 @@ class FlowControlPolicy(_Own):
 
 
 AnyPool = InferencePool | InferencePoolV1Alpha2
-Resource = AnyPool | InferenceModel | EndpointSlice | FlowControlPolicy
+Resource = (
+    AnyPool
+    | InferenceModel
+    | InferenceObjective
+    | EndpointSlice
+    | FlowControlPolicy
+    | Pod
+    | Service
+)
 
-KINDS: dict[tuple[str, str], type[Resource]] = {
-    ("inference.networking.k8s.io/v1", "InferencePool"): InferencePool,
-    ("inference.networking.x-k8s.io/v1alpha2", "InferencePool"): InferencePoolV1Alpha2,
-    ("inference.networking.x-k8s.io/v1alpha2", "InferenceModel"): InferenceModel,
-    ("discovery.k8s.io/v1", "EndpointSlice"): EndpointSlice,
-    ("forebay.dev/v1alpha1", "FlowControlPolicy"): FlowControlPolicy,
-}
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of object that is read, where its API is, and the class that reads it.
+
+    `required`: without its CRD nothing works. `ours_to_report`: its status is written.
+    """
+
+    group: str
+    version: str
+    kind: str
+    plural: str
+    model: type[Resource]
+    required: bool = False
+    ours_to_report: bool = False
+
+    @property
+    def api_version(self) -> str:
+        """As manifests write it."""
+        return f"{self.group}/{self.version}" if self.group else self.version
+
+
+POLICY = Kind(
+    "forebay.dev",
+    "v1alpha1",
+    "FlowControlPolicy",
+    "flowcontrolpolicies",
+    FlowControlPolicy,
+    required=True,
+    ours_to_report=True,
+)
+MODEL = Kind(
+    "inference.networking.x-k8s.io",
+    "v1alpha2",
+    "InferenceModel",
+    "inferencemodels",
+    InferenceModel,
+    ours_to_report=True,
+)
+_OBJECTIVE = ("v1alpha2", "InferenceObjective", "inferenceobjectives", InferenceObjective)
+
+KINDS: tuple[Kind, ...] = (
+    POLICY,
+    Kind("inference.networking.k8s.io", "v1", "InferencePool", "inferencepools", InferencePool),
+    Kind(
+        "inference.networking.x-k8s.io",
+        "v1alpha2",
+        "InferencePool",
+        "inferencepools",
+        InferencePoolV1Alpha2,
+    ),
+    MODEL,
+    Kind("inference.networking.x-k8s.io", *_OBJECTIVE),
+    Kind("llm-d.ai", *_OBJECTIVE),
+    Kind("discovery.k8s.io", "v1", "EndpointSlice", "endpointslices", EndpointSlice),
+    Kind("", "v1", "Pod", "pods", Pod),
+    Kind("", "v1", "Service", "services", Service),
+)
+BY_NAME = {(kind.api_version, kind.kind): kind for kind in KINDS}
 
 
 class ResourceError(ValueError):
@@ -357,11 +505,17 @@ def parse(manifest: dict[str, Any]) -> Resource | None:
     Raises:
         ResourceError: with every problem found.
     """
-    key = (str(manifest.get("apiVersion", "")), str(manifest.get("kind", "")))
-    kind = KINDS.get(key)
-    if kind is None:
-        return None
+    kind = BY_NAME.get((str(manifest.get("apiVersion", "")), str(manifest.get("kind", ""))))
+    return None if kind is None else read(kind, manifest)
+
+
+def read(kind: Kind, manifest: dict[str, Any]) -> Resource:
+    """Turn a manifest of a known kind into its resource.
+
+    Raises:
+        ResourceError: with every problem found.
+    """
     try:
-        return kind.model_validate(manifest)
+        return kind.model.model_validate(manifest)
     except ValidationError as error:
-        raise ResourceError(wording.problems(kind, error)) from None
+        raise ResourceError(wording.problems(kind.model, error)) from None
