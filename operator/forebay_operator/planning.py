@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from forebay_control.v1 import control_pb2 as pb
@@ -18,9 +18,12 @@ from forebay_operator.resources import (
     EndpointSlice,
     FlowControlPolicy,
     InferenceModel,
+    InferenceObjective,
     InferencePool,
     InferencePoolV1Alpha2,
+    Pod,
     PolicySpec,
+    Service,
 )
 
 if TYPE_CHECKING:
@@ -35,18 +38,23 @@ PRIORITIES: dict[Criticality, int] = {"Critical": 100, "Standard": 0, "Sheddable
 _NO_POLICY = PolicySpec.model_validate({"targetRefs": [{"name": "none"}]})
 
 MAX_MODELS = 4096  # what an endpoint picker takes
+MAX_OBJECTIVES = 1024
+_ORIGINS = ("pool_uid", "sources")  # of a snapshot: what it was made from, not what it does
+MAX_SNAPSHOT_BYTES = 1 << 20
+ACTIVE_PORTS = ("llm-d.ai/active-ports", "inference.networking.k8s.io/active-ports")
 
 _NEVER = dt.datetime.max.replace(tzinfo=dt.UTC)
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why a resource has no effect, or not the whole one."""
+    """Why a resource has no effect, or not the whole one; `pool` says where, if it matters."""
 
     kind: str
     name: str
     reason: str
     message: str
+    pool: str = ""
 
     def __str__(self) -> str:
         return f"{self.kind} {self.name}: {self.reason}: {self.message}"
@@ -54,10 +62,15 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """What the pool's endpoint pickers are told, and what is wrong with the resources."""
+    """What the pool's endpoint pickers are told, and what is wrong with the resources.
+
+    `policy` is the one in force, if any; `pickers` are the pods that are to be programmed, by uid.
+    """
 
     snapshot: pb.Snapshot
     problems: tuple[Problem, ...] = ()
+    policy: FlowControlPolicy | None = None
+    pickers: dict[str, str] = field(default_factory=dict)
 
 
 def pools(resources: Iterable[Resource]) -> list[AnyPool]:
@@ -66,43 +79,67 @@ def pools(resources: Iterable[Resource]) -> list[AnyPool]:
     return sorted(found, key=lambda pool: (pool.metadata.namespace, pool.metadata.name))
 
 
-def plan(pool: AnyPool, resources: Iterable[Resource]) -> Planned:
+def plan(pool: AnyPool, resources: Iterable[Resource], *, hold: bool = False) -> Planned:
     """Plan one pool.
 
     Policies and models of other namespaces have no effect. Of two policies for the pool, and of
     two models with the same name, the oldest counts (GEP-713): by creation time, then by name.
     A reference means the pool by its name alone: a pool that moves from the group x-k8s.io to
     k8s.io takes its models along. Resources of other pools are not looked at.
+
+    Args:
+        pool: the pool.
+        resources: everything there is.
+        hold: leave the plan out, so that endpoint pickers keep theirs and take the endpoints: for
+            a policy that is not valid and whose last valid generation nobody here has seen.
     """
     problems: list[Problem] = []
-    everything = list(resources)
+    everything = [
+        resource for resource in resources if resource.metadata.namespace == pool.metadata.namespace
+    ]
     policy = _policy(pool, everything, problems)
     spec = policy.spec if policy else _NO_POLICY
-    return Planned(
-        pb.Snapshot(
-            plan=pb.Plan(
-                pool=f"{pool.metadata.namespace}/{pool.metadata.name}",
-                bands=_bands(spec),
-                models=_models(pool, spec, everything, problems),
-                limits=pb.Limits(
-                    max_requests=spec.limits.max_requests,
-                    max_bytes=spec.limits.max_bytes,
-                    max_body_bytes=spec.limits.max_body_bytes,
-                ),
-                saturation=pb.Saturation(
-                    mode=spec.saturation.mode,
-                    max_concurrency=spec.saturation.max_concurrency,
-                    kv_cache_usage_threshold=spec.saturation.kv_cache_usage_threshold,
-                ),
-                unmatched=pb.Unmatched(
-                    action=spec.unmatched.action, band=spec.unmatched.criticality
-                ),
-                no_endpoints_ttl_seconds=spec.no_endpoints.ttl,
+    bands = _bands(spec)
+    models, sources = _models(pool, spec, everything, problems)
+    objectives = _objectives(pool, bands, everything, problems)
+    origins: list[Resource] = [policy, *sources] if policy else [*sources]
+    snapshot = pb.Snapshot(
+        plan=pb.Plan(
+            pool=f"{pool.metadata.namespace}/{pool.metadata.name}",
+            bands=bands,
+            models=models,
+            limits=pb.Limits(
+                max_requests=spec.limits.max_requests,
+                max_bytes=spec.limits.max_bytes,
+                max_body_bytes=spec.limits.max_body_bytes,
             ),
-            endpoints=_endpoints(pool, everything, problems),
+            saturation=pb.Saturation(
+                mode=spec.saturation.mode,
+                max_concurrency=spec.saturation.max_concurrency,
+                kv_cache_usage_threshold=spec.saturation.kv_cache_usage_threshold,
+            ),
+            unmatched=pb.Unmatched(action=spec.unmatched.action, band=spec.unmatched.criticality),
+            no_endpoints_ttl_seconds=spec.no_endpoints.ttl,
+            objectives=objectives,
         ),
-        tuple(problems),
+        endpoints=_endpoints(pool, everything, problems),
+        pool_uid=pool.metadata.uid,
+        sources=[_source(resource) for resource in origins],
     )
+    if hold:
+        snapshot.ClearField("plan")
+    if (size_bytes := snapshot.ByteSize()) > MAX_SNAPSHOT_BYTES:
+        message = (
+            f"its plan has {size_bytes} bytes and endpoint pickers take {MAX_SNAPSHOT_BYTES}: "
+            "have fewer InferenceModels, or shorter names; the plan before stays in force"
+        )
+        problems.append(_problem("InferencePool", pool.metadata, "TooLarge", message))
+    return Planned(snapshot, tuple(problems), policy, _pickers(pool, everything))
+
+
+def fits(planned: Planned) -> bool:
+    """Say whether endpoint pickers would take the snapshot for its size."""
+    return not any(problem.reason == "TooLarge" for problem in planned.problems)
 
 
 def unattached(resources: Iterable[Resource]) -> tuple[Problem, ...]:
@@ -114,7 +151,7 @@ def unattached(resources: Iterable[Resource]) -> tuple[Problem, ...]:
         match resource:
             case FlowControlPolicy():
                 wanted = [ref.name for ref in resource.spec.target_refs]
-            case InferenceModel():
+            case InferenceModel() | InferenceObjective():
                 wanted = [resource.spec.pool_ref.name]
             case EndpointSlice():
                 wanted = [resource.metadata.labels.get(POOL_LABEL, "")]
@@ -134,32 +171,32 @@ def unattached(resources: Iterable[Resource]) -> tuple[Problem, ...]:
                 )
             else:
                 message = f"there is no InferencePool {name}"
-            problems.append(_problem(kind, metadata, "TargetNotFound", message))
+            problems.append(_problem(kind, metadata, "TargetNotFound", message, name))
     return tuple(problems)
 
 
 def differences(before: Message, after: Message, path: str = "") -> list[str]:
     """Say in lines what changed from one message to another; parts of a list go by their name."""
     lines: list[str] = []
-    for field in before.DESCRIPTOR.fields:
-        where = f"{path}{field.json_name}"
-        old, new = getattr(before, field.name), getattr(after, field.name)
-        if old == new:
+    for part in before.DESCRIPTOR.fields:
+        where = f"{path}{part.json_name}"
+        old, new = getattr(before, part.name), getattr(after, part.name)
+        if old == new or part.name in _ORIGINS:
             continue
-        if field.is_repeated:
-            olds, news = ({_key(part): part for part in parts} for parts in (old, new))
+        if part.is_repeated:
+            olds, news = ({_key(entry): entry for entry in entries} for entries in (old, new))
             lines.extend(f"{where}[{key}] removed" for key in olds.keys() - news.keys())
             lines.extend(f"{where}[{key}] added" for key in news.keys() - olds.keys())
             for key in olds.keys() & news.keys():
                 lines.extend(differences(olds[key], news[key], f"{where}[{key}]."))
-        elif field.message_type:
+        elif part.message_type:
             lines.extend(differences(old, new, f"{where}."))
         else:
             lines.append(f"{where}: {old} -> {new}")
     return sorted(lines)
 
 
-def _key(part: pb.Band | pb.Model | pb.Target | pb.Endpoint) -> str:
+def _key(part: pb.Band | pb.Model | pb.Target | pb.Objective | pb.Source | pb.Endpoint) -> str:
     return part.address if isinstance(part, pb.Endpoint) else part.name
 
 
@@ -183,12 +220,25 @@ def _policy(
             f"FlowControlPolicy {candidates[0].metadata.name} is older and already for "
             f"InferencePool {pool.metadata.name}; delete one of them"
         )
-        problems.append(_problem("FlowControlPolicy", loser.metadata, "Conflicted", message))
+        problems.append(
+            _problem("FlowControlPolicy", loser.metadata, "Conflicted", message, pool.metadata.name)
+        )
     return candidates[0] if candidates else None
 
 
-def _problem(kind: str, metadata: Metadata, reason: str, message: str) -> Problem:
-    return Problem(kind, f"{metadata.namespace}/{metadata.name}", reason, message)
+def _problem(kind: str, metadata: Metadata, reason: str, message: str, pool: str = "") -> Problem:
+    return Problem(kind, f"{metadata.namespace}/{metadata.name}", reason, message, pool)
+
+
+def _source(resource: Resource) -> pb.Source:
+    metadata = resource.metadata
+    return pb.Source(
+        kind=type(resource).__name__,
+        namespace=metadata.namespace,
+        name=metadata.name,
+        uid=metadata.uid,
+        generation=metadata.generation,
+    )
 
 
 def _bands(spec: PolicySpec) -> list[pb.Band]:
@@ -215,7 +265,8 @@ def _bands(spec: PolicySpec) -> list[pb.Band]:
 
 def _models(
     pool: AnyPool, spec: PolicySpec, resources: list[Resource], problems: list[Problem]
-) -> list[pb.Model]:
+) -> tuple[list[pb.Model], list[InferenceModel]]:
+    """Return the models, and the resources that count."""
     mine = [
         model
         for model in resources
@@ -248,36 +299,112 @@ def _models(
     if len(models) > MAX_MODELS:
         message = f"has {len(models)} models; those beyond {MAX_MODELS} are treated as unmatched"
         problems.append(_problem("InferencePool", pool.metadata, "TooManyModels", message))
-    return models[:MAX_MODELS]
+    return models[:MAX_MODELS], list(taken.values())[:MAX_MODELS]
+
+
+def _objectives(
+    pool: AnyPool, bands: list[pb.Band], resources: list[Resource], problems: list[Problem]
+) -> list[pb.Objective]:
+    """Put each objective into the nearest band at or below its priority, or the lowest one."""
+    mine: dict[str, InferenceObjective] = {}
+    for resource in resources:
+        if (
+            isinstance(resource, InferenceObjective)
+            and not resource.metadata.deletion_timestamp
+            and resource.spec.pool_ref.name == pool.metadata.name
+        ):
+            # The same name in the groups llm-d.ai and x-k8s.io: the oldest counts.
+            other = mine.get(resource.metadata.name)
+            if other is None or _age(resource.metadata) < _age(other.metadata):
+                mine[resource.metadata.name] = resource
+    if len(mine) > MAX_OBJECTIVES:
+        message = f"has {len(mine)} objectives; those beyond {MAX_OBJECTIVES} have no effect"
+        problems.append(_problem("InferencePool", pool.metadata, "TooManyObjectives", message))
+    order = sorted(bands, key=lambda band: -band.priority)
+    return [
+        pb.Objective(
+            name=name,
+            band=next(
+                (band.name for band in order if band.priority <= mine[name].spec.priority),
+                order[-1].name,
+            ),
+        )
+        for name in sorted(mine)[:MAX_OBJECTIVES]
+    ]
+
+
+def _pickers(pool: AnyPool, resources: list[Resource]) -> dict[str, str]:
+    """Return the running pods behind the pool's endpoint picker Service: name by uid."""
+    selectors = [
+        resource.spec.selector
+        for resource in resources
+        if isinstance(resource, Service) and resource.metadata.name == pool.picker_service
+    ]
+    if not selectors or not selectors[0]:
+        return {}
+    return {
+        resource.metadata.uid: resource.metadata.name
+        for resource in resources
+        if isinstance(resource, Pod) and resource.running and _selected(resource, selectors[0])
+    }
+
+
+def _selected(pod: Pod, selector: dict[str, str]) -> bool:
+    labels = pod.metadata.labels
+    return all(labels.get(name) == value for name, value in selector.items())
 
 
 def _endpoints(pool: AnyPool, resources: list[Resource], problems: list[Problem]) -> pb.Endpoints:
-    """Take each ready address of the pool's slices, on the slice's ports or else the pool's."""
+    """Take the ready pods, and each ready address of the pool's slices, in the order of addresses.
+
+    A slice's ports count if it has any; else, and for pods, the pool's.
+    """
     found: dict[str, pb.Endpoint] = {}
-    for part in resources:
-        if (
-            not isinstance(part, EndpointSlice)
-            or part.metadata.labels.get(POOL_LABEL) != pool.metadata.name
-            or part.metadata.namespace != pool.metadata.namespace
+    for resource in resources:
+        if isinstance(resource, Pod):
+            if resource.ready and _selected(resource, pool.selector):
+                _add_pod(pool, resource, found)
+        elif (
+            isinstance(resource, EndpointSlice)
+            and resource.metadata.labels.get(POOL_LABEL) == pool.metadata.name
         ):
+            _add_slice(pool, resource, found, problems)
+    return pb.Endpoints(endpoints=[found[address] for address in sorted(found)])
+
+
+def _add_pod(pool: AnyPool, pod: Pod, found: dict[str, pb.Endpoint]) -> None:
+    """Add a pod once per port; an annotation may leave only some of the ports."""
+    host = _host(pod.status.pod_ip)
+    if host is None:
+        return
+    active = next(
+        (pod.metadata.annotations[key] for key in ACTIVE_PORTS if key in pod.metadata.annotations),
+        None,
+    )
+    allowed = None if active is None else {text.strip() for text in active.split(",")}
+    for rank, port in enumerate(pool.ports):
+        if allowed is None or str(port) in allowed:
+            name = f"{pod.metadata.name}-rank-{rank}" if len(pool.ports) > 1 else pod.metadata.name
+            found.setdefault(f"{host}:{port}", pb.Endpoint(address=f"{host}:{port}", name=name))
+
+
+def _add_slice(
+    pool: AnyPool, part: EndpointSlice, found: dict[str, pb.Endpoint], problems: list[Problem]
+) -> None:
+    ports = tuple(port.port for port in part.ports if port.port) or pool.ports
+    for endpoint in part.endpoints:
+        if endpoint.conditions.ready is False:
             continue
-        ports = tuple(port.port for port in part.ports if port.port) or pool.ports
-        for endpoint in part.endpoints:
-            if endpoint.conditions.ready is False:
+        for text in endpoint.addresses:
+            host = _host(text)
+            if host is None:
+                message = f"address {text!r} is not an IP address"
+                problems.append(_problem("EndpointSlice", part.metadata, "InvalidAddress", message))
                 continue
-            for text in endpoint.addresses:
-                host = _host(text)
-                if host is None:
-                    message = f"address {text!r} is not an IP address"
-                    problems.append(
-                        _problem("EndpointSlice", part.metadata, "InvalidAddress", message)
-                    )
-                    continue
-                for port in ports:
-                    address = f"{host}:{port}"
-                    name = endpoint.target_ref.name or address
-                    found.setdefault(address, pb.Endpoint(address=address, name=name))
-    return pb.Endpoints(endpoints=found.values())
+            for port in ports:
+                address = f"{host}:{port}"
+                name = endpoint.target_ref.name or address
+                found.setdefault(address, pb.Endpoint(address=address, name=name))
 
 
 def _host(text: str) -> str | None:

@@ -433,6 +433,7 @@ class Kind:
     """A kind of object that is read, where its API is, and the class that reads it.
 
     `required`: without its CRD nothing works. `ours_to_report`: its status is written.
+    `in_files`: it means something in a folder of manifests too.
     """
 
     group: str
@@ -442,6 +443,7 @@ class Kind:
     model: type[Resource]
     required: bool = False
     ours_to_report: bool = False
+    in_files: bool = True
 
     @property
     def api_version(self) -> str:
@@ -482,8 +484,8 @@ KINDS: tuple[Kind, ...] = (
     Kind("inference.networking.x-k8s.io", *_OBJECTIVE),
     Kind("llm-d.ai", *_OBJECTIVE),
     Kind("discovery.k8s.io", "v1", "EndpointSlice", "endpointslices", EndpointSlice),
-    Kind("", "v1", "Pod", "pods", Pod),
-    Kind("", "v1", "Service", "services", Service),
+    Kind("", "v1", "Pod", "pods", Pod, in_files=False),
+    Kind("", "v1", "Service", "services", Service, in_files=False),
 )
 BY_NAME = {(kind.api_version, kind.kind): kind for kind in KINDS}
 
@@ -497,16 +499,16 @@ class ResourceError(ValueError):
 
 
 def parse(manifest: dict[str, Any]) -> Resource | None:
-    """Turn a manifest into its resource.
+    """Turn a manifest of a folder into its resource.
 
     Returns:
-        None for a kind that is none of ours to read.
+        None for a kind that has no effect there.
 
     Raises:
         ResourceError: with every problem found.
     """
     kind = BY_NAME.get((str(manifest.get("apiVersion", "")), str(manifest.get("kind", ""))))
-    return None if kind is None else read(kind, manifest)
+    return read(kind, manifest) if kind is not None and kind.in_files else None
 
 
 def read(kind: Kind, manifest: dict[str, Any]) -> Resource:

@@ -225,7 +225,7 @@ def test_one_address_is_one_endpoint_however_it_is_written():
         endpoint_slice({"addresses": ["FD00::1", "10.0.0.1"]}),
     )
 
-    assert [endpoint.address for endpoint in endpoints] == ["[fd00::1]:8000", "10.0.0.1:8000"]
+    assert [endpoint.address for endpoint in endpoints] == ["10.0.0.1:8000", "[fd00::1]:8000"]
     assert problems == ()
 
 

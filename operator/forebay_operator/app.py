@@ -1,0 +1,235 @@
+"""Puts an operator together: one asyncio loop, from sources over planning to pickers and statuses.
+
+In a cluster resources come from kopf's watches and one replica of several leads; with a folder of
+manifests there is nobody to elect, and statuses are shown instead of written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import signal
+import uuid
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from forebay_operator import metrics, pages, tls
+from forebay_operator.cluster import ApiError, Cluster
+from forebay_operator.control import ControlServer
+from forebay_operator.election import Elector, Leadership
+from forebay_operator.reconcile import Reconciler
+from forebay_operator.store import Store
+from forebay_operator.trust import CertificateTrust, TokenTrust, believe
+from forebay_operator.watching import Watching
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from forebay_operator.settings import Settings
+    from forebay_operator.store import Entry
+
+FINISH_SECONDS = 5.0
+
+_log = logging.getLogger("forebay_operator")
+
+
+class StartError(Exception):
+    """The process cannot start; the text says what to do."""
+
+
+class ClusterReporter:
+    """Writes statuses and Events to the API server."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+
+    async def write(self, entry: Entry, status: dict[str, Any]) -> dict[str, Any] | None:
+        """Apply the status."""
+        metadata = entry.metadata
+        return await self._cluster.apply_status(
+            entry.kind, metadata.namespace, metadata.name, metadata.uid, status
+        )
+
+    async def announce(self, entry: Entry, changes: list[tuple[str, str, str, str]]) -> None:
+        """Post an Event per condition that people should hear of."""
+        for kind, status, reason, message in changes:
+            bad = (status == "True") == (kind == "Degraded")
+            if reason in ("Pending", "AsExpected", "ResolvedRefs"):
+                continue
+            await self._cluster.event(
+                kind=entry.kind,
+                namespace=entry.metadata.namespace,
+                name=entry.metadata.name,
+                uid=entry.metadata.uid,
+                warning=bad,
+                reason=reason,
+                message=f"{kind}={status}: {message}" if message else f"{kind}={status}",
+            )
+
+
+class ClusterOperator:
+    """The operator of a cluster."""
+
+    def __init__(self, settings: Settings, cluster: Cluster | None = None) -> None:
+        self._settings = settings
+        self._cluster = cluster or Cluster()
+        self._store = Store()
+        self._control = ControlServer(
+            self._trust(),
+            changed=self._pickers_changed,
+            higher_epoch=self._higher_epoch,
+        )
+        self._reconciler = Reconciler(self._store, self._control, ClusterReporter(self._cluster))
+        self._watching = Watching(
+            self._cluster, self._store, self._reconciler.touch, settings.namespaces
+        )
+        instance = settings.identity or uuid.uuid4().hex
+        self._elector = Elector(
+            self._cluster,
+            settings.lease_namespace,
+            settings.lease_name,
+            f"{instance}/{uuid.uuid4().hex[:8]}",
+            self._lead,
+        )
+        self._stop = asyncio.Event()
+        self._status = 0
+
+    def _trust(self) -> Any:
+        def expected(pool: str) -> Any:
+            return self._reconciler.expected(pool)
+
+        match self._settings.control_client_auth:
+            case "token":
+                return TokenTrust(
+                    self._cluster.review_token, expected, self._settings.control_audience
+                )
+            case "certificate":
+                return CertificateTrust(expected)
+        return believe
+
+    def _pickers_changed(self, pool: str) -> None:
+        self._reconciler.pickers_changed(pool)
+
+    def _higher_epoch(self, epoch: int) -> None:
+        self._elector.see_epoch(epoch)
+
+    def _lead(self, leadership: Leadership) -> None:
+        epoch = leadership.epoch
+        metrics.LEADING.set(epoch or 0)
+        self._control.lead(epoch, quiet=leadership.quiet, hint=leadership.holder)
+        self._reconciler.reporting = epoch is not None and not leadership.quiet
+        if epoch is None:
+            self._reconciler.forget_pending()
+
+    async def run(self) -> int:
+        """Run until a signal, or until something that has to run has ended."""
+        self._own_signals()
+        runner = await self._listen()
+        kopf_ready, kopf_stop = asyncio.Event(), asyncio.Event()
+        tasks: list[asyncio.Task[Any]] = []
+
+        def start(work: Coroutine[Any, Any, Any], name: str) -> None:
+            tasks.append(asyncio.create_task(work, name=name))
+
+        try:
+            if await self._filled():
+                self._reconciler.touch(set(self._store.namespaces()))
+                start(self._reconciler.run_planning(), "planning")
+                start(self._reconciler.run_reporting(), "reporting")
+                start(self._watching.run_sweeps(), "sweeps")
+                start(self._elector.run(), "election")
+                start(self._signals_after(kopf_ready), "signals")
+                start(self._watching.run_watches(kopf_ready, kopf_stop), "watches")
+                gc.collect()
+                gc.freeze()
+                await self._until_stopped(tasks)
+        finally:
+            self._own_signals()
+            await self._control.stop()
+            with suppress(TimeoutError, ApiError):
+                await asyncio.wait_for(self._elector.release(), FINISH_SECONDS)
+            kopf_stop.set()
+            for task in tasks[:-1]:
+                task.cancel()
+            if tasks:
+                _, late = await asyncio.wait(tasks, timeout=FINISH_SECONDS)
+                for task in late:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+            await runner.cleanup()
+            await self._cluster.close()
+        return self._status
+
+    def _own_signals(self) -> None:
+        running = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            running.add_signal_handler(number, self._stop.set)
+
+    async def _signals_after(self, ready: asyncio.Event) -> None:
+        """Take the signals back from kopf, which installs handlers when it starts.
+
+        Pickers are told and the lease is given up before the watches end.
+        """
+        await ready.wait()
+        self._own_signals()
+        await self._stop.wait()
+
+    async def _listen(self) -> Any:
+        settings = self._settings
+        credentials = None
+        if settings.control_tls_path is not None:
+            try:
+                credentials = tls.server_credentials(
+                    settings.control_tls_path,
+                    require_client_certificate=settings.control_client_auth == "certificate",
+                )
+            except (OSError, ValueError) as error:
+                raise StartError(f"--control-tls-path: {error}") from error
+        address = join(settings.control_bind_address, settings.control_port)
+        try:
+            runner = await pages.serve(
+                settings.http_bind_address,
+                settings.http_port,
+                self._reconciler,
+                self._store,
+                lambda: self._watching.synced,
+            )
+        except OSError as error:
+            raise StartError(f"--http-port {settings.http_port}: {error.strerror}") from error
+        try:
+            port = await self._control.serve(address, credentials)
+        except RuntimeError as error:
+            await runner.cleanup()
+            raise StartError(f"--control-port: cannot bind {address}: in use?") from error
+        _log.info("listening", extra={"control_port": port, "http_port": settings.http_port})
+        return runner
+
+    async def _filled(self) -> bool:
+        """Wait for the first LISTs; return whether no signal came before."""
+        filling = asyncio.create_task(self._watching.fill())
+        stopping = asyncio.create_task(self._stop.wait())
+        await asyncio.wait((filling, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not filling.done():
+            filling.cancel()
+            return False
+        filling.result()
+        return True
+
+    async def _until_stopped(self, tasks: list[asyncio.Task[Any]]) -> None:
+        """Wait for a signal; whatever else ends first has failed."""
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if self._stop.is_set():
+            return
+        for task in done:
+            error = task.exception()
+            if error is None and task.get_name() in ("signals", "watches"):
+                continue  # kopf took the signal
+            _log.critical("%s has ended: %s", task.get_name(), error, exc_info=error)
+            self._status = 1
+
+
+def join(host: str, port: int) -> str:
+    """Write host:port, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

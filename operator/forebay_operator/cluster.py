@@ -1,0 +1,258 @@
+"""The only caller of the Kubernetes API besides kopf's watches.
+
+Lists, server-side apply of statuses, Events, leases, token reviews: each one request, with the
+credentials that kopf logs in with. Nothing is retried here except a login that has run out: whoever
+asks knows how long an answer is worth waiting for. kopf.ConnectionInfo and aiohttp in place of the
+kubernetes client, which alone would be more than half of the operator's memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import time
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import kopf
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from forebay_operator.resources import Kind
+
+FIELD_MANAGER = "forebay-operator"
+REQUEST_SECONDS = 30.0
+LOGIN_SECONDS = 60.0  # a service account's token file is renewed while we run
+PAGE_OBJECTS = 500
+MAX_EVENT_MESSAGE = 1024
+
+_APPLY = "application/apply-patch+yaml"
+
+
+class ApiError(Exception):
+    """The API server answered with an error, or could not be asked (status 0)."""
+
+    def __init__(self, status: int, message: str, retry_after_seconds: float = 0.0) -> None:
+        super().__init__(f"{status}: {message}" if status else message)
+        self.status = status
+        self.retry_after_seconds = retry_after_seconds
+
+
+def login() -> kopf.ConnectionInfo:
+    """Find credentials: a pod's service account, else the kubeconfig.
+
+    Raises:
+        ApiError: there are none.
+    """
+    settings = kopf.OperatorSettings()
+    info = kopf.login_with_service_account(settings=settings) or kopf.login_with_kubeconfig(
+        settings=settings
+    )
+    if info is None:
+        raise ApiError(0, "no credentials: not in a pod, and no kubeconfig (set KUBECONFIG)")
+    return info
+
+
+def now_text() -> str:
+    """Return the wall-clock time as Kubernetes writes it."""
+    return dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class Cluster:
+    """One API server."""
+
+    def __init__(self, get_login: Callable[[], kopf.ConnectionInfo] = login) -> None:
+        self._get_login = get_login
+        self._info: kopf.ConnectionInfo | None = None
+        self._session: aiohttp.ClientSession | None = None
+        self._login_at = 0.0
+
+    async def close(self) -> None:
+        """Close connections."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def list(self, kind: Kind, namespace: str | None = None) -> list[dict[str, Any]]:
+        """Return all objects of a kind, of one namespace or of all, as a quorum read.
+
+        Raises:
+            ApiError: status 404 where the kind's CRD does not exist.
+        """
+        found: list[dict[str, Any]] = []
+        token = ""
+        while True:
+            query = {"limit": str(PAGE_OBJECTS), **({"continue": token} if token else {})}
+            page = await self.request("GET", _path(kind, namespace), query=query)
+            found += page.get("items") or []
+            token = (page.get("metadata") or {}).get("continue") or ""
+            if not token:
+                return found
+
+    async def apply_status(
+        self, kind: Kind, namespace: str, name: str, uid: str, status: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Write the parts of a status that are ours and return the object.
+
+        The uid is a condition: the status of a deleted object never lands on its successor.
+        """
+        body = {
+            "apiVersion": kind.api_version,
+            "kind": kind.kind,
+            "metadata": {"name": name, "namespace": namespace, "uid": uid},
+            "status": status,
+        }
+        return await self.request(
+            "PATCH",
+            f"{_path(kind, namespace)}/{name}/status",
+            body=body,
+            query={"fieldManager": FIELD_MANAGER, "force": "true"},
+            content_type=_APPLY,
+        )
+
+    async def event(
+        self,
+        *,
+        kind: Kind,
+        namespace: str,
+        name: str,
+        uid: str,
+        warning: bool,
+        reason: str,
+        message: str,
+    ) -> None:
+        """Post a Kubernetes Event about an object."""
+        now = now_text()
+        body = {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"generateName": f"{name[:200]}.", "namespace": namespace},
+            "involvedObject": {
+                "apiVersion": kind.api_version,
+                "kind": kind.kind,
+                "namespace": namespace,
+                "name": name,
+                "uid": uid,
+            },
+            "type": "Warning" if warning else "Normal",
+            "reason": reason,
+            "message": message[:MAX_EVENT_MESSAGE],
+            "source": {"component": FIELD_MANAGER},
+            "reportingComponent": "forebay.dev/operator",
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "count": 1,
+        }
+        await self.request("POST", f"/api/v1/namespaces/{namespace}/events", body=body)
+
+    async def review_token(self, token: str, audience: str) -> dict[str, Any]:
+        """Have the API server say whose token it is; see TokenReviewStatus."""
+        body = {
+            "apiVersion": "authentication.k8s.io/v1",
+            "kind": "TokenReview",
+            "spec": {"token": token, "audiences": [audience]},
+        }
+        answer = await self.request("POST", "/apis/authentication.k8s.io/v1/tokenreviews", body)
+        status = answer.get("status")
+        return status if isinstance(status, dict) else {}
+
+    async def get_lease(self, namespace: str, name: str) -> dict[str, Any] | None:
+        """Return a Lease, or None where there is none."""
+        try:
+            return await self.request("GET", f"{_leases(namespace)}/{name}")
+        except ApiError as error:
+            if error.status == 404:
+                return None
+            raise
+
+    async def put_lease(
+        self, namespace: str, name: str, lease: dict[str, Any], *, create: bool
+    ) -> dict[str, Any]:
+        """Create a Lease or replace the one whose resourceVersion it carries.
+
+        Raises:
+            ApiError: 409 when somebody else was faster.
+        """
+        if create:
+            return await self.request("POST", _leases(namespace), lease)
+        return await self.request("PUT", f"{_leases(namespace)}/{name}", lease)
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        query: dict[str, str] | None = None,
+        content_type: str = "application/json",
+    ) -> dict[str, Any]:
+        """Send one request.
+
+        Raises:
+            ApiError: it was not answered with a success.
+        """
+        for fresh in (False, True):
+            session, info = await self._connect(fresh=fresh)
+            headers = {**info.as_http_headers(), "accept": "application/json"}
+            if body is not None:
+                headers["content-type"] = content_type
+            try:
+                async with session.request(
+                    method, info.server.rstrip("/") + path, json=body, params=query, headers=headers
+                ) as answer:
+                    if answer.status == 401 and not fresh:
+                        continue
+                    if answer.status >= 400:
+                        raise await _error(answer)
+                    found = await answer.json()
+                    return found if isinstance(found, dict) else {}
+            except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+                text = str(error) or type(error).__name__
+                raise ApiError(0, f"the API server cannot be asked: {text}") from error
+        raise ApiError(401, "the API server does not accept our credentials")
+
+    async def _connect(self, *, fresh: bool) -> tuple[aiohttp.ClientSession, kopf.ConnectionInfo]:
+        """Return a session with credentials that are recent, or new ones."""
+        now = time.monotonic()
+        if self._info is None or fresh or now - self._login_at > LOGIN_SECONDS:
+            info = self._get_login()
+            self._login_at = now
+            if self._session is None or _anonymous(info) != _anonymous(self._info):
+                await self.close()
+                self._session = aiohttp.ClientSession(
+                    connector=aiohttp.TCPConnector(ssl=info.as_ssl_context(), limit=32),
+                    timeout=aiohttp.ClientTimeout(total=REQUEST_SECONDS, sock_connect=10.0),
+                    headers={"user-agent": FIELD_MANAGER},
+                )
+            self._info = info
+        if self._session is None:
+            raise AssertionError("a login makes a session")
+        return self._session, self._info
+
+
+def _anonymous(info: kopf.ConnectionInfo | None) -> kopf.ConnectionInfo | None:
+    """Return what connections are made of: a new token is no reason to close them."""
+    return info and dataclasses.replace(info, token=None)
+
+
+def _path(kind: Kind, namespace: str | None) -> str:
+    root = f"/apis/{kind.group}/{kind.version}" if kind.group else f"/api/{kind.version}"
+    return f"{root}/namespaces/{namespace}/{kind.plural}" if namespace else f"{root}/{kind.plural}"
+
+
+def _leases(namespace: str) -> str:
+    return f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
+
+
+async def _error(answer: aiohttp.ClientResponse) -> ApiError:
+    try:
+        retry_after = min(60.0, max(0.0, float(answer.headers.get("retry-after", ""))))
+    except ValueError:
+        retry_after = 0.0
+    text = (await answer.text())[:2000]
+    try:
+        message = str((await answer.json()).get("message") or text)
+    except (ValueError, aiohttp.ClientError, AttributeError):
+        message = text
+    return ApiError(answer.status, message[:500], retry_after)

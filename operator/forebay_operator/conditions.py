@@ -1,0 +1,425 @@
+"""From plans, acknowledgements and stats to what `.status` says. Pure.
+
+Statuses follow the Kubernetes API conventions and GEP-713: observedGeneration on each condition, a
+False one says why and what to do, lastTransitionTime moves only when the status flips. Numbers are
+quantised, so that a status is written again only when something has changed that a person would
+care about; exact values are the endpoint pickers' metrics. When and where a status is written is
+reconcile.py's business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from forebay_control.v1 import control_pb2 as pb
+
+CONTROLLER_NAME = "forebay.dev/operator"
+MAX_NAMED = 5
+MAX_MESSAGE = 1024
+
+
+class PickerState(StrEnum):
+    """Where an endpoint picker stands with the program it should run."""
+
+    PROGRAMMED = "Programmed"
+    PENDING = "Pending"
+    REJECTED = "Rejected"
+    STALE = "Stale"
+
+
+@dataclass(frozen=True, slots=True)
+class Picker:
+    """One endpoint picker as the operator sees it.
+
+    Attributes:
+        name: its pod.
+        connected: whether it has a stream.
+        generations: uid -> generation of the objects in the program it has acknowledged.
+        error: what it said when it refused, for people; the first word is the code.
+        stats: what it reported last.
+    """
+
+    name: str
+    state: PickerState
+    connected: bool = False
+    generations: Mapping[str, int] = field(default_factory=dict)
+    error: str = ""
+    stats: pb.Stats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """One pool a policy or model is for, and how it fares there.
+
+    `refused` is the reason and message why it does not count there, if it does not. `pickers` is
+    None where the pool does not exist.
+    """
+
+    pool: str
+    group: str
+    pickers: Sequence[Picker] | None
+    refused: tuple[str, str] | None = None
+    service: str | None = None
+    notes: tuple[str, ...] = ()
+    endpoints: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The object a status is for. `problems`: its latest generation is not valid."""
+
+    uid: str
+    namespace: str
+    generation: int
+    problems: Sequence[tuple[str, str]] = ()
+    valid_generation: int | None = None
+
+
+def policy_status(subject: Subject, attachments: Sequence[Attachment]) -> dict[str, Any]:
+    """Return the status of a FlowControlPolicy, its conditions without times."""
+    live = [a for a in attachments if a.pickers is not None and a.refused is None]
+    pickers = [picker for attachment in live for picker in attachment.pickers or ()]
+    accepted = _accepted(subject, attachments)
+    conditions = [
+        accepted,
+        _resolved(attachments),
+        _programmed(subject, attachments, pickers),
+        _degraded(subject, attachments, pickers),
+    ]
+    counts = {
+        "desired": len(pickers),
+        "connected": sum(picker.connected for picker in pickers),
+        "programmed": sum(_programs(subject, picker) for picker in pickers),
+        "rejected": sum(picker.state is PickerState.REJECTED for picker in pickers),
+        "stale": sum(picker.state is PickerState.STALE for picker in pickers),
+    }
+    status: dict[str, Any] = {
+        "conditions": [{**c, "observedGeneration": subject.generation} for c in conditions],
+        "ancestors": [_ancestor(subject, attachment) for attachment in attachments],
+        "endpointPickers": {**counts, "ready": f"{counts['programmed']}/{counts['desired']}"},
+        "pools": [_pool(attachment) for attachment in live],
+    }
+    generations = [picker.generations.get(subject.uid, 0) for picker in pickers]
+    if generations and min(generations) > 0:
+        status["programmedGeneration"] = min(generations)
+    if live:
+        status["queued"] = sum(q["requests"] for pool in status["pools"] for q in pool["queues"])
+        status["saturation"] = max((pool["saturation"] for pool in status["pools"]), key=float)
+    return status
+
+
+def model_status(subject: Subject, attachment: Attachment) -> dict[str, Any]:
+    """Return the status of an InferenceModel, its conditions without times."""
+    if subject.problems:
+        accepted = _condition("Accepted", "False", "Invalid", _fix(subject))
+    elif attachment.refused is not None:
+        accepted = _condition("Accepted", "False", *attachment.refused)
+    elif attachment.pickers is None:
+        message = f"waits for InferencePool {attachment.pool}, which does not exist"
+        accepted = _condition("Accepted", "Unknown", "Pending", message)
+    else:
+        accepted = _condition("Accepted", "True", "Accepted", "")
+    conditions = [accepted, _programmed(subject, [attachment], attachment.pickers or ())]
+    return {"conditions": [{**c, "observedGeneration": subject.generation} for c in conditions]}
+
+
+def with_times(status: dict[str, Any], before: Mapping[str, Any], now: str) -> dict[str, Any]:
+    """Give each condition its lastTransitionTime: `now` only where its status has flipped."""
+    times = _times(before.get("conditions"))
+    old_ancestors = {
+        _key(ancestor): _times(ancestor.get("conditions"))
+        for ancestor in before.get("ancestors") or ()
+        if isinstance(ancestor, dict)
+    }
+    stamped = {**status, "conditions": _stamped(status["conditions"], times, now)}
+    if "ancestors" in status:
+        stamped["ancestors"] = [
+            {
+                **ancestor,
+                "conditions": _stamped(
+                    ancestor["conditions"], old_ancestors.get(_key(ancestor), {}), now
+                ),
+            }
+            for ancestor in status["ancestors"]
+        ]
+    return stamped
+
+
+def differs(desired: Mapping[str, Any], observed: Mapping[str, Any]) -> str:
+    """Compare, times aside: "" the same, "numbers" only live numbers moved, "meaning" more.
+
+    Only what we write is looked at: other writers' conditions are theirs.
+    """
+    if _meaning(desired) != _meaning(observed, like=desired):
+        return "meaning"
+    numbers = ("pools", "queued", "saturation")
+    if any(desired.get(name) != observed.get(name) for name in numbers):
+        return "numbers"
+    return ""
+
+
+def transitions(
+    desired: Mapping[str, Any], observed: Mapping[str, Any]
+) -> list[tuple[str, str, str, str]]:
+    """Return (type, status, reason, message) of each condition whose status or reason is new."""
+    before = {
+        condition.get("type"): (condition.get("status"), condition.get("reason"))
+        for condition in observed.get("conditions") or ()
+    }
+    return [
+        (c["type"], c["status"], c["reason"], c["message"])
+        for c in desired["conditions"]
+        if before.get(c["type"]) != (c["status"], c["reason"])
+    ]
+
+
+def unsettled(status: Mapping[str, Any]) -> bool:
+    """Say whether the status is one that acknowledgements are about to change."""
+    return any(
+        condition["type"] == "Programmed" and condition["reason"] == "Pending"
+        for condition in status["conditions"]
+    )
+
+
+# --- conditions
+
+
+def _condition(kind: str, status: str, reason: str, message: str) -> dict[str, Any]:
+    if len(message) > MAX_MESSAGE:
+        message = f"{message[: MAX_MESSAGE - 3]}..."
+    return {"type": kind, "status": status, "reason": reason, "message": message}
+
+
+def _fix(subject: Subject) -> str:
+    text = "; ".join(f"{path}: {what}" for path, what in subject.problems)
+    if subject.valid_generation is None:
+        return text
+    return f"{text}. Generation {subject.valid_generation}, the last valid one, stays in force"
+
+
+def _accepted(subject: Subject, attachments: Sequence[Attachment]) -> dict[str, Any]:
+    if subject.problems:
+        return _condition("Accepted", "False", "Invalid", _fix(subject))
+    refused = [attachment.refused for attachment in attachments if attachment.refused]
+    if refused:
+        reason = refused[0][0]
+        return _condition("Accepted", "False", reason, "; ".join(text for _, text in refused))
+    return _condition("Accepted", "True", "Accepted", "")
+
+
+def _resolved(attachments: Sequence[Attachment]) -> dict[str, Any]:
+    missing = [attachment.pool for attachment in attachments if attachment.pickers is None]
+    if missing:
+        message = (
+            f"there is no InferencePool {_listed(missing)} in this namespace; "
+            "it counts as soon as it is created"
+        )
+        return _condition("ResolvedRefs", "False", "TargetNotFound", message)
+    return _condition("ResolvedRefs", "True", "ResolvedRefs", "")
+
+
+def _programs(subject: Subject, picker: Picker) -> bool:
+    """Say whether a picker runs the latest generation."""
+    return picker.generations.get(subject.uid) == subject.generation
+
+
+def _programmed(
+    subject: Subject, attachments: Sequence[Attachment], pickers: Sequence[Picker]
+) -> dict[str, Any]:
+    def false(reason: str, message: str) -> dict[str, Any]:
+        return _condition("Programmed", "False", reason, message)
+
+    if subject.problems:
+        return false("Invalid", "the latest generation is not valid: see Accepted")
+    counting = [attachment for attachment in attachments if attachment.refused is None]
+    if not counting:
+        reason, _ = attachments[0].refused or ("Pending", "")
+        return false(reason, "has no effect: see Accepted")
+    if all(attachment.pickers is None for attachment in counting):
+        return false("TargetNotFound", "has no effect while its pool does not exist")
+    rejected = [picker for picker in pickers if picker.state is PickerState.REJECTED]
+    if rejected:
+        named = "; ".join(f"{picker.name}: {picker.error}" for picker in rejected[:MAX_NAMED])
+        unsupported = all(picker.error.startswith("Unsupported") for picker in rejected)
+        reason = "UnsupportedByEndpointPicker" if unsupported else "Rejected"
+        return false(reason, f"{len(rejected)} of {len(pickers)} endpoint pickers refuse: {named}")
+    stale = [picker.name for picker in pickers if picker.state is PickerState.STALE]
+    if stale:
+        message = (
+            f"no connection from {_listed(stale)}; they keep the last program they had: look at "
+            "their logs and at the network between them and the operator"
+        )
+        return false("Stale", message)
+    behind = [picker.name for picker in pickers if not _programs(subject, picker)]
+    if behind:
+        return false("Pending", f"waits for {_listed(behind)} to acknowledge")
+    idle = [attachment for attachment in counting if attachment.pickers == []]
+    if not pickers and idle:
+        return false("NoEndpointPickers", _no_pickers(idle[0]))
+    return _condition("Programmed", "True", "Programmed", f"{len(pickers)} endpoint pickers run it")
+
+
+def _no_pickers(attachment: Attachment) -> str:
+    if attachment.service is None:
+        return (
+            f"InferencePool {attachment.pool} names no Service as its endpointPickerRef: set it to "
+            "the Service of the endpoint pickers"
+        )
+    return (
+        f"no running pod is behind Service {attachment.service}, the endpointPickerRef of "
+        f"InferencePool {attachment.pool}: deploy forebay's endpoint picker for it"
+    )
+
+
+def _degraded(
+    subject: Subject, attachments: Sequence[Attachment], pickers: Sequence[Picker]
+) -> dict[str, Any]:
+    if subject.problems and subject.valid_generation is not None:
+        message = f"generation {subject.valid_generation} is in force, not the latest"
+        return _condition("Degraded", "True", "LastValidInForce", message)
+    stale = [picker.name for picker in pickers if picker.state is PickerState.STALE]
+    if stale:
+        message = f"{_listed(stale)} cannot be reached and may run an older program"
+        return _condition("Degraded", "True", "EndpointPickersStale", message)
+    rejected = [picker.name for picker in pickers if picker.state is PickerState.REJECTED]
+    if rejected:
+        message = f"{_listed(rejected)} run an older program"
+        return _condition("Degraded", "True", "EndpointPickersReject", message)
+    notes = [note for attachment in attachments for note in attachment.notes]
+    if notes:
+        return _condition("Degraded", "True", "PoolDegraded", "; ".join(notes[:MAX_NAMED]))
+    return _condition("Degraded", "False", "AsExpected", "")
+
+
+def _ancestor(subject: Subject, attachment: Attachment) -> dict[str, Any]:
+    if subject.problems:
+        accepted = _condition("Accepted", "False", "Invalid", _fix(subject))
+    elif attachment.pickers is None:
+        message = f"there is no InferencePool {attachment.pool} in this namespace"
+        accepted = _condition("Accepted", "False", "TargetNotFound", message)
+    elif attachment.refused is not None:
+        accepted = _condition("Accepted", "False", *attachment.refused)
+    else:
+        accepted = _condition("Accepted", "True", "Accepted", "")
+    return {
+        "ancestorRef": {
+            "group": attachment.group,
+            "kind": "InferencePool",
+            "namespace": subject.namespace,
+            "name": attachment.pool,
+        },
+        "controllerName": CONTROLLER_NAME,
+        "conditions": [{**accepted, "observedGeneration": subject.generation}],
+    }
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+# --- numbers
+
+
+def _pool(attachment: Attachment) -> dict[str, Any]:
+    """Add up what the pool's endpoint pickers report."""
+    reports = [picker.stats for picker in attachment.pickers or () if picker.stats is not None]
+    bands: dict[str, dict[str, Any]] = {}
+    for report in reports:
+        for band in report.bands:
+            sums = bands.setdefault(
+                band.band,
+                {
+                    "band": band.band,
+                    "requests": 0,
+                    "bytes": 0,
+                    "oldestSeconds": 0.0,
+                    "dispatched": 0,
+                    "rejected": 0,
+                    "evicted": 0,
+                },
+            )
+            for name in ("requests", "bytes", "dispatched", "rejected", "evicted"):
+                sums[name] += getattr(band, name)
+            sums["oldestSeconds"] = max(sums["oldestSeconds"], band.oldest_seconds)
+    for sums in bands.values():
+        for name in ("requests", "bytes", "dispatched", "rejected", "evicted"):
+            sums[name] = quantised(sums[name])
+        sums["oldestSeconds"] = quantised(round(sums["oldestSeconds"]))
+    saturation = max((report.saturation for report in reports), default=0.0)
+    return {
+        "name": attachment.pool,
+        "saturation": f"{min(round(saturation * 20) / 20, 99.0):.2f}",
+        "endpoints": attachment.endpoints,
+        "queues": [bands[name] for name in sorted(bands)],
+    }
+
+
+def quantised(value: int) -> int:
+    """Keep two digits: 7, 42, 130, 5,300."""
+    step = 1
+    while value // step >= 100:
+        step *= 10
+    return value // step * step
+
+
+# --- comparing
+
+
+def _times(conditions: Iterable[Any] | None) -> dict[str, tuple[str, str]]:
+    return {
+        condition["type"]: (condition.get("status", ""), condition.get("lastTransitionTime", ""))
+        for condition in conditions or ()
+        if isinstance(condition, dict) and "type" in condition
+    }
+
+
+def _stamped(
+    conditions: list[dict[str, Any]], times: dict[str, tuple[str, str]], now: str
+) -> list[dict[str, Any]]:
+    stamped = []
+    for condition in conditions:
+        status, since = times.get(condition["type"], ("", ""))
+        same = status == condition["status"] and since
+        stamped.append({**condition, "lastTransitionTime": since if same else now})
+    return stamped
+
+
+def _key(ancestor: Mapping[str, Any]) -> str:
+    reference = ancestor.get("ancestorRef") or {}
+    return f"{reference.get('group')}/{reference.get('name')}/{ancestor.get('controllerName')}"
+
+
+def _meaning(status: Mapping[str, Any], like: Mapping[str, Any] | None = None) -> Any:
+    """Return what of a status people act on, of another's only the parts that `like` has too."""
+    types = {c["type"] for c in (like or status).get("conditions") or ()}
+    conditions = {
+        c.get("type"): (
+            c.get("status"),
+            c.get("reason"),
+            c.get("message"),
+            c.get("observedGeneration"),
+        )
+        for c in status.get("conditions") or ()
+        if c.get("type") in types
+    }
+    ancestors = {
+        _key(a): [
+            (c.get("type"), c.get("status"), c.get("reason"), c.get("message"))
+            for c in a.get("conditions") or ()
+        ]
+        for a in status.get("ancestors") or ()
+        if a.get("controllerName") == CONTROLLER_NAME
+    }
+    return (
+        conditions,
+        ancestors,
+        status.get("programmedGeneration"),
+        status.get("endpointPickers"),
+        [pool.get("name") for pool in status.get("pools") or ()],
+    )

@@ -1,0 +1,219 @@
+"""Who leads: a Lease, and an epoch that grows with each leadership.
+
+The Lease alone does not keep an old leader from acting (it may have been asleep while its lease
+ran out), so every leadership has an epoch and endpoint pickers refuse a lower one. The epoch is an
+annotation on the Lease, written by the same compare-and-swap that takes it. `leaseTransitions`
+would not do: it does not grow when a container restarts under its old name, and starts again when
+the Lease is deleted. Clocks are monotonic; what other machines' clocks say is never compared with
+ours.
+
+Lease: 15 s; a leader that could not renew for 10 s is quiet; it tries every 2 s (client-go's).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from forebay_operator.cluster import ApiError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LEASE_SECONDS = 15.0
+RENEW_DEADLINE_SECONDS = 10.0
+RETRY_SECONDS = 2.0
+EPOCH = "forebay.dev/epoch"
+
+_log = logging.getLogger(__name__)
+
+
+class Leases(Protocol):
+    """What is needed of a cluster; cluster.Cluster fits."""
+
+    async def get_lease(self, namespace: str, name: str) -> dict[str, Any] | None:
+        """Return the Lease or None."""
+
+    async def put_lease(
+        self, namespace: str, name: str, lease: dict[str, Any], *, create: bool
+    ) -> dict[str, Any]:
+        """Create or replace; 409 when somebody else was faster."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leadership:
+    """How it stands. `epoch` is None for who does not lead; `quiet`: in doubt; `holder` leads."""
+
+    epoch: int | None = None
+    quiet: bool = False
+    holder: str = ""
+
+
+class Elector:
+    """Takes the Lease when it is free and holds on to it.
+
+    Args:
+        leases: the cluster.
+        namespace: of the Lease.
+        name: of the Lease.
+        identity: this process, as `instance/boot`. Who finds a lease of its own instance under
+            another boot is its successor (a container has been started again) and takes it at once.
+        changed: told of each change.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        leases: Leases,
+        namespace: str,
+        name: str,
+        identity: str,
+        changed: Callable[[Leadership], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._leases = leases
+        self._namespace = namespace
+        self._name = name
+        self._identity = identity
+        self._changed = changed
+        self._clock = clock
+        self._leadership = Leadership()
+        self._seen_record: object = None
+        self._seen_at = clock()
+        self._renewed_at = clock()
+        self._seen_epoch = 0
+        self._wake = asyncio.Event()
+
+    @property
+    def leadership(self) -> Leadership:
+        """How it stands."""
+        return self._leadership
+
+    def see_epoch(self, epoch: int) -> None:
+        """Tell of an epoch that an endpoint picker has seen: ours has to be above it."""
+        if epoch > self._seen_epoch:
+            self._seen_epoch = epoch
+            self._wake.set()
+
+    async def run(self) -> None:
+        """Try for ever."""
+        while True:
+            try:
+                await asyncio.wait_for(self._step(), RENEW_DEADLINE_SECONDS)
+            except (ApiError, TimeoutError) as error:
+                _log.debug("lease: %s", error)
+            self._doubt()
+            self._wake.clear()
+            try:
+                await asyncio.wait_for(self._wake.wait(), RETRY_SECONDS)
+            except TimeoutError:
+                continue
+
+    async def release(self) -> None:
+        """Give the Lease up, so that the next leader need not wait for it to run out."""
+        if self._leadership.epoch is None:
+            return
+        self._set(Leadership())
+        try:
+            lease = await self._leases.get_lease(self._namespace, self._name)
+            if lease is not None and lease["spec"].get("holderIdentity") == self._identity:
+                lease["spec"]["holderIdentity"] = ""
+                await self._leases.put_lease(self._namespace, self._name, lease, create=False)
+        except ApiError as error:
+            _log.info("the lease runs out by itself: %s", error)
+
+    async def _step(self) -> None:
+        lease = await self._leases.get_lease(self._namespace, self._name)
+        now = self._clock()
+        spec = (lease or {}).get("spec") or {}
+        holder = str(spec.get("holderIdentity") or "")
+        record = (holder, spec.get("renewTime"), spec.get("acquireTime"))
+        if record != self._seen_record:
+            self._seen_record, self._seen_at = record, now
+        epoch = _epoch(lease)
+        if holder == self._identity and self._leadership.epoch == epoch:
+            if self._seen_epoch > epoch:
+                _log.warning("epoch healed", extra={"from": epoch, "past": self._seen_epoch})
+                await self._write(lease, self._next_epoch(epoch), now, take=True)
+            else:
+                await self._write(lease, epoch, now, take=False)
+        elif self._free(lease, holder, spec, now):
+            await self._write(lease, self._next_epoch(epoch), now, take=True)
+        else:
+            self._set(Leadership(holder=holder))
+
+    def _next_epoch(self, epoch: int) -> int:
+        return max(epoch, self._seen_epoch, self._leadership.epoch or 0) + 1
+
+    def _free(
+        self, lease: dict[str, Any] | None, holder: str, spec: dict[str, Any], now: float
+    ) -> bool:
+        if lease is None or not holder:
+            return True
+        instance = self._identity.rpartition("/")[0]
+        if instance and holder.rpartition("/")[0] == instance:
+            return True
+        seconds = spec.get("leaseDurationSeconds")
+        lasts = float(seconds) if isinstance(seconds, int) and seconds > 0 else LEASE_SECONDS
+        return now - self._seen_at > lasts
+
+    async def _write(
+        self, lease: dict[str, Any] | None, epoch: int, now: float, *, take: bool
+    ) -> None:
+        """Take or renew the Lease by compare-and-swap on its resourceVersion."""
+        spec = dict((lease or {}).get("spec") or {})
+        moment = dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        spec.update(
+            holderIdentity=self._identity,
+            renewTime=moment,
+            leaseDurationSeconds=round(LEASE_SECONDS),
+        )
+        if take:
+            spec["acquireTime"] = moment
+            spec["leaseTransitions"] = int(spec.get("leaseTransitions") or 0) + bool(lease)
+        metadata = dict((lease or {}).get("metadata") or {})
+        metadata.pop("managedFields", None)
+        metadata.update(name=self._name, namespace=self._namespace)
+        metadata["annotations"] = {**(metadata.get("annotations") or {}), EPOCH: str(epoch)}
+        body = {
+            "apiVersion": "coordination.k8s.io/v1",
+            "kind": "Lease",
+            "metadata": metadata,
+            "spec": spec,
+        }
+        await self._leases.put_lease(self._namespace, self._name, body, create=lease is None)
+        # The lease counts from before the request: it cannot have been written earlier.
+        self._renewed_at = now
+        self._seen_record, self._seen_at = (self._identity, moment, spec.get("acquireTime")), now
+        self._set(Leadership(epoch=epoch, holder=self._identity))
+
+    def _doubt(self) -> None:
+        """Be quiet when the Lease may have run out unseen."""
+        leading = self._leadership
+        late = self._clock() - self._renewed_at > RENEW_DEADLINE_SECONDS
+        if leading.epoch is not None and late and not leading.quiet:
+            self._set(Leadership(epoch=leading.epoch, quiet=True, holder=leading.holder))
+
+    def _set(self, leadership: Leadership) -> None:
+        if leadership != self._leadership:
+            self._leadership = leadership
+            _log.info(
+                "leadership",
+                extra={
+                    "epoch": leadership.epoch,
+                    "quiet": leadership.quiet,
+                    "holder": leadership.holder,
+                },
+            )
+            self._changed(leadership)
+
+
+def _epoch(lease: dict[str, Any] | None) -> int:
+    """Read the epoch of a Lease; 0 where it is not one we wrote."""
+    annotations = ((lease or {}).get("metadata") or {}).get("annotations") or {}
+    text = str(annotations.get(EPOCH, ""))
+    return int(text) if text.isdecimal() and len(text) < 19 else 0

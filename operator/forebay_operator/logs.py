@@ -1,0 +1,38 @@
+"""Logs as one JSON object per line, with the names that the endpoint picker's logs have."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from pythonjsonlogger.json import JsonFormatter
+
+
+def configure(verbosity: int) -> None:
+    """Write to standard error.
+
+    Args:
+        verbosity: 0 shows warnings, 1 also what changes, 2 everything of ours. kopf tells of each
+            event; that is shown from 2 on, as information.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        JsonFormatter(
+            "{asctime}{levelname}{name}{message}",
+            style="{",
+            rename_fields={
+                "asctime": "ts",
+                "levelname": "level",
+                "name": "logger",
+                "message": "msg",
+            },
+            datefmt="%Y-%m-%dT%H:%M:%S%z",
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    own_level = {0: logging.WARNING, 1: logging.INFO}.get(max(verbosity, 0), logging.DEBUG)
+    root.setLevel(logging.INFO if verbosity > 1 else logging.WARNING)
+    logging.getLogger("forebay_operator").setLevel(own_level)
+    # Each of its tasks that ends with the process is an error in kopf's eyes.
+    logging.getLogger("kopf").setLevel(logging.INFO if verbosity > 1 else logging.ERROR)

@@ -1,0 +1,20 @@
+"""The operator's counters, for its /metrics page. What they mean is in operator/README.md."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+STREAMS = Gauge("forebay_control_streams", "Open control streams", ["pool"])
+REFUSALS = Counter("forebay_control_refusals", "Control streams refused or ended", ["reason"])
+PROGRAMS = Counter("forebay_control_programs", "Programs sent to endpoint pickers")
+ANSWERS = Counter("forebay_control_answers", "Answers to programs", ["answer"])
+PLANNING = Histogram(
+    "forebay_reconcile_seconds",
+    "Time of one planning pass",
+    buckets=(0.001, 0.005, 0.025, 0.1, 0.5, 2.5),
+)
+STATUS_WRITES = Counter("forebay_status_writes", "Statuses written", ["kind", "result"])
+SWEEPS = Counter("forebay_sweeps", "LISTs that corrected the store", ["result"])
+SWEPT_AT = Gauge("forebay_last_sweep_timestamp_seconds", "When all kinds were last listed")
+LEADING = Gauge("forebay_leader_epoch", "Epoch of this replica's leadership, 0 when it does not")
+EVENTS = Counter("forebay_watch_events", "Events that watches delivered", ["kind"])

@@ -1,0 +1,84 @@
+"""The operator's HTTP pages: probes, metrics, and what it has planned and reported."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+from prometheus_client import REGISTRY, exposition
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from forebay_operator.reconcile import Reconciler
+    from forebay_operator.store import Store
+
+STUCK_SECONDS = 60.0
+
+
+async def serve(
+    address: str, port: int, reconciler: Reconciler, store: Store, ready: Callable[[], bool]
+) -> web.AppRunner:
+    """Serve until the runner is cleaned up.
+
+    Liveness fails only when the loops stand still, never because an API server is away: restarts
+    would not bring it back.
+
+    Raises:
+        OSError: the address cannot be bound.
+    """
+
+    async def livez(_: web.Request) -> web.Response:
+        late = time.monotonic() - reconciler.alive_at
+        return web.Response(
+            text=f"loop {late:.1f} s ago\n", status=503 if late > STUCK_SECONDS else 200
+        )
+
+    async def readyz(_: web.Request) -> web.Response:
+        return (
+            web.Response(text="ok\n") if ready() else web.Response(text="not synced\n", status=503)
+        )
+
+    async def metrics(request: web.Request) -> web.Response:
+        data, kind = exposition.choose_encoder(request.headers.get("accept", ""))
+        return web.Response(body=data(REGISTRY), headers={"content-type": kind})
+
+    async def resources(_: web.Request) -> web.Response:
+        return web.json_response({"items": listed(reconciler, store)})
+
+    app = web.Application()
+    app.add_routes(
+        [
+            web.get("/livez", livez),
+            web.get("/readyz", readyz),
+            web.get("/metrics", metrics),
+            web.get("/resources", resources),
+        ]
+    )
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, address, port).start()
+    except OSError:
+        await runner.cleanup()
+        raise
+    return runner
+
+
+def listed(reconciler: Reconciler, store: Store) -> list[dict[str, Any]]:
+    """Return each policy and model with the status it has now, as the API server would."""
+    return [
+        {
+            "apiVersion": entry.kind.api_version,
+            "kind": entry.kind.kind,
+            "metadata": {
+                "name": entry.metadata.name,
+                "namespace": entry.metadata.namespace,
+                "generation": entry.metadata.generation,
+            },
+            "status": status,
+        }
+        for namespace in store.namespaces()
+        for entry, status in reconciler.statuses(namespace)
+    ]

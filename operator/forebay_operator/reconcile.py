@@ -1,0 +1,396 @@
+"""From changed objects to programmed endpoint pickers and true statuses.
+
+Two loops over one store: planning (what changed is planned again and handed to the control server)
+and reporting (statuses are computed and written when they differ). Level-triggered: nothing here
+depends on which event came, only on what is so. What to write is conditions.py's business, where
+it goes the Reporter's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from forebay_operator import conditions, metrics, planning
+from forebay_operator.cluster import ApiError, now_text
+from forebay_operator.conditions import Attachment, Subject
+from forebay_operator.resources import FlowControlPolicy, InferenceModel, InferencePool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from forebay_operator.control import ControlServer
+    from forebay_operator.planning import Planned
+    from forebay_operator.resources import AnyPool
+    from forebay_operator.store import Entry, Store
+
+QUIET_SECONDS = 0.05  # plan once nothing has changed for this long,
+MAX_DELAY_SECONDS = 0.5  # and after this long at the latest
+SETTLE_SECONDS = 0.3  # acknowledgements come within it, and one write is enough
+PENDING_SECONDS = 2.0  # a status that waits for acknowledgements is worth writing after this,
+REPLACED_PENDING_SECONDS = 15.0  # and after this where it would replace a good one
+NUMBERS_SECONDS = 30.0
+NUMBERS_PER_SECOND = 5.0
+LOOK_SECONDS = 5.0
+TICK_SECONDS = 0.1
+MAX_WRITES = 16  # at once
+MAX_BACKOFF_SECONDS = 30.0
+
+_log = logging.getLogger(__name__)
+
+
+class Reporter(Protocol):
+    """Where statuses go."""
+
+    async def write(self, entry: Entry, status: dict[str, Any]) -> dict[str, Any] | None:
+        """Write an object's status and return the object as it is then, if that is known.
+
+        Raises:
+            ApiError: it was not written.
+        """
+
+    async def announce(self, entry: Entry, changes: list[tuple[str, str, str, str]]) -> None:
+        """Tell people of conditions that have changed: (type, status, reason, message)."""
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A status that has to be written. `meaning`: more than numbers has changed."""
+
+    status: dict[str, Any]
+    meaning: bool
+    noticed_at: float
+    due_at: float
+    backoff_seconds: float = 1.0
+    writing: bool = False
+
+
+class Reconciler:
+    """Keeps pickers and statuses in step with the store.
+
+    Args:
+        store: all objects; who changes it calls `touch`.
+        control: the pickers.
+        reporter: where statuses go.
+        standalone: the pickers of a pool are those that are connected, since there are no pods.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        control: ControlServer,
+        reporter: Reporter,
+        *,
+        standalone: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._control = control
+        self._reporter = reporter
+        self._standalone = standalone
+        self._clock = clock
+        self._planned: dict[str, tuple[AnyPool, Planned]] = {}
+        self._dirty: set[str] = set()
+        self._touched_at = 0.0
+        self._wake = asyncio.Event()
+        self._unreported: set[str] = set()
+        self._report_wake = asyncio.Event()
+        self._pending: dict[tuple[Any, str], _Pending] = {}
+        self._written_at: dict[tuple[Any, str], float] = {}
+        self._numbers = NUMBERS_PER_SECOND
+        self._numbers_at = clock()
+        self._writes: set[asyncio.Task[None]] = set()
+        self.reporting = False
+        self.alive_at = clock()
+
+    # --- what others say
+
+    def touch(self, namespaces: set[str]) -> None:
+        """Plan these namespaces again soon."""
+        if namespaces:
+            self._dirty |= namespaces
+            self._touched_at = self._clock()
+            self._wake.set()
+
+    def pickers_changed(self, pool: str) -> None:
+        """Look at the statuses that this pool's pickers are part of."""
+        self._unreported.add(pool.partition("/")[0])
+        self._report_wake.set()
+
+    def expected(self, pool: str) -> Mapping[str, str] | None:
+        """Return the pickers a pool should have (name by pod uid), None for no such pool."""
+        found = self._planned.get(pool)
+        if found is None:
+            return None
+        return self._control.connected(pool) if self._standalone else found[1].pickers
+
+    def planned(self) -> list[tuple[AnyPool, Planned]]:
+        """Return every pool and its plan, by name."""
+        return [self._planned[pool] for pool in sorted(self._planned)]
+
+    # --- planning
+
+    async def run_planning(self) -> None:
+        """Plan what is touched, for ever."""
+        while True:
+            await self._wake.wait()
+            deadline = self._clock() + MAX_DELAY_SECONDS
+            while (now := self._clock()) < min(deadline, self._touched_at + QUIET_SECONDS):  # noqa: ASYNC110  # quiet is the absence of events
+                await asyncio.sleep(min(deadline, self._touched_at + QUIET_SECONDS) - now)
+            self._wake.clear()
+            dirty, self._dirty = self._dirty, set()
+            for namespace in sorted(dirty):
+                try:
+                    self.plan(namespace)
+                except Exception:
+                    _log.exception("planning failed", extra={"namespace": namespace})
+                await asyncio.sleep(0)
+            self.alive_at = self._clock()
+
+    def plan(self, namespace: str) -> None:
+        """Plan the pools of a namespace and program their pickers."""
+        with metrics.PLANNING.time():
+            entries = list(self._store.entries(namespace))
+            resources = [entry.resource for entry in entries if entry.resource is not None]
+            pools = {
+                f"{namespace}/{pool.metadata.name}": pool for pool in planning.pools(resources)
+            }
+            for name in [name for name in self._planned if name.partition("/")[0] == namespace]:
+                if name not in pools:
+                    del self._planned[name]
+                    self._control.forget(name)
+                    _log.info(
+                        "pool is gone; its endpoint pickers keep their program",
+                        extra={"pool": name},
+                    )
+            for name, pool in pools.items():
+                hold = any(_holds(entry, pool.metadata.name) for entry in entries)
+                planned = planning.plan(pool, resources, hold=hold)
+                self._planned[name] = (pool, planned)
+                if planning.fits(planned):
+                    self._control.program(name, planned.snapshot)
+            self._unreported.add(namespace)
+            self._report_wake.set()
+
+    # --- reporting
+
+    async def run_reporting(self) -> None:
+        """Write statuses that differ, for ever."""
+        looked_at = self._clock()
+        while True:
+            timeout = TICK_SECONDS if self._pending else 1.0
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._report_wake.wait(), timeout)
+            self._report_wake.clear()
+            now = self._clock()
+            self.alive_at = now
+            if not self.reporting:
+                continue
+            if now - looked_at >= LOOK_SECONDS:
+                looked_at = now
+                self._unreported.update(self._store.namespaces())
+            namespaces, self._unreported = self._unreported, set()
+            for namespace in sorted(namespaces):
+                try:
+                    self._look(namespace, now)
+                except Exception:
+                    _log.exception("statuses failed", extra={"namespace": namespace})
+                await asyncio.sleep(0)
+            self._write_due(self._clock())
+            if self._pending:  # at most one look per tick, however many acknowledgements come
+                await asyncio.sleep(TICK_SECONDS / 2)
+
+    def statuses(self, namespace: str) -> Iterator[tuple[Entry, dict[str, Any]]]:
+        """Return what the status of each object of a namespace should be."""
+        for entry in list(self._store.entries(namespace)):
+            if not entry.kind.ours_to_report or entry.metadata.deletion_timestamp:
+                continue
+            subject = Subject(
+                uid=entry.metadata.uid,
+                namespace=namespace,
+                generation=entry.metadata.generation,
+                problems=entry.problems,
+                valid_generation=(
+                    entry.resource.metadata.generation
+                    if entry.problems and entry.resource is not None
+                    else None
+                ),
+            )
+            if entry.kind.model is FlowControlPolicy:
+                attachments = [
+                    self._attachment(entry, *target, namespace) for target in _targets(entry)
+                ]
+                yield entry, conditions.policy_status(subject, attachments)
+            elif entry.kind.model is InferenceModel and isinstance(entry.resource, InferenceModel):
+                reference = entry.resource.spec.pool_ref
+                attachment = self._attachment(entry, reference.name, reference.group, namespace)
+                yield entry, conditions.model_status(subject, attachment)
+
+    def _attachment(self, entry: Entry, pool: str, group: str, namespace: str) -> Attachment:
+        name = f"{namespace}/{pool}"
+        found = self._planned.get(name)
+        if found is None:
+            return Attachment(pool, group, None)
+        resource, planned = found
+        mine = (entry.kind.kind, f"{namespace}/{entry.metadata.name}")
+        refused = next(
+            (
+                (problem.reason, problem.message)
+                for problem in planned.problems
+                if (problem.kind, problem.name) == mine
+            ),
+            None,
+        )
+        notes = [p.message for p in planned.problems if p.kind == "InferencePool"]
+        endpoints = len(planned.snapshot.endpoints.endpoints)
+        if not endpoints:
+            notes.append(f"InferencePool {pool} has no ready endpoints: requests wait for some")
+        return Attachment(
+            pool=pool,
+            group=resource_group(resource),
+            pickers=self._control.pickers(name, self.expected(name) or {}),
+            refused=refused,
+            service="forebay up" if self._standalone else resource.picker_service,
+            notes=tuple(notes),
+            endpoints=endpoints,
+        )
+
+    def _look(self, namespace: str, now: float) -> None:
+        """Find out which statuses of a namespace have to be written, and when."""
+        for entry, status in self.statuses(namespace):
+            key = (entry.kind, entry.metadata.uid)
+            pending = self._pending.get(key)
+            difference = conditions.differs(status, entry.status)
+            if not difference:
+                if pending is not None and not pending.writing:
+                    del self._pending[key]
+                continue
+            meaning = difference == "meaning"
+            if pending is None or (meaning and not pending.meaning):
+                due_at = now + self._patience(entry, status, now, meaning=meaning)
+                self._pending[key] = _Pending(status, meaning, now, due_at)
+            elif not pending.writing:
+                pending.status = status
+                if meaning and pending.backoff_seconds == 1.0:
+                    patience = self._patience(entry, status, now, meaning=True)
+                    pending.due_at = max(now, pending.noticed_at + patience)
+
+    def _patience(
+        self, entry: Entry, status: dict[str, Any], now: float, *, meaning: bool
+    ) -> float:
+        """Return how long a difference may wait for a better status before it is written."""
+        if not meaning:
+            written_at = self._written_at.get((entry.kind, entry.metadata.uid), now)
+            return max(0.0, written_at + NUMBERS_SECONDS - now)
+        if not conditions.unsettled(status):
+            return SETTLE_SECONDS
+        programmed = any(
+            condition.get("type") == "Programmed"
+            and condition.get("status") == "True"
+            and condition.get("observedGeneration") == entry.metadata.generation
+            for condition in entry.status.get("conditions") or ()
+        )
+        return REPLACED_PENDING_SECONDS if programmed else PENDING_SECONDS
+
+    def _write_due(self, now: float) -> None:
+        """Start the writes that are due, as many as may run at once."""
+        self._numbers = min(
+            NUMBERS_PER_SECOND, self._numbers + (now - self._numbers_at) * NUMBERS_PER_SECOND
+        )
+        self._numbers_at = now
+        for (kind, uid), pending in list(self._pending.items()):
+            if len(self._writes) >= MAX_WRITES:
+                return
+            if pending.writing or pending.due_at > now:
+                continue
+            entry = self._store.get(kind, uid)
+            if entry is None:
+                del self._pending[kind, uid]
+                continue
+            if not pending.meaning:
+                if self._numbers < 1.0:
+                    continue
+                self._numbers -= 1.0
+            pending.writing = True
+            task = asyncio.create_task(self._write(entry, pending))
+            self._writes.add(task)
+            task.add_done_callback(self._writes.discard)
+
+    async def _write(self, entry: Entry, pending: _Pending) -> None:
+        """Write one status; an error is tried again, ever more slowly."""
+        key = (entry.kind, entry.metadata.uid)
+        before = entry.status
+        stamped = conditions.with_times(pending.status, before, now_text())
+        try:
+            written = await self._reporter.write(entry, stamped)
+        except ApiError as error:
+            metrics.STATUS_WRITES.labels(entry.kind.kind, "error").inc()
+            if error.status in (404, 409):  # deleted, or another object under its name
+                self._pending.pop(key, None)
+                return
+            wait = max(pending.backoff_seconds, error.retry_after_seconds)
+            pending.backoff_seconds = min(2 * pending.backoff_seconds, MAX_BACKOFF_SECONDS)
+            pending.due_at = self._clock() + wait
+            pending.writing = False
+            _log.warning(
+                "status not written; trying again",
+                extra={"kind": entry.kind.kind, "object": entry.metadata.name, "error": str(error)},
+            )
+            return
+        metrics.STATUS_WRITES.labels(entry.kind.kind, "ok").inc()
+        self._pending.pop(key, None)
+        now = self._clock()
+        self._written_at[key] = now
+        if written is None:
+            entry.status = stamped
+        else:
+            self.touch(self._store.put(entry.kind, written, now))
+        changes = conditions.transitions(pending.status, before)
+        if changes:
+            with suppress(ApiError):  # an Event that is lost is no reason to hold up a status
+                await self._reporter.announce(entry, changes)
+        self._unreported.add(entry.metadata.namespace)
+
+    def forget_pending(self) -> None:
+        """Stop writing: somebody else leads."""
+        self._pending.clear()
+
+
+def resource_group(pool: AnyPool) -> str:
+    """Return a pool's API group."""
+    return (
+        "inference.networking.k8s.io"
+        if isinstance(pool, InferencePool)
+        else "inference.networking.x-k8s.io"
+    )
+
+
+def _targets(entry: Entry) -> list[tuple[str, str]]:
+    """Return (name, group) of the pools a policy is for, as far as it can be read."""
+    if isinstance(entry.resource, FlowControlPolicy):
+        return [(ref.name, ref.group) for ref in entry.resource.spec.target_refs]
+    found = entry.spec.get("targetRefs")
+    references = found if isinstance(found, list) else []
+    return [
+        (reference["name"], "inference.networking.k8s.io")
+        for reference in references[:16]
+        if isinstance(reference, dict) and isinstance(reference.get("name"), str)
+    ]
+
+
+def _holds(entry: Entry, pool: str) -> bool:
+    """Say whether an invalid policy may be in force for a pool although we never saw it valid.
+
+    Its first generation cannot be; a later one may have replaced a valid one while we were down.
+    """
+    return (
+        entry.kind.model is FlowControlPolicy
+        and entry.resource is None
+        and entry.metadata.generation > 1
+        and any(name == pool for name, _ in _targets(entry))
+    )

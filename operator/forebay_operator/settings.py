@@ -1,0 +1,126 @@
+"""Flags of `python -m forebay_operator`."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+CLIENT_AUTHS = ("token", "certificate", "none")
+AUDIENCE = "forebay-control"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What an operator process is told at start."""
+
+    namespaces: tuple[str, ...]
+    manifests: Path | None
+    control_bind_address: str
+    control_port: int
+    control_tls_path: Path | None
+    control_client_auth: str
+    control_audience: str
+    http_bind_address: str
+    http_port: int
+    lease_namespace: str
+    lease_name: str
+    identity: str
+    verbosity: int
+
+
+def _port(text: str) -> int:
+    if text.isdecimal() and int(text) <= 65535:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a port of 0 to 65535")
+
+
+def _ip(text: str) -> str:
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an IP address") from None
+
+
+def parse(arguments: list[str] | None = None) -> Settings:
+    """Read the command line.
+
+    Raises:
+        SystemExit: it is wrong (the error is printed), or asks for help.
+    """
+    parser = argparse.ArgumentParser(
+        prog="forebay_operator",
+        description="Plans the queues of every InferencePool, programs its endpoint pickers and "
+        "reports in the status of FlowControlPolicies and InferenceModels.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "-n",
+        "--namespace",
+        action="append",
+        default=[],
+        help="watch only this namespace; may be given several times (default: all)",
+    )
+    add("--manifests", type=Path, metavar="DIR", help="a folder of YAML instead of a cluster")
+    add("--control-bind-address", type=_ip, default="0.0.0.0", help="control channel")  # noqa: S104  # a pod's
+    add("--control-port", type=_port, default=8443, help="control channel, gRPC")
+    add(
+        "--control-tls-path",
+        type=Path,
+        metavar="DIR",
+        help="tls.crt and tls.key (and ca.crt for client certificates), reloaded when they change; "
+        "without it the control channel is plaintext, on a loopback address only",
+    )
+    add(
+        "--control-client-auth",
+        choices=CLIENT_AUTHS,
+        default="token",
+        help="how endpoint pickers prove who they are: a service account token of their pod, a "
+        "client certificate with a SPIFFE URI, or not at all (on a loopback address only)",
+    )
+    add("--control-audience", default=AUDIENCE, help="audience of endpoint pickers' tokens")
+    add("--http-bind-address", type=_ip, default="0.0.0.0", help="pages")  # noqa: S104  # a pod's
+    add("--http-port", type=_port, default=8080, help="/metrics, /livez, /readyz, /resources")
+    add(
+        "--lease-namespace",
+        default=os.environ.get("POD_NAMESPACE", "default"),
+        help="namespace of the leader's Lease (default: $POD_NAMESPACE)",
+    )
+    add("--lease-name", default="forebay-operator", help="name of the leader's Lease")
+    add(
+        "--identity",
+        default=os.environ.get("POD_UID", ""),
+        help="what stays the same when this replica's container is started again "
+        "(default: $POD_UID)",
+    )
+    add("-v", "--verbosity", type=int, default=1, help="0 warnings, 1 changes, 2 everything")
+    given = parser.parse_args(arguments)
+    local = ipaddress.ip_address(given.control_bind_address).is_loopback
+    if given.control_tls_path is None and not local:
+        parser.error(
+            "--control-tls-path is required unless --control-bind-address is a loopback address"
+        )
+    if given.control_client_auth == "none" and not local:
+        parser.error("--control-client-auth none needs a loopback --control-bind-address")
+    if given.control_client_auth == "certificate" and given.control_tls_path is None:
+        parser.error("--control-client-auth certificate needs --control-tls-path")
+    if given.manifests is not None and given.control_client_auth == "token":
+        parser.error("--manifests has no API server to review tokens: --control-client-auth none")
+    return Settings(
+        namespaces=tuple(dict.fromkeys(given.namespace)),
+        manifests=given.manifests,
+        control_bind_address=given.control_bind_address,
+        control_port=given.control_port,
+        control_tls_path=given.control_tls_path,
+        control_client_auth=given.control_client_auth,
+        control_audience=given.control_audience,
+        http_bind_address=given.http_bind_address,
+        http_port=given.http_port,
+        lease_namespace=given.lease_namespace,
+        lease_name=given.lease_name,
+        identity=given.identity,
+        verbosity=given.verbosity,
+    )

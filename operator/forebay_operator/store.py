@@ -1,0 +1,234 @@
+"""What is known of the objects: one entry per uid, kept true by LISTs.
+
+kopf's own index keeps objects that were deleted while a watch was broken (facts: kopf never diffs a
+LIST against what it knew), so every event goes here and a regular LIST sweeps. Pure: the moment is
+an argument, in monotonic seconds. What objects mean is planning.py's business.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from forebay_operator import resources, wording
+from forebay_operator.resources import Metadata
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from forebay_operator.resources import Kind, Resource
+
+EMPTY_SECONDS = 10.0  # a LIST that wipes out a kind has to be confirmed after this long
+MAX_REMEMBERED = 10_000
+
+
+@dataclass(slots=True)
+class Entry:
+    """One object.
+
+    Attributes:
+        metadata: of the latest generation seen.
+        resource: the latest valid generation; None when none was ever seen.
+        problems: (field path, what is wrong) pairs of the latest generation, if it is not valid.
+        status: what the object's `.status` holds, for the kinds we report on.
+        spec: the latest generation as written, for what can be read of an invalid one.
+    """
+
+    kind: Kind
+    metadata: Metadata
+    resource: Resource | None
+    problems: tuple[tuple[str, str], ...]
+    status: dict[str, Any]
+    spec: dict[str, Any]
+    resource_version: str
+    seen_at: float
+
+
+@dataclass(slots=True)
+class Swept:
+    """What a LIST has corrected.
+
+    Attributes:
+        changed: namespaces to plan again.
+        missed: how many corrections there were: what a working watch would have delivered.
+        held: the LIST would have wiped out the kind, so nothing was removed.
+    """
+
+    changed: set[str] = field(default_factory=set)
+    missed: int = 0
+    held: bool = False
+
+
+class Store:
+    """All objects, by uid, by name and by namespace."""
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[Kind, str], Entry] = {}
+        self._by_name: dict[tuple[Kind, str, str], str] = {}
+        self._by_namespace: dict[str, dict[tuple[Kind, str], Entry]] = {}
+        self._removed: OrderedDict[str, float] = OrderedDict()
+        self._empty_since: dict[Kind, float] = {}
+
+    def namespaces(self) -> list[str]:
+        """Return the namespaces that hold anything."""
+        return sorted(name for name, entries in self._by_namespace.items() if entries)
+
+    def entries(self, namespace: str) -> Iterator[Entry]:
+        """Return what a namespace holds."""
+        return iter(self._by_namespace.get(namespace, {}).values())
+
+    def get(self, kind: Kind, uid: str) -> Entry | None:
+        """Return the object of this uid."""
+        return self._entries.get((kind, uid))
+
+    def named(self, kind: Kind, namespace: str, name: str) -> Entry | None:
+        """Return the object of this name."""
+        uid = self._by_name.get((kind, namespace, name))
+        return None if uid is None else self._entries.get((kind, uid))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def put(self, kind: Kind, manifest: dict[str, Any], now: float) -> set[str]:
+        """Take an object as it is now.
+
+        Returns:
+            the namespaces to plan again; none where nothing has changed that planning looks at.
+        """
+        metadata = _metadata(manifest)
+        if metadata is None or metadata.uid in self._removed:
+            return set()
+        key = (kind, metadata.uid)
+        before = self._entries.get(key)
+        version = str(manifest.get("metadata", {}).get("resourceVersion", ""))
+        if before is not None and _older(version, before.resource_version):
+            return set()
+        entry = _entry(kind, metadata, manifest, before, version, now)
+        name = (kind, metadata.namespace, metadata.name)
+        other = self._by_name.get(name)
+        changed: set[str] = set()
+        if other is not None and other != metadata.uid:  # deleted and made again under its name
+            changed = self.remove(kind, other, now)
+        self._entries[key] = entry
+        self._by_name[name] = metadata.uid
+        self._by_namespace.setdefault(metadata.namespace, {})[key] = entry
+        if before is None or not _same(before, entry):
+            changed.add(metadata.namespace)
+        return changed
+
+    def remove(self, kind: Kind, uid: str, now: float) -> set[str]:
+        """Forget an object for ever; return the namespaces to plan again."""
+        self._removed[uid] = now
+        while len(self._removed) > MAX_REMEMBERED:
+            self._removed.popitem(last=False)
+        entry = self._entries.pop((kind, uid), None)
+        if entry is None:
+            return set()
+        metadata = entry.metadata
+        name = (kind, metadata.namespace, metadata.name)
+        if self._by_name.get(name) == uid:
+            del self._by_name[name]
+        held = self._by_namespace[metadata.namespace]
+        del held[kind, uid]
+        if not held:
+            del self._by_namespace[metadata.namespace]
+        return {metadata.namespace}
+
+    def sweep(
+        self, kind: Kind, manifests: Iterable[dict[str, Any]], began_at: float, now: float
+    ) -> Swept:
+        """Correct what is known of a kind by a LIST that began at `began_at`.
+
+        What the LIST does not hold is removed only if it was last seen before the LIST began. A
+        LIST that would remove the last object of a kind has to come a second time, ten seconds
+        later: an API server that has lost its data for a moment must not wipe out all queues.
+        """
+        swept = Swept()
+        listed: set[str] = set()
+        for manifest in manifests:
+            uid = str(manifest.get("metadata", {}).get("uid", ""))
+            listed.add(uid)
+            known = self._entries.get((kind, uid))
+            if changed := self.put(kind, manifest, now):
+                swept.changed |= changed
+                swept.missed += 1
+            elif known is not None:
+                known.seen_at = now
+        mine = [(uid, entry) for (other, uid), entry in self._entries.items() if other == kind]
+        gone = [uid for uid, entry in mine if uid not in listed and entry.seen_at < began_at]
+        if gone and len(gone) == len(mine):
+            since = self._empty_since.setdefault(kind, now)
+            if now - since < EMPTY_SECONDS:
+                swept.held = True
+                return swept
+        self._empty_since.pop(kind, None)
+        for uid in gone:
+            swept.changed |= self.remove(kind, uid, now)
+            swept.missed += 1
+        return swept
+
+
+def _metadata(manifest: dict[str, Any]) -> Metadata | None:
+    try:
+        metadata = Metadata.model_validate(manifest.get("metadata"))
+    except ValidationError:
+        return None  # no API server writes such
+    return metadata if metadata.uid else None
+
+
+def _entry(
+    kind: Kind,
+    metadata: Metadata,
+    manifest: dict[str, Any],
+    before: Entry | None,
+    version: str,
+    now: float,
+) -> Entry:
+    problems: tuple[tuple[str, str], ...] = ()
+    resource: Resource | None = before.resource if before else None
+    spec = manifest.get("spec")
+    status = manifest.get("status")
+    try:
+        # Our own kind forbids unknown fields, and what a server adds to metadata is its business.
+        resource = resources.read(kind, manifest)
+    except resources.ResourceError as error:
+        problems = tuple((path, wording.printable(what)) for path, what in error.problems)
+    reported = kind.ours_to_report
+    return Entry(
+        kind=kind,
+        metadata=metadata,
+        resource=resource,
+        problems=problems,
+        status=status if reported and isinstance(status, dict) else {},
+        spec=spec if problems and isinstance(spec, dict) else {},
+        resource_version=version,
+        seen_at=now,
+    )
+
+
+def _older(version: str, known: str) -> bool:
+    """Compare resource versions, which etcd's API servers write as numbers."""
+    return version.isdecimal() and known.isdecimal() and int(version) < int(known)
+
+
+def _same(before: Entry, after: Entry) -> bool:
+    """Say whether two states of an object lead to the same plan and the same conditions.
+
+    For pods the whole resource decides, since readiness is in the status; for what we report on
+    generation and spec do, or each status we write would lead to the next.
+    """
+    if before.problems != after.problems:
+        return False
+    old, new = before.resource, after.resource
+    if old is None or new is None:
+        return old is new and before.metadata.generation == after.metadata.generation
+    if after.kind.ours_to_report:
+        return (
+            before.metadata.generation == after.metadata.generation
+            and before.metadata.deletion_timestamp == after.metadata.deletion_timestamp
+            and getattr(old, "spec", None) == getattr(new, "spec", None)
+        )
+    return old == new
