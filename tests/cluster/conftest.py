@@ -1,0 +1,29 @@
+"""Fixtures of the tests against a real Kubernetes API server."""
+
+from __future__ import annotations
+
+import secrets
+
+import api_server
+import pytest
+from ext_proc_peer import until
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """One cluster for all tests, with controllers and an audit log; ends with the session."""
+    folder = tmp_path_factory.mktemp("cluster")
+    with api_server.running(folder, "--controller-manager", "--audit") as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def namespace(cluster):
+    """The name of a new namespace, which is deleted after the test."""
+    name = f"test-{secrets.token_hex(4)}"
+    cluster.kubectl("create", "namespace", name)
+    # Pods are refused until the controllers have made the namespace's account.
+    account = ("get", "serviceaccount", "default", "--namespace", name)
+    until(lambda: cluster.kubectl(*account, check=False).returncode == 0, 30)
+    yield name
+    cluster.kubectl("delete", "namespace", name, "--wait=false")

@@ -1,0 +1,162 @@
+"""A Kubernetes API server for tests: hack/local-cluster in a folder of its own, or another's."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from ext_proc_peer import until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PROGRAM = Path(__file__).parents[2] / "hack" / "local-cluster"
+OTHER_CLUSTER = "FOREBAY_KUBECONFIG"
+# The first start on a machine builds Kubernetes.
+BUILD_SECONDS = 1800
+COMMAND_SECONDS = 120
+PROVIDERS = {
+    "kubectl": "kubernetes-client",
+    "etcd": "etcd-server",
+    "etcdctl": "etcd-client",
+    "go": "golang 1.24 or newer",
+}
+
+
+def need(*programs: str) -> None:
+    """Skip the test when a program is missing; fail it where CI is to have everything."""
+    missing = [name for name in programs if shutil.which(name) is None]
+    if missing:
+        names = ", ".join(f"{name} ({PROVIDERS[name]})" for name in missing)
+        end = pytest.fail if "CI" in os.environ else pytest.skip
+        end(f"missing on this machine: {names}")
+
+
+def local_cluster(
+    command: str, folder: Path, *arguments: str, check=True, timeout_seconds=COMMAND_SECONDS
+) -> subprocess.CompletedProcess:
+    """Run hack/local-cluster on the cluster in the folder."""
+    return run(
+        [str(PROGRAM), command, "--dir", str(folder), *arguments], None, check, timeout_seconds
+    )
+
+
+def run(command, text, check, timeout_seconds) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        command, input=text, capture_output=True, text=True, check=False, timeout=timeout_seconds
+    )
+    assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+    return done
+
+
+class ApiServer:
+    """Access to a cluster as its administrator."""
+
+    def __init__(self, kubeconfig: Path, caches: Path, folder: Path | None = None) -> None:
+        """Use the kubeconfig; the folder is that of hack/local-cluster, None for another's."""
+        self.kubeconfig = kubeconfig
+        self._caches = caches
+        self._dir = folder
+
+    @property
+    def dir(self) -> Path:
+        """The cluster's folder; skips the test when the cluster is another's."""
+        if self._dir is None:
+            pytest.skip(f"the cluster of {OTHER_CLUSTER} is not ours to restart or look into")
+        return self._dir
+
+    # As a client
+
+    def kubectl(self, *args: str, input: str | None = None, check=True):  # noqa: A002  # as in subprocess
+        """Run kubectl; with check, an exit status other than 0 fails the test with its stderr."""
+        options = (f"--kubeconfig={self.kubeconfig}", f"--cache-dir={self._caches}")
+        return run(["kubectl", *options, *args], input, check, COMMAND_SECONDS)
+
+    def get(self, *args: str) -> dict:
+        """Return what `kubectl get` of these arguments finds."""
+        return json.loads(self.kubectl("get", "-o", "json", *args).stdout)
+
+    def apply(self, manifest: Path | str, *options: str) -> None:
+        """Apply a file, a folder or YAML text on the server's side."""
+        path, text = (str(manifest), None) if isinstance(manifest, Path) else ("-", manifest)
+        self.kubectl("apply", "--server-side", *options, "-f", path, input=text)
+
+    def wait_established(self, crd: str) -> None:
+        """Wait until the API serves a custom resource, named as plural.group."""
+        self.kubectl("wait", "--for=condition=Established", f"crd/{crd}", "--timeout=60s")
+        spec = self.get("crd", crd)["spec"]
+        for version in spec["versions"]:
+            if version["served"]:
+                # Discovery, from which clients learn the paths, follows the condition.
+                path = f"/apis/{spec['group']}/{version['name']}"
+                until(lambda path=path: self._serves(path, spec["names"]["plural"]), 60)
+
+    def _serves(self, path: str, plural: str) -> bool:
+        found = self.kubectl("get", "--raw", path, check=False)
+        return found.returncode == 0 and any(
+            resource["name"] == plural for resource in json.loads(found.stdout)["resources"]
+        )
+
+    @cached_property
+    def _config(self) -> dict:
+        view = self.kubectl("config", "view", "--raw", "--minify", "--flatten", "-o", "json")
+        return json.loads(view.stdout)
+
+    @property
+    def url(self) -> str:
+        return self._config["clusters"][0]["cluster"]["server"]
+
+    @property
+    def token(self) -> str:
+        """The administrator's bearer token; skips the test when the kubeconfig has none."""
+        token = self._config["users"][0]["user"].get("token")
+        if token is None:
+            pytest.skip(f"the kubeconfig of {OTHER_CLUSTER} has no token")
+        return token
+
+    # As its owner
+
+    def restart_apiserver(self, *, kill: bool = False) -> None:
+        """Stop the API server and start it again, on its port, with its data."""
+        local_cluster("restart-apiserver", self.dir, *["--kill"][: int(kill)])
+
+    def stop_apiserver(self, *, kill: bool = False) -> None:
+        local_cluster("stop-apiserver", self.dir, *["--kill"][: int(kill)])
+
+    def start_apiserver(self) -> None:
+        local_cluster("start-apiserver", self.dir)
+
+    def snapshot(self, file: Path) -> None:
+        """Save the cluster's data."""
+        need("etcdctl")
+        local_cluster("etcd-snapshot", self.dir, str(file))
+
+    def restore(self, file: Path) -> None:
+        """Go back to saved data, as an administrator would restore a backup."""
+        need("etcdctl")
+        local_cluster("etcd-restore", self.dir, str(file))
+
+
+@contextlib.contextmanager
+def running(folder: Path, *options: str) -> Iterator[ApiServer]:
+    """Run a cluster in the folder, which must be empty, or use the one of FOREBAY_KUBECONFIG."""
+    caches = folder.with_name(f"{folder.name}-kubectl")
+    other = os.environ.get(OTHER_CLUSTER)
+    if other:
+        need("kubectl")
+        yield ApiServer(Path(other), caches)
+        return
+    need("kubectl", "etcd", "go")
+    try:
+        flags = ("--control-plane-only", *options)
+        local_cluster("up", folder, *flags, timeout_seconds=BUILD_SECONDS)
+        yield ApiServer(folder / "kubeconfig", caches, folder)
+    finally:
+        local_cluster("down", folder)
