@@ -273,7 +273,9 @@ class FlowLoop:
     def _submit(self, exchange: Exchange, now: float) -> None:
         stream = exchange.stream
         self.traffic.body_read(stream.size_bytes)
-        request = Request(exchange.id, stream.model, stream.size_bytes, stream.subset)
+        request = Request(
+            exchange.id, stream.model, stream.size_bytes, stream.subset, stream.objective
+        )
         exchange.request = request
         self._queued_or_sent[exchange.id] = exchange
         self.controller.submit(request, now)

@@ -136,7 +136,7 @@ class Scraper:
             await asyncio.sleep(interval - (now() - phase * interval) % interval)
             try:
                 metrics = await self._scrape(session, address)
-            except Exception as error:  # noqa: BLE001  # whatever a server provokes, ask it again
+            except Exception as error:  # whatever a server provokes, ask it again
                 self._failed(address, error)
             else:
                 self._succeeded(address)

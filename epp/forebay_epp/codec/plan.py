@@ -64,6 +64,19 @@ def parse_snapshot(message: pb.Snapshot) -> tuple[Plan, tuple[Endpoint, ...]]:
     return plan, endpoints
 
 
+def parse_endpoints(message: pb.Endpoints) -> tuple[Endpoint, ...]:
+    """Translate and validate endpoints that come without a plan.
+
+    Raises:
+        PlanError: with the path of every field that is wrong.
+    """
+    problems: Problems = []
+    endpoints = _endpoints(message, problems)
+    if problems:
+        raise PlanError(problems)
+    return endpoints
+
+
 def _plan(message: pb.Plan, problems: Problems) -> Plan:
     return Plan(
         pool=message.pool,
@@ -108,6 +121,8 @@ def _plan(message: pb.Plan, problems: Problems) -> Plan:
         ),
         unmatched_band=message.unmatched.band,
         no_endpoints_ttl_seconds=message.no_endpoints_ttl_seconds,
+        objectives=tuple((objective.name, objective.band) for objective in message.objectives),
+        trust_objective_header=message.trust_objective_header,
     )
 
 

@@ -12,6 +12,7 @@ from enum import StrEnum
 MAX_BANDS = 64
 MAX_MODELS = 4096
 MAX_TARGETS = 10
+MAX_OBJECTIVES = 1024
 
 
 class SaturationMode(StrEnum):
@@ -107,7 +108,11 @@ DEFAULT_BANDS = (
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The topology of one pool. The default is what a pool without any policy gets."""
+    """The topology of one pool. The default is what a pool without any policy gets.
+
+    `objectives` are (name, band) pairs: where the header that names one is trusted, it decides the
+    band and the model only the flow.
+    """
 
     pool: str = "default/default"
     bands: tuple[BandPlan, ...] = DEFAULT_BANDS
@@ -117,6 +122,8 @@ class Plan:
     unmatched_action: UnmatchedAction = UnmatchedAction.QUEUE
     unmatched_band: str = "Standard"
     no_endpoints_ttl_seconds: float = 60.0
+    objectives: tuple[tuple[str, str], ...] = ()
+    trust_objective_header: bool = False
 
     def validate(self) -> None:
         """Check everything a controller relies on.
@@ -124,7 +131,11 @@ class Plan:
         Raises:
             PlanError: with every problem found, not only the first.
         """
-        problems = [*self._band_problems(), *self._model_problems()]
+        problems = [
+            *self._band_problems(),
+            *self._model_problems(),
+            *self._objective_problems(),
+        ]
         if self.unmatched_band not in {band.name for band in self.bands}:
             problems.append(("unmatched.band", f"no band is named {self.unmatched_band!r}"))
         for path, value in (
@@ -191,4 +202,20 @@ class Plan:
                     problems.append(
                         (f"{path}.targets[{number}]", "needs a name and a weight of at least 1")
                     )
+        return problems
+
+    def _objective_problems(self) -> list[tuple[str, str]]:
+        problems: list[tuple[str, str]] = []
+        count = len(self.objectives)
+        if count > MAX_OBJECTIVES:
+            problems.append(("objectives", f"must be at most {MAX_OBJECTIVES}, are {count}"))
+        bands = {band.name for band in self.bands}
+        names: set[str] = set()
+        for index, (name, band) in enumerate(self.objectives):
+            path = f"objectives[{index}]"
+            if not name or name in names:
+                problems.append((f"{path}.name", f"must be unique and not empty: {name!r}"))
+            names.add(name)
+            if band not in bands:
+                problems.append((f"{path}.band", f"no band is named {band!r}"))
         return problems

@@ -191,6 +191,7 @@ class Registry:
         self._salt = random.randrange(1 << 32)
         self._by_name: dict[str, Band] = {}
         self._models: dict[str, ModelPlan] = {}
+        self._objectives: dict[str, str] = {}
         self.bands: tuple[Band, ...] = ()
         self.reconfigure(plan)
 
@@ -204,6 +205,7 @@ class Registry:
             plan.unmatched_band if plan.unmatched_action is UnmatchedAction.QUEUE else None
         )
         self._models = {model.name: model for model in plan.models}
+        self._objectives = dict(plan.objectives) if plan.trust_objective_header else {}
         wanted = {band.name for band in plan.bands}
         for name, band in list(self._by_name.items()):
             if name not in wanted:
@@ -248,6 +250,8 @@ class Registry:
         name = model.band if model is not None else self._unmatched_band
         if name is None:
             return None
+        if request.objective:
+            name = self._objectives.get(request.objective, name)
         band = self._by_name[name]
         request.band = name
         request.flow = request.model

@@ -36,7 +36,7 @@ class Outcome(StrEnum):
 class Request:
     """One request on its way through flow control.
 
-    The first four fields are the caller's; the rest belongs to the controller and is written by
+    The first five fields are the caller's; the rest belongs to the controller and is written by
     `FlowController.submit` and at dispatch.
 
     Attributes:
@@ -44,12 +44,14 @@ class Request:
         model: model name as the client wrote it; "" when none could be read.
         size_bytes: what the request holds in memory while it waits.
         subset: addresses the proxy restricts the choice to; None means all.
+        objective: what the request's header names as its objective; "" for none.
     """
 
     id: int
     model: str
     size_bytes: int
     subset: frozenset[str] | None = None
+    objective: str = ""
     band: str = ""
     flow: str = ""
     enqueued_at: float = 0.0

@@ -41,7 +41,10 @@ SUBSET_NAMESPACE = "envoy.lb.subset_hint"
 SUBSET = "x-gateway-destination-endpoint-subset"
 OUTCOME = "x-forebay-outcome"
 
-_READ_HEADERS = frozenset({":method", ":path", "content-length", "content-encoding"})
+OBJECTIVE = "x-gateway-inference-objective"
+MAX_OBJECTIVE_CHARACTERS = 253  # the name of a Kubernetes object
+
+_READ_HEADERS = frozenset({":method", ":path", "content-length", "content-encoding", OBJECTIVE})
 
 
 class State(Enum):
@@ -58,7 +61,7 @@ class Event(Enum):
     """What a message means for flow control."""
 
     ARRIVED = auto()
-    """The request is complete: `model`, `size_bytes` and `subset` are set; submit it."""
+    """The request is complete: `model`, `size_bytes`, `subset`, `objective` are set; submit it."""
 
     REFUSED = auto()
     """The request was refused by the codec itself, as `refusal` says; it was never submitted."""
@@ -105,6 +108,7 @@ class ExtProcStream:
         "ended",
         "failure",
         "model",
+        "objective",
         "outbox",
         "refusal",
         "size_bytes",
@@ -122,6 +126,7 @@ class ExtProcStream:
         self.model = ""
         self.size_bytes = 0
         self.subset: frozenset[str] | None = None
+        self.objective = ""
         self.refusal: Outcome | None = None
         self.status = 0
         self._method = ""
@@ -306,6 +311,7 @@ class ExtProcStream:
                 found[key] = header.raw_value.decode("latin-1") or header.value
         self._method = found.get(":method", "")
         self._path = found.get(":path", "")
+        self.objective = found.get(OBJECTIVE, "")[:MAX_OBJECTIVE_CHARACTERS]
         self.state = State.BODY
         length = found.get("content-length", "")
         if length.isdecimal() and len(length) < 20 and int(length) > self._max_body_bytes:
