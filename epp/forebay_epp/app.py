@@ -1,7 +1,7 @@
 """Puts an endpoint picker together and takes it apart again.
 
 Two threads: the transport's, which owns the controller, and the main one, an asyncio loop for
-everything else (scrapes, the plan file, metrics). News crosses by `FlowLoop.post`.
+everything else (scrapes, the plan file or the operator, metrics). News crosses by `FlowLoop.post`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
 from aiohttp import web
-from watchfiles import awatch
 
 from forebay_epp.adapters import debug, logs, prometheus
 from forebay_epp.adapters.scraper import Scraper
-from forebay_epp.codec import plan as plan_codec
 from forebay_epp.core.controller import FlowController
-from forebay_epp.core.plan import PlanError, SaturationMode
+from forebay_epp.core.plan import SaturationMode
 from forebay_epp.loop import FlowLoop
+from forebay_epp.programming import Operator, PlanFile, PlanFileError
 from forebay_epp.traffic import Traffic
 from forebay_epp.transport import credentials, health
 from forebay_epp.transport.aio import AioTransport
@@ -33,19 +32,17 @@ from forebay_epp.transport.completion_queue import CompletionQueueTransport
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     import grpc
 
     from forebay_epp.core.plan import Plan
     from forebay_epp.core.terms import ControllerSnapshot, Endpoint
+    from forebay_epp.programming import Source
     from forebay_epp.settings import Settings
     from forebay_epp.transport import Transport
 
 FINISH_SECONDS = 5.0
 QUIET_SECONDS = 0.3
-PLAN_DEBOUNCE_MILLISECONDS = 50
-PLAN_LOOK_MILLISECONDS = 1000
 
 TRANSPORTS: dict[str, Callable[[FlowLoop, str, grpc.ServerCredentials | None, int], Transport]] = {
     "completion-queue": CompletionQueueTransport,
@@ -84,11 +81,11 @@ class EndpointPicker:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._plan_text = _read_text(settings.plan_file)
-        plan, endpoints = _parse_plan(settings.plan_file, self._plan_text)
+        self._traffic = Traffic()
+        self._source = self._open_source()
+        plan, endpoints = self._source.first
         self._controller = FlowController(plan, random.SystemRandom())
         self._controller.set_endpoints(endpoints, time.monotonic())
-        self._traffic = Traffic()
         self._loop = FlowLoop(self._controller, self._traffic, settings.max_streams)
         self._scraper = Scraper(
             lambda metrics: self._loop.post(lambda now: self._controller.observe(metrics, now)),
@@ -98,6 +95,17 @@ class EndpointPicker:
         self._transport = self._bind()
         self._health = self._serve_health()
         self._failed: BaseException | None = None
+
+    def _open_source(self) -> Source:
+        settings = self._settings
+        if settings.control is not None:
+            return Operator(settings, settings.control, self._traffic, self._snapshot)
+        if settings.plan_file is None:
+            raise StartError("neither --plan-file nor --control-address")
+        try:
+            return PlanFile(settings.plan_file, self._traffic)
+        except PlanFileError as error:
+            raise StartError(str(error)) from error
 
     def _bind(self) -> Transport:
         settings = self._settings
@@ -132,14 +140,11 @@ class EndpointPicker:
             await self._serve_metrics(runner)
             background = [
                 asyncio.create_task(self._scraper.run()),
-                asyncio.create_task(self._watch_plan()),
+                asyncio.create_task(self._source.run(self._put)),
             ]
-            self._loop.serving = True
-            _log.info(
-                "serving",
-                extra={"grpc_port": self._transport.port, "pool": self._controller.plan.pool},
-            )
+            becoming_ready = asyncio.create_task(self._become_ready())
             await self._until(stopping, background)
+            becoming_ready.cancel()
             await self._drain()
             for task in background:
                 task.cancel()
@@ -165,6 +170,23 @@ class EndpointPicker:
         finally:
             with suppress(RuntimeError):  # the asyncio loop may be gone already
                 running.call_soon_threadsafe(stopping.set)
+
+    async def _become_ready(self) -> None:
+        """Serve once there is a program, or when there was none for too long."""
+        source = self._source
+        try:
+            async with asyncio.timeout(source.bootstrap_seconds or None):
+                await source.ready.wait()
+        except TimeoutError:
+            _log.error(
+                "no program within %g s (--bootstrap-timeout): serving on built-in defaults",
+                source.bootstrap_seconds,
+            )
+        self._loop.serving = True
+        _log.info(
+            "serving",
+            extra={"grpc_port": self._transport.port, "pool": self._controller.plan.pool},
+        )
 
     async def _until(self, stopping: asyncio.Event, background: list[asyncio.Task[None]]) -> None:
         """Wait for a signal; a background task that ends is a failure and ends the process."""
@@ -196,6 +218,7 @@ class EndpointPicker:
             return
         self._loop.serving = False
         self._loop.post(lambda _: self._loop.drain())
+        await self._source.leave()
         _log.info("draining", extra={"seconds": self._settings.drain_timeout_seconds})
         await self._until_finished(self._settings.drain_timeout_seconds)
         self._loop.post(self._loop.flush)
@@ -216,34 +239,11 @@ class EndpointPicker:
 
     # --- plan
 
-    async def _watch_plan(self) -> None:
-        """Take each new content of the plan file.
-
-        A look every second is not for speed: it finds what was written before the watch began.
-        """
-        path = self._settings.plan_file
-        seen = self._plan_text
-        async for _ in awatch(
-            path.parent,
-            debounce=PLAN_DEBOUNCE_MILLISECONDS,
-            step=10,
-            recursive=False,
-            rust_timeout=PLAN_LOOK_MILLISECONDS,
-            yield_on_timeout=True,
-        ):
-            try:
-                text = await asyncio.to_thread(_read_text, path)
-                if text == seen:
-                    continue
-                seen = text
-                plan, endpoints = _parse_plan(path, text)
-            except StartError as error:
-                self._traffic.plan_reloaded(ok=False)
-                _log.error("plan not taken, the last good one stays: %s", error)
-                continue
-            await self._ask(self._taker(plan, endpoints))
-            self._aim_scraper(plan, endpoints)
-            self._traffic.plan_reloaded(ok=True)
+    async def _put(self, plan: Plan | None, endpoints: tuple[Endpoint, ...]) -> None:
+        """Put plan and endpoints into force in one step; without a plan, the one in force stays."""
+        plan = plan or self._controller.plan
+        await self._ask(self._taker(plan, endpoints))
+        self._aim_scraper(plan, endpoints)
 
     def _taker(self, plan: Plan, endpoints: tuple[Endpoint, ...]) -> Callable[[float], None]:
         def take(now: float) -> None:
@@ -262,14 +262,16 @@ class EndpointPicker:
 
     # --- pages
 
+    async def _snapshot(self) -> ControllerSnapshot:
+        return await self._ask(self._controller.snapshot)
+
     def _web_app(self) -> web.Application:
         app = web.Application()
-
-        async def snapshot() -> ControllerSnapshot:
-            return await self._ask(self._controller.snapshot)
-
-        app.add_routes(prometheus.routes(snapshot, self._traffic, self._scraper.failures))
-        app.add_routes(debug.routes(snapshot))
+        source = self._source
+        app.add_routes(
+            prometheus.routes(self._snapshot, self._traffic, self._scraper.failures, source.state)
+        )
+        app.add_routes(debug.routes(self._snapshot))
         return app
 
     async def _serve_metrics(self, runner: web.AppRunner) -> None:
@@ -296,17 +298,3 @@ def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
         return credentials.from_folder(settings.cert_path)
     except (OSError, ValueError) as error:
         raise StartError(f"--cert-path: {error}") from error
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartError(f"--plan-file: {path}: {error}") from error
-
-
-def _parse_plan(path: Path, text: str) -> tuple[Plan, tuple[Endpoint, ...]]:
-    try:
-        return plan_codec.parse_snapshot_json(text)
-    except PlanError as error:
-        raise StartError(f"{path}: {error}") from error

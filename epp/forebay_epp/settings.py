@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
+import os
 import re
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +16,31 @@ _DURATION = re.compile(r"(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?")
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """What an endpoint picker process is told at start."""
+class ControlSettings:
+    """Where the operator is, who we are to it, and what is kept of what it says."""
 
+    host: str
+    port: int
+    server_name: str
+    ca_path: Path | None
+    token_path: Path | None
+    cert_path: Path | None
+    pod_namespace: str
+    pod_name: str
+    pod_uid: str
+    state_path: Path | None
+    bootstrap_timeout_seconds: float
+    stats_interval_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What an endpoint picker process is told at start; `plan_file` xor `control` is set."""
+
+    pool_namespace: str
     pool_name: str
-    plan_file: Path
+    plan_file: Path | None
+    control: ControlSettings | None
     bind_address: str
     grpc_port: int
     grpc_health_port: int
@@ -75,7 +98,13 @@ def parse(arguments: list[str] | None = None) -> Settings:
     )
     add = parser.add_argument
     add("--pool-name", default="default", help="InferencePool this endpoint picker serves")
-    add("--plan-file", type=Path, required=True, help="plan and endpoints as JSON; watched")
+    add(
+        "--pool-namespace",
+        default=os.environ.get("POD_NAMESPACE", "default"),
+        help="its namespace (default: $POD_NAMESPACE)",
+    )
+    add("--plan-file", type=Path, help="plan and endpoints as JSON; watched. Or:")
+    _add_control(parser)
     add("--bind-address", default="0.0.0.0", help="address of all ports")  # noqa: S104  # pods
     add("--grpc-port", type=_port, default=9002, help="ext_proc")
     add("--grpc-health-port", type=_port, default=9003, help="grpc.health.v1, plaintext")
@@ -115,9 +144,13 @@ def parse(arguments: list[str] | None = None) -> Settings:
     )
     add("-v", "--verbosity", type=int, default=1, help="0 warnings, 1 changes, 2 everything")
     given = parser.parse_args(arguments)
+    if (given.plan_file is None) == (given.control_address is None):
+        parser.error("exactly one of --plan-file and --control-address is needed")
     return Settings(
+        pool_namespace=given.pool_namespace,
         pool_name=given.pool_name,
         plan_file=given.plan_file,
+        control=_control(parser, given) if given.control_address else None,
         bind_address=given.bind_address,
         grpc_port=given.grpc_port,
         grpc_health_port=given.grpc_health_port,
@@ -131,3 +164,82 @@ def parse(arguments: list[str] | None = None) -> Settings:
         max_message_bytes=given.max_message_bytes,
         verbosity=given.verbosity,
     )
+
+
+def _add_control(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags that are about the operator."""
+    add = parser.add_argument_group("operator").add_argument
+    environ = os.environ.get
+    add("--control-address", type=_host_port, metavar="HOST:PORT", help="the operator")
+    add("--control-ca-path", type=Path, help="PEM bundle that has signed its certificate")
+    add("--control-server-name", default="", help="name in its certificate (default: HOST)")
+    add("--control-token-path", type=Path, help="service account token to show it")
+    add("--control-cert-path", type=Path, help="folder with tls.crt and tls.key to show it")
+    add(
+        "--control-insecure",
+        action="store_true",
+        help="plaintext instead of --control-ca-path; for a loopback address only",
+    )
+    add(
+        "--pod-name",
+        default=environ("POD_NAME", socket.gethostname()),
+        help="this pod (default: $POD_NAME, or the host's name)",
+    )
+    add(
+        "--pod-namespace",
+        default=environ("POD_NAMESPACE", ""),
+        help="its namespace (default: $POD_NAMESPACE, or the pool's)",
+    )
+    add("--pod-uid", default=environ("POD_UID", ""), help="its uid (default: $POD_UID)")
+    add(
+        "--state-path",
+        type=Path,
+        help="folder for the last program, so that a restart needs no operator",
+    )
+    add(
+        "--bootstrap-timeout",
+        type=_duration,
+        default=30.0,
+        help="unready this long while there is no program at all; then serve on defaults",
+    )
+    add("--stats-interval", type=_duration, default=5.0, help="between reports to the operator")
+
+
+def _host_port(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdecimal() or not 0 < int(port) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    return host, int(port)
+
+
+def _control(parser: argparse.ArgumentParser, given: argparse.Namespace) -> ControlSettings:
+    host, port = given.control_address
+    if given.control_insecure == (given.control_ca_path is not None):
+        parser.error("exactly one of --control-ca-path and --control-insecure is needed")
+    if given.control_insecure:
+        if not _is_loopback(host):
+            parser.error(f"--control-insecure: {host} is not a loopback address")
+        if given.control_token_path or given.control_cert_path:
+            parser.error("--control-insecure shows nobody a token or a certificate")
+    return ControlSettings(
+        host=host,
+        port=port,
+        server_name=given.control_server_name,
+        ca_path=given.control_ca_path,
+        token_path=given.control_token_path,
+        cert_path=given.control_cert_path,
+        pod_namespace=given.pod_namespace or given.pool_namespace,
+        pod_name=given.pod_name,
+        pod_uid=given.pod_uid,
+        state_path=given.state_path,
+        bootstrap_timeout_seconds=given.bootstrap_timeout,
+        stats_interval_seconds=given.stats_interval,
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

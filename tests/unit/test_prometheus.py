@@ -58,7 +58,9 @@ async def read(
         return state
 
     app = web.Application()
-    app.add_routes(prometheus.routes(snapshot, traffic or Traffic(), scrapes_failed or {}))
+    app.add_routes(
+        prometheus.routes(snapshot, traffic or Traffic(), scrapes_failed or {}, lambda: control)
+    )
     async with TestClient(TestServer(app)) as client:
         for _ in range(times):
             response = await client.get("/metrics", headers={"Accept": accept})
@@ -247,7 +249,7 @@ async def test_without_an_answer_of_the_controller_the_rest_is_published(monkeyp
         return await asyncio.get_running_loop().create_future()
 
     app = web.Application()
-    app.add_routes(prometheus.routes(never, busy_traffic(), {}))
+    app.add_routes(prometheus.routes(never, busy_traffic(), {}, lambda: None))
     async with TestClient(TestServer(app)) as client:
         page = samples(await (await client.get("/metrics")).text())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -71,10 +72,36 @@ _ENDPOINT_GAUGES: tuple[tuple[str, str, Callable[[EndpointSnapshot], float]], ..
 )
 
 
+@dataclass(frozen=True, slots=True)
+class ControlState:
+    """How it stands between this picker and its operator.
+
+    Attributes:
+        connected: whether there is a stream.
+        stale: there has been none for so long that what runs may be out of date.
+        source: where the program in force came from: Live, File or Defaults.
+        epoch: of that program; 0 for Defaults.
+        revision: likewise.
+        sha256: of that program, as hex.
+        answers: to programs, by "ack" or "nack".
+        disk_failures: of keeping the last good program, by reason.
+    """
+
+    connected: bool
+    stale: bool
+    source: str
+    epoch: int
+    revision: int
+    sha256: str
+    answers: Mapping[str, int]
+    disk_failures: Mapping[str, int]
+
+
 def routes(
     snapshot: Callable[[], Awaitable[ControllerSnapshot]],
     traffic: Traffic,
     scrapes_failed: Mapping[str, int],
+    control: Callable[[], ControlState | None],
 ) -> list[web.RouteDef]:
     """Return the route that answers GET /metrics.
 
@@ -83,8 +110,9 @@ def routes(
             without queues and endpoints, because then the rest of it is what is needed.
         traffic: counters that the data-plane thread goes on feeding.
         scrapes_failed: failed scrapes by cause; read anew for every page.
+        control: tells of the operator; None where there is none.
     """
-    page = _Page(traffic, scrapes_failed)
+    page = _Page(traffic, scrapes_failed, control)
     registry = CollectorRegistry()
     registry.register(page)
     ProcessCollector(registry=registry)
@@ -104,8 +132,14 @@ def routes(
 class _Page(Collector):
     """Everything but process_*. `snapshot` is set before each collection; None means unknown."""
 
-    def __init__(self, traffic: Traffic, scrapes_failed: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        traffic: Traffic,
+        scrapes_failed: Mapping[str, int],
+        control: Callable[[], ControlState | None],
+    ) -> None:
         self.snapshot: ControllerSnapshot | None = None
+        self._control = control
         self._traffic = traffic
         self._scrapes_failed = scrapes_failed
         self._models = ModelLabels()
@@ -131,6 +165,8 @@ class _Page(Collector):
         yield _counter(
             "forebay_plan_reloads", "Plans that were offered.", "result", self._traffic.plan_reloads
         )
+        if (control := self._control()) is not None:
+            yield from _control(control)
 
     def _queues(self, snapshot: ControllerSnapshot) -> Iterator[Metric]:
         for name, text, value_of in _BAND_GAUGES:
@@ -162,6 +198,32 @@ def _endpoints(snapshot: ControllerSnapshot) -> Iterator[Metric]:
         for endpoint in snapshot.endpoints:
             gauge.add_metric((printable(endpoint.address),), value_of(endpoint))
         yield gauge
+
+
+def _control(state: ControlState) -> Iterator[Metric]:
+    for name, text, value in (
+        ("forebay_control_connected", "1 while the operator is connected.", state.connected),
+        (
+            "forebay_control_stale",
+            "1 when the operator has been away for a minute or more.",
+            state.stale,
+        ),
+        ("forebay_program_epoch", "Epoch of the program in force.", state.epoch),
+        ("forebay_program_revision", "Revision of the program in force.", state.revision),
+    ):
+        yield GaugeMetricFamily(name, text, value=value)
+    program = GaugeMetricFamily(
+        "forebay_program_info", "The program in force.", labels=("source", "sha256")
+    )
+    program.add_metric((state.source, state.sha256), 1)
+    yield program
+    yield _counter("forebay_programs", "Answers to programs.", "answer", state.answers)
+    yield _counter(
+        "forebay_last_good_failures",
+        "Failures to keep or use the last good program.",
+        "reason",
+        state.disk_failures,
+    )
 
 
 def _requests(traffic: Traffic) -> Iterator[Metric]:

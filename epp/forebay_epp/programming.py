@@ -1,0 +1,300 @@
+"""Where an endpoint picker's plan and endpoints come from: a file, or the operator.
+
+Either one says what to start with and then puts what is new into force with a `put` that app.py
+gives it. What a program means is codec/'s business, what it does the core's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from importlib import metadata
+from typing import TYPE_CHECKING, Protocol
+
+from watchfiles import awatch
+
+from forebay_control.v1 import control_pb2 as pb
+from forebay_epp.adapters.control import ControlClient, Dial, Identity
+from forebay_epp.adapters.lastgood import LastGood, Stored
+from forebay_epp.adapters.prometheus import ControlState
+from forebay_epp.codec import plan as plan_codec
+from forebay_epp.codec.control import Accepted, Applied, Programs, Refused, Version
+from forebay_epp.core.plan import Plan, PlanError
+from forebay_epp.core.terms import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+    from forebay_epp.core.terms import ControllerSnapshot, Endpoint
+    from forebay_epp.settings import ControlSettings, Settings
+    from forebay_epp.traffic import Traffic
+
+    Put = Callable[[Plan | None, tuple[Endpoint, ...]], Awaitable[None]]
+
+PLAN_DEBOUNCE_MILLISECONDS = 50
+PLAN_LOOK_MILLISECONDS = 1000
+STALE_SECONDS = 60.0
+SURVIVED_SECONDS = 60.0
+GOODBYE_SECONDS = 1.0
+
+_log = logging.getLogger("forebay_epp")
+
+
+class PlanFileError(Exception):
+    """The plan file cannot be used; the text says why."""
+
+
+class Source(Protocol):
+    """Where plan and endpoints come from.
+
+    Attributes:
+        first: what to start with.
+        ready: set once `first` or something later is more than built-in defaults.
+        bootstrap_seconds: how long to be unready for want of that.
+    """
+
+    first: tuple[Plan, tuple[Endpoint, ...]]
+    ready: asyncio.Event
+    bootstrap_seconds: float
+
+    async def run(self, put: Put) -> None:
+        """Put what is new into force, for ever."""
+
+    async def leave(self) -> None:
+        """Tell who is to know that this process is about to end."""
+
+    def state(self) -> ControlState | None:
+        """Return what the metrics page shows of the control channel, if there is one."""
+
+
+class PlanFile:
+    """A Snapshot as JSON in a file, which is watched.
+
+    Raises:
+        PlanFileError: it cannot be read, or holds no valid snapshot.
+    """
+
+    bootstrap_seconds = 0.0
+
+    def __init__(self, path: Path, traffic: Traffic) -> None:
+        self._path = path
+        self._traffic = traffic
+        self._text = self._read()
+        self.first = self._parse(self._text)
+        self.ready = asyncio.Event()
+        self.ready.set()
+
+    async def run(self, put: Put) -> None:
+        """Take each new content of the file; what is not valid leaves the last good one.
+
+        A look every second is not for speed: it finds what was written before the watch began.
+        """
+        async for _ in awatch(
+            self._path.parent,
+            debounce=PLAN_DEBOUNCE_MILLISECONDS,
+            step=10,
+            recursive=False,
+            rust_timeout=PLAN_LOOK_MILLISECONDS,
+            yield_on_timeout=True,
+        ):
+            try:
+                text = await asyncio.to_thread(self._read)
+                if text == self._text:
+                    continue
+                self._text = text
+                plan, endpoints = self._parse(text)
+            except PlanFileError as error:
+                self._traffic.plan_reloaded(ok=False)
+                _log.error("plan not taken, the last good one stays: %s", error)
+                continue
+            await put(plan, endpoints)
+            self._traffic.plan_reloaded(ok=True)
+
+    async def leave(self) -> None:
+        """Nobody is to know."""
+
+    def state(self) -> ControlState | None:
+        """There is no control channel."""
+        return None
+
+    def _read(self) -> str:
+        try:
+            return self._path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanFileError(f"--plan-file: {self._path}: {error}") from error
+
+    def _parse(self, text: str) -> tuple[Plan, tuple[Endpoint, ...]]:
+        try:
+            return plan_codec.parse_snapshot_json(text)
+        except PlanError as error:
+            raise PlanFileError(f"{self._path}: {error}") from error
+
+
+class Operator:
+    """The operator's programs; the last good one from the disk until it is reached.
+
+    Args:
+        settings: of the process.
+        control: the part of them that is about the operator.
+        traffic: counters, to feed and to report.
+        snapshot: asks the controller for its state.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        control: ControlSettings,
+        traffic: Traffic,
+        snapshot: Callable[[], Awaitable[ControllerSnapshot]],
+    ) -> None:
+        pool = f"{settings.pool_namespace}/{settings.pool_name}"
+        self.bootstrap_seconds = control.bootstrap_timeout_seconds
+        self.ready = asyncio.Event()
+        self._traffic = traffic
+        self._snapshot = snapshot
+        self._put: Put | None = None
+        self._disk_failures: dict[str, int] = {}
+        self._last_good = LastGood(control.state_path, pool, self._disk_failures)
+        self._last_good.load()
+        self.first, self._programs = self._from_disk(pool)
+        self._client = ControlClient(
+            Dial(
+                control.host,
+                control.port,
+                control.server_name or control.host,
+                control.ca_path,
+                control.token_path,
+                control.cert_path,
+            ),
+            Identity(
+                control.pod_namespace,
+                control.pod_name,
+                control.pod_uid,
+                uuid.uuid4().hex,
+                metadata.version("forebay"),
+            ),
+            self._programs,
+            self._apply,
+            self._stats,
+            control.stats_interval_seconds,
+        )
+
+    def _from_disk(self, pool: str) -> tuple[tuple[Plan, tuple[Endpoint, ...]], Programs]:
+        """Take the newest program on the disk that is valid, or built-in defaults."""
+        state = self._last_good.state
+        programs = Programs(pool, None, state.highest_epoch)
+        programs.quarantined = frozenset(state.quarantined)
+        for kept in state.programs:
+            applied = Applied(
+                Version(kept.epoch, kept.revision), kept.sha256, kept.snapshot, source="File"
+            )
+            verdict = programs.read(applied)
+            if isinstance(verdict, Accepted) and verdict.plan is not None:
+                programs.took(verdict)
+                self.ready.set()
+                _log.info(
+                    "starting on the last program that was applied",
+                    extra={"epoch": kept.epoch, "revision": kept.revision},
+                )
+                return (verdict.plan, verdict.endpoints), programs
+            problems = list(verdict.problems) if isinstance(verdict, Refused) else []
+            self._disk_failures["refused"] = self._disk_failures.get("refused", 0) + 1
+            _log.error(
+                "the program on the disk is not used: %s",
+                problems,
+                extra={"epoch": kept.epoch, "revision": kept.revision},
+            )
+        return (Plan(pool=pool), ()), programs
+
+    async def run(self, put: Put) -> None:
+        """Keep a stream to the operator and apply what it sends, for ever."""
+        self._put = put
+        surviving = asyncio.create_task(self._survive())
+        try:
+            await self._client.run()
+        finally:
+            surviving.cancel()
+
+    async def _survive(self) -> None:
+        """After a while, note that this process has not crashed on the program it started on."""
+        await asyncio.sleep(SURVIVED_SECONDS)
+        self._last_good.survived()
+        await asyncio.to_thread(self._last_good.write)
+
+    async def _apply(self, accepted: Accepted) -> None:
+        """Put a program into force and onto the disk, in this order.
+
+        One without a plan is not kept: a process cannot start on it.
+        """
+        if self._put is None:
+            raise AssertionError("programs come while running")
+        try:
+            await self._put(accepted.plan, accepted.endpoints)
+        except Exception:
+            self._traffic.plan_reloaded(ok=False)
+            raise
+        applied = accepted.applied
+        if accepted.plan is not None:
+            self._last_good.keep(
+                Stored(
+                    applied.version.epoch,
+                    applied.version.revision,
+                    applied.sha256,
+                    applied.snapshot,
+                ),
+                self._programs.highest_epoch,
+            )
+            await asyncio.to_thread(self._last_good.write)
+        self._traffic.plan_reloaded(ok=True)
+        self.ready.set()
+
+    async def leave(self) -> None:
+        """Say goodbye to the operator."""
+        await self._client.leave(GOODBYE_SECONDS)
+
+    def state(self) -> ControlState:
+        """Return what the metrics page shows of the control channel."""
+        client, applied = self._client, self._programs.applied
+        away = 0.0 if client.connected else time.monotonic() - client.disconnected_since
+        return ControlState(
+            connected=client.connected,
+            stale=away > STALE_SECONDS,
+            source=applied.source if applied else "Defaults",
+            epoch=applied.version.epoch if applied else 0,
+            revision=applied.version.revision if applied else 0,
+            sha256=applied.sha256.hex() if applied else "",
+            answers=client.answers,
+            disk_failures=self._disk_failures,
+        )
+
+    async def _stats(self) -> pb.Stats:
+        return stats(await self._snapshot(), self._traffic)
+
+
+def stats(state: ControllerSnapshot, traffic: Traffic) -> pb.Stats:
+    """Sum up for the operator: what waits now, and what was decided since the start."""
+    decided: dict[str, dict[str, int]] = {}
+    for (band, _, outcome), count in dict(traffic.outcomes).items():
+        kind = "dispatched" if outcome is Outcome.DISPATCHED else "evicted"
+        if outcome.value.startswith("Rejected"):
+            kind = "rejected"
+        sums = decided.setdefault(band, {})
+        sums[kind] = sums.get(kind, 0) + count
+    return pb.Stats(
+        saturation=state.saturation,
+        endpoints=len(state.endpoints),
+        in_flight=state.in_flight,
+        bands=[
+            pb.BandStats(
+                band=band.band,
+                requests=band.requests,
+                bytes=band.size_bytes,
+                oldest_seconds=band.oldest_seconds,
+                **decided.get(band.band, {}),
+            )
+            for band in state.bands
+        ],
+    )

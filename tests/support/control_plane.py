@@ -1,0 +1,433 @@
+"""Operators and endpoint pickers as processes around a real API server.
+
+Without a kubelet nobody runs pods: pods are objects here whose status the test writes, and the
+process that stands for one runs beside it with a token that the API server has bound to that pod.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import ipaddress
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from api_server import ApiServer
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from envoy_process import free_port
+from ext_proc_peer import until
+from prometheus_client.parser import text_string_to_metric_families
+
+NAME = "forebay-operator"
+AUDIENCE = "forebay-control"
+
+
+class Authority:
+    """A certificate authority in a folder: `ca.crt`, and leaves in folders below."""
+
+    def __init__(self, folder: Path, name: str = "test") -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{name} CA")])
+        certificate = self._builder(self._name, self._key.public_key(), 1).add_extension(
+            x509.BasicConstraints(ca=True, path_length=None), critical=True
+        )
+        self.path = folder / "ca.crt"
+        self.path.write_bytes(_pem(certificate.sign(self._key, hashes.SHA256())))
+
+    def _builder(self, subject, key, days) -> x509.CertificateBuilder:
+        now = dt.datetime.now(dt.UTC)
+        begin, end = sorted((now - dt.timedelta(minutes=5), now + dt.timedelta(days=days)))
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(begin - dt.timedelta(minutes=5))
+            .not_valid_after(end)
+        )
+
+    def leaf(self, name: str, *, dns: str = NAME, uri: str | None = None, days: float = 1) -> Path:
+        """Write tls.crt, tls.key and ca.crt into a folder; negative days: expired."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        names = [x509.UniformResourceIdentifier(uri)] if uri else [x509.DNSName(dns)]
+        names.append(x509.IPAddress(ipaddress.ip_address("127.0.0.1")))
+        certificate = self._builder(subject, key.public_key(), days).add_extension(
+            x509.SubjectAlternativeName(names), critical=False
+        )
+        files = {
+            "tls.key": key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            ),
+            "tls.crt": _pem(certificate.sign(self._key, hashes.SHA256())),
+            "ca.crt": self.path.read_bytes(),
+        }
+        for file, data in files.items():
+            new = folder / f"{file}.new"
+            new.write_bytes(data)
+            new.replace(folder / file)
+        return folder
+
+
+def _pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+class Process:
+    """A process with an HTTP port and a log."""
+
+    def __init__(self, command: list[str], log: Path, http: int, env=None) -> None:
+        self.log_path = log
+        self.http = http
+        with log.open("ab") as stream:
+            self.process = subprocess.Popen(
+                command, stderr=stream, stdout=stream, env={**os.environ, **(env or {})}
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text()
+
+    @property
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    def page(self, path: str) -> str | None:
+        """The page, or None while nobody answers."""
+        with suppress(URLError, OSError):
+            with urlopen(f"http://127.0.0.1:{self.http}{path}", timeout=5) as page:
+                return page.read().decode()
+        return None
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of the samples that have these labels; 0 where there are none."""
+        text = self.page("/metrics") or ""
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+    def rss_mb(self) -> float:
+        return self.metric("process_resident_memory_bytes") / 1e6
+
+    def kill(self) -> None:
+        """As the kernel does when memory is short."""
+        self.process.kill()
+        self.process.wait(10)
+
+    def freeze(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def stop(self, seconds: float = 20) -> int:
+        """End it as Kubernetes does; return the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(10)
+            raise
+
+    def end(self) -> None:
+        """Make sure that it is gone."""
+        if self.running:
+            self.thaw()
+            self.process.kill()
+            self.process.wait(10)
+
+
+class Operator(Process):
+    """`python -m forebay_operator` on a cluster; several share a Lease by namespace."""
+
+    def __init__(
+        self,
+        cluster: ApiServer,
+        folder: Path,
+        tls: Path,
+        *flags: str,
+        name: str = "operator-0",
+        lease_namespace: str = "default",
+        namespaces: tuple[str, ...] = (),
+        control_port: int | None = None,
+        kubeconfig: Path | None = None,
+        env: dict[str, str] | None = None,
+        prefix: tuple[str, ...] = (),
+    ) -> None:
+        self.control_port = control_port or free_port()
+        http = free_port()
+        command = [
+            *(*prefix, sys.executable, "-P", "-m", "forebay_operator"),
+            *("--control-bind-address=127.0.0.1", f"--control-port={self.control_port}"),
+            *("--http-bind-address=127.0.0.1", f"--http-port={http}"),
+            *(f"--control-tls-path={tls}", f"--lease-namespace={lease_namespace}"),
+            *(f"--identity={name}", f"--lease-name={NAME}"),
+            *(f"--namespace={namespace}" for namespace in namespaces),
+            *flags,
+        ]
+        super().__init__(
+            command,
+            folder / f"{name}.log",
+            http,
+            {"KUBECONFIG": str(kubeconfig or cluster.kubeconfig), **(env or {})},
+        )
+
+    @property
+    def ready(self) -> bool:
+        assert self.running, self.log[-3000:]
+        return self.page("/readyz") == "ok\n"
+
+    @property
+    def epoch(self) -> float:
+        return self.metric("forebay_leader_epoch")
+
+
+class PickerPod:
+    """A pod object that stands for an endpoint picker, and its token."""
+
+    def __init__(self, cluster: ApiServer, namespace: str, name: str, app: str) -> None:
+        self.cluster, self.namespace, self.name = cluster, namespace, name
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": name, "namespace": namespace, "labels": {"app": app}},
+            "spec": {"containers": [{"name": "epp", "image": "epp"}], "nodeName": "none"},
+        }
+        cluster.kubectl("create", "-f", "-", input=json.dumps(pod))
+        self.uid = cluster.get("pod", name, "-n", namespace)["metadata"]["uid"]
+        self.run()
+
+    def run(self, ip: str = "", *, ready: bool = True) -> None:
+        """Write the status a kubelet would."""
+        status = {
+            "phase": "Running",
+            "podIP": ip,
+            "conditions": [{"type": "Ready", "status": str(ready)}],
+        }
+        if not ip:
+            del status["podIP"]
+        patch = json.dumps({"status": status})
+        self.cluster.kubectl(
+            *("patch", "pod", self.name, "-n", self.namespace, "--subresource=status"),
+            *("--type=merge", "-p", patch),
+        )
+
+    def token(self, audience: str = AUDIENCE) -> str:
+        """A token bound to the pod, as a projected volume holds it."""
+        return self.cluster.kubectl(
+            *("create", "token", "default", "-n", self.namespace, f"--audience={audience}"),
+            *("--bound-object-kind=Pod", f"--bound-object-name={self.name}"),
+        ).stdout.strip()
+
+    def delete(self) -> None:
+        self.cluster.kubectl(
+            "delete", "pod", self.name, "-n", self.namespace, "--grace-period=0", "--force"
+        )
+
+
+class PickerProcess(Process):
+    """`python -m forebay_epp` that is told what to do by an operator."""
+
+    def __init__(
+        self,
+        folder: Path,
+        pod: PickerPod,
+        pool: str,
+        control_port: int,
+        ca: Path,
+        *flags: str,
+        env: dict[str, str] | None = None,
+        prefix: tuple[str, ...] = (),
+    ) -> None:
+        self.folder = folder / pod.name
+        self.folder.mkdir(exist_ok=True)
+        self.state = self.folder / "state"
+        self.state.mkdir(exist_ok=True)
+        self.token_path = self.folder / "token"
+        if not self.token_path.exists():
+            self.token_path.write_text(pod.token())
+        self.grpc, self.health, http = free_port(), free_port(), free_port()
+        command = [
+            *(*prefix, sys.executable, "-P", "-m", "forebay_epp"),
+            *(f"--pool-name={pool}", f"--pool-namespace={pod.namespace}"),
+            *(f"--control-address=127.0.0.1:{control_port}", f"--control-ca-path={ca}"),
+            *(f"--control-server-name={NAME}", f"--control-token-path={self.token_path}"),
+            *(f"--pod-name={pod.name}", f"--pod-namespace={pod.namespace}"),
+            *(f"--pod-uid={pod.uid}", f"--state-path={self.state}", "--stats-interval=1s"),
+            *("--bind-address=127.0.0.1", "--secure-serving=false"),
+            *(f"--grpc-port={self.grpc}", f"--grpc-health-port={self.health}"),
+            *(f"--metrics-port={http}", "--drain-timeout=2s", *flags),
+        ]
+        super().__init__(command, folder / f"{pod.name}.log", http, env)
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """(epoch, revision) of the program in force."""
+        return int(self.metric("forebay_program_epoch")), int(
+            self.metric("forebay_program_revision")
+        )
+
+    @property
+    def connected(self) -> bool:
+        return self.metric("forebay_control_connected") == 1
+
+    def program(self) -> tuple[str, str]:
+        """(source, sha256) of the program in force."""
+        for family in text_string_to_metric_families(self.page("/metrics") or ""):
+            for sample in family.samples:
+                if sample.name == "forebay_program_info":
+                    return sample.labels["source"], sample.labels["sha256"]
+        return "", ""
+
+    def queues(self) -> dict:
+        return json.loads(self.page("/debug/queues") or "{}")
+
+
+class Forwarder:
+    """A TCP proxy on loopback that can be cut, and told where to forward to."""
+
+    def __init__(self, target: int) -> None:
+        self.target = target
+        self._cut = False
+        self._pairs: set[socket.socket] = set()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            if self._cut:
+                client.close()
+                continue
+            try:
+                server = socket.create_connection(("127.0.0.1", self.target), 5)
+            except OSError:
+                client.close()
+                continue
+            self._pairs |= {client, server}
+            for source, sink in ((client, server), (server, client)):
+                threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        for end in (source, sink):
+            self._pairs.discard(end)
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def cut(self) -> None:
+        """End all connections and refuse new ones."""
+        self._cut = True
+        for end in list(self._pairs):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def heal(self) -> None:
+        self._cut = False
+
+    def close(self) -> None:
+        self._listener.close()
+        self.cut()
+
+
+def pool(name: str, *, service: str = "epp", selector: str = "vllm") -> dict:
+    return {
+        "apiVersion": "inference.networking.k8s.io/v1",
+        "kind": "InferencePool",
+        "metadata": {"name": name},
+        "spec": {
+            "selector": {"matchLabels": {"app": selector}},
+            "targetPorts": [{"number": 8000}],
+            "endpointPickerRef": {"name": service, "port": {"number": 9002}},
+        },
+    }
+
+
+def service(name: str = "epp") -> dict:
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": name},
+        "spec": {"selector": {"app": name}, "ports": [{"port": 9002}]},
+    }
+
+
+def policy(name: str, pool_name: str, **spec) -> dict:
+    return {
+        "apiVersion": "forebay.dev/v1alpha1",
+        "kind": "FlowControlPolicy",
+        "metadata": {"name": name},
+        "spec": {"targetRefs": [{"name": pool_name}], **spec},
+    }
+
+
+def model(name: str, pool_name: str, model_name: str, criticality: str = "Standard") -> dict:
+    return {
+        "apiVersion": "inference.networking.x-k8s.io/v1alpha2",
+        "kind": "InferenceModel",
+        "metadata": {"name": name},
+        "spec": {
+            "modelName": model_name,
+            "criticality": criticality,
+            "poolRef": {"name": pool_name},
+        },
+    }
+
+
+def apply(cluster: ApiServer, namespace: str, *manifests: dict) -> None:
+    """Apply as kubectl does."""
+    text = json.dumps({"apiVersion": "v1", "kind": "List", "items": manifests})
+    cluster.kubectl("apply", "--server-side", "-n", namespace, "-f", "-", input=text)
+
+
+def conditions(cluster: ApiServer, namespace: str, name: str, kind: str = "fcp") -> dict[str, dict]:
+    """The conditions of an object by type."""
+    found = cluster.get(kind, name, "-n", namespace).get("status", {}).get("conditions", [])
+    return {condition["type"]: condition for condition in found}
+
+
+def programmed(cluster: ApiServer, namespace: str, name: str) -> bool:
+    """Whether the latest generation is in force everywhere, as the status says."""
+    found = cluster.get("fcp", name, "-n", namespace)
+    return any(
+        condition["type"] == "Programmed"
+        and condition["status"] == "True"
+        and condition["observedGeneration"] == found["metadata"]["generation"]
+        for condition in found.get("status", {}).get("conditions", [])
+    )
+
+
+__all__ = ["apply", "conditions", "model", "policy", "pool", "programmed", "service", "until"]
