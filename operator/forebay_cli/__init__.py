@@ -3,3 +3,6 @@
 
 class CommandError(Exception):
     """What keeps a command from going on; the text says what to do."""
+
+
+OPERATOR_PORT = 9091

@@ -31,6 +31,7 @@ START_SECONDS = 20.0
 LOOK_SECONDS = 0.05
 DRAIN_SECONDS = 10
 STOP_SECONDS = 20.0
+_LOOPBACK_PORTS = ("--envoy-admin-port", "--operator-port")
 
 
 class StackSettings(argparse.Namespace):
@@ -41,6 +42,7 @@ class StackSettings(argparse.Namespace):
     grpc_port: int
     grpc_health_port: int
     metrics_port: int
+    operator_port: int
     envoy_admin_port: int
     no_proxy: bool
     proxy_concurrency: int
@@ -75,6 +77,7 @@ class Stack:
             "--grpc-port": given.grpc_port,
             "--grpc-health-port": given.grpc_health_port,
             "--metrics-port": given.metrics_port,
+            "--operator-port": given.operator_port,
         }
         if not given.no_proxy:
             ports["--http-port"] = given.http_port
@@ -88,7 +91,7 @@ class Stack:
                 raise CommandError(f"{flag} {port}: is that of {taken[port]} too")
             taken[port] = flag
             try:
-                _bind("127.0.0.1" if flag == "--envoy-admin-port" else given.listen, port)
+                _bind("127.0.0.1" if flag in _LOOPBACK_PORTS else given.listen, port)
             except OSError as error:
                 raise CommandError(
                     f"{flag} {port}: {error.strerror}; choose another with {flag}"
@@ -96,21 +99,27 @@ class Stack:
         if self._admin_port == 0:
             self._admin_port = _bind("127.0.0.1", 0)
 
-    async def start(self, pool_name: str, plan_file: Path, envoy_file: Path) -> None:
-        """Start the processes; `plan_file` is there, `envoy_file` is written.
+    async def start(self, pool: str, control_port: int, envoy_file: Path) -> None:
+        """Start the processes for the pool (namespace/name); `envoy_file` is written.
 
         Raises:
             CommandError: there is no Envoy to start.
         """
-        await self._start_picker(pool_name, plan_file)
+        await self._start_picker(pool, control_port)
         if not self._settings.no_proxy:
             await self._start_envoy(envoy_file)
 
-    async def _start_picker(self, pool_name: str, plan_file: Path) -> None:
+    async def _start_picker(self, pool: str, control_port: int) -> None:
         given = self._settings
+        namespace, _, name = pool.partition("/")
         flags = {
-            "--pool-name": pool_name,
-            "--plan-file": plan_file,
+            "--pool-namespace": namespace,
+            "--pool-name": name,
+            "--control-address": f"127.0.0.1:{control_port}",
+            "--control-insecure": None,
+            "--pod-name": "epp",
+            "--pod-uid": "epp",
+            "--stats-interval": "1s",
             "--bind-address": given.listen,
             "--grpc-port": given.grpc_port,
             "--grpc-health-port": given.grpc_health_port,
@@ -120,7 +129,7 @@ class Stack:
             "--drain-timeout": f"{DRAIN_SECONDS}s",
             "--verbosity": 0,
         }
-        pairs = [f"{flag}={value}" for flag, value in flags.items()]
+        pairs = [flag if value is None else f"{flag}={value}" for flag, value in flags.items()]
         # -P: a folder named like a module, where the command was typed, must not be imported.
         command = (sys.executable, "-P", "-m", "forebay_epp", *pairs)
         self._children.append(await Child.start("epp", self._tell, *command))

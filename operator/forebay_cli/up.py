@@ -1,8 +1,8 @@
 """`forebay up DIR`: an endpoint picker and its Envoy on this machine, until Ctrl-C.
 
-The folder holds the manifests that kubectl takes. They are planned here and handed to the endpoint
-picker as a file; when a manifest changes, so does the file, and the running picker follows. What a
-manifest means is planning.py's business, how the processes are run is stack.py's.
+The folder holds the manifests that kubectl takes. The operator that plans them runs in this process
+and programs the endpoint picker as it would in a cluster: edit a manifest and the picker follows.
+How manifests become programs is forebay_operator's business, how processes are run stack.py's.
 """
 
 from __future__ import annotations
@@ -18,23 +18,20 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from google.protobuf import json_format
-from rich.console import Console
 from rich.table import Table
 
-from forebay_cli import CommandError
+from forebay_cli import OPERATOR_PORT, CommandError
+from forebay_cli.output import console
 from forebay_cli.stack import Stack, StackSettings, join
-from forebay_control.v1 import control_pb2 as pb
 from forebay_operator import planning, sources, wording
+from forebay_operator.folder import FolderOperator
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from rich.console import Console
 
-    from forebay_operator.planning import Planned
+    from forebay_control.v1 import control_pb2 as pb
     from forebay_operator.resources import AnyPool
     from forebay_operator.sources import Manifests
-
-MAX_CHANGES = 20
 
 
 class Settings(StackSettings):
@@ -63,6 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--grpc-port", type=_port, default=9002, metavar="PORT", help="ext_proc")
     add("--grpc-health-port", type=_port, default=9003, metavar="PORT", help="gRPC health")
     add("--metrics-port", type=_port, default=9090, metavar="PORT", help="Prometheus metrics")
+    add(
+        "--operator-port",
+        type=_port,
+        default=OPERATOR_PORT,
+        metavar="PORT",
+        help="what forebay get asks",
+    )
     add("--envoy-admin-port", type=_port, default=0, metavar="PORT", help="0 picks one")
     add("--proxy-concurrency", type=_threads, default=1, metavar="N", help="Envoy's threads")
     add(
@@ -99,14 +103,13 @@ def _ip(text: str) -> str:
 
 
 def run(settings: Settings) -> int:
-    """Run until a signal and return the exit status."""
-    # What manifests hold is shown as it is: no markup, no emoji.
-    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    """Run until a signal and return the exit status.
+
+    Raises:
+        CommandError: it cannot start, or a process has ended by itself.
+    """
     try:
-        return asyncio.run(_Up(settings, console).run())
-    except CommandError as error:
-        console.print(f"forebay up: {error}", style="red")
-        return 1
+        return asyncio.run(_Up(settings, console(stderr=True)).run())
     except KeyboardInterrupt:  # before there was a handler
         return 0
 
@@ -137,41 +140,58 @@ def address_of(text: str) -> str:
 class _Up:
     """One run of the command."""
 
-    def __init__(self, settings: Settings, console: Console) -> None:
+    def __init__(self, settings: Settings, out: Console) -> None:
         self._settings = settings
-        self._console = console
+        self._console = out
         # Each once: an endpoint is its address.
         self._endpoints = tuple(dict.fromkeys(address_of(text) for text in settings.endpoint))
-        self._said: frozenset[str] = frozenset()
-        self._stack = Stack(settings, lambda line: console.print(line, style="dim"))
+        self._stack = Stack(settings, lambda line: out.print(line, style="dim"))
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
 
     async def run(self) -> int:
         manifests = sources.read(self._settings.folder)
-        planned = self._plan(manifests)
+        pool = self._pool(manifests)
         self._stack.check_ports()
-        self._complain(manifests, planned)
         running = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
                 running.add_signal_handler(number, self._on_signal)
-        with tempfile.TemporaryDirectory(prefix="forebay-") as name:
-            folder = Path(name)
-            plan_file = folder / "plan" / "plan.json"
-            plan_file.parent.mkdir()
-            _write(plan_file, planned)
+        operator = FolderOperator(self._settings.folder, self._tell, pool, self._endpoints)
+        port = await operator.start(manifests, "127.0.0.1", 0, "127.0.0.1", self._operator_port)
+        with tempfile.TemporaryDirectory(prefix="forebay-") as folder:
+            following = asyncio.create_task(operator.run())
             try:
-                pool = planned.snapshot.plan.pool.rpartition("/")[2]
-                await self._stack.start(pool, plan_file, folder / "envoy.json")
+                await self._stack.start(pool, port, Path(folder) / "envoy.json")
                 if await self._unless_stopped(self._stack.ready()):
-                    self._show(planned)
-                    await self._unless_stopped(self._watch(plan_file, planned))
+                    self._show(operator.planned(pool))
+                    await self._unless_stopped(self._follow(following))
                 self._console.print("stopping; a second Ctrl-C does not wait for open requests")
             finally:
                 self._stopping.set()
                 await self._stack.stop(self._hurry)
+                following.cancel()
+                await asyncio.gather(following, return_exceptions=True)
+                await operator.stop()
         return 0
+
+    @property
+    def _operator_port(self) -> int:
+        return self._settings.operator_port
+
+    def _tell(self, line: str, bad: bool) -> None:  # noqa: FBT001  # the one thing there is to know
+        self._console.print(line, style="yellow" if bad else "green")
+
+    async def _follow(self, following: asyncio.Task[None]) -> None:
+        """Wait for what should not end.
+
+        Raises:
+            CommandError: the folder cannot be watched.
+        """
+        try:
+            await asyncio.shield(following)
+        except OSError as error:
+            raise CommandError(f"{self._settings.folder}: cannot be watched: {error}") from error
 
     def _on_signal(self) -> None:
         (self._hurry if self._stopping.is_set() else self._stopping).set()
@@ -199,20 +219,10 @@ class _Up:
         working.result()
         return True
 
-    # --- planning
-
-    def _plan(self, manifests: Manifests) -> Planned:
+    def _pool(self, manifests: Manifests) -> str:
+        """Return namespace/name of the pool to serve."""
         if manifests.errors:
             raise CommandError("\n".join(manifests.errors))
-        planned = planning.plan(self._pool(manifests), manifests.resources)
-        if self._endpoints:
-            del planned.snapshot.endpoints.endpoints[:]
-            planned.snapshot.endpoints.endpoints.extend(
-                pb.Endpoint(address=address, name=address) for address in self._endpoints
-            )
-        return planned
-
-    def _pool(self, manifests: Manifests) -> AnyPool:
         folder, name = self._settings.folder, self._settings.pool
         pools = planning.pools(manifests.resources)
         names = ", ".join(map(_full_name, pools)) or "none"
@@ -228,54 +238,12 @@ class _Up:
             raise CommandError(
                 f"{folder}: holds several InferencePools ({names}); choose one with --pool NAME"
             )
-        return pools[0]
-
-    def _complain(self, manifests: Manifests, planned: Planned) -> None:
-        """Print what has no effect, once per message."""
-        problems = [*planning.unattached(manifests.resources), *planned.problems]
-        lines = [*manifests.ignored, *(wording.printable(str(problem)) for problem in problems)]
-        if not planned.snapshot.endpoints.endpoints:
-            lines.append("the pool has no endpoints: requests will wait for some")
-        for line in lines:
-            if line not in self._said:
-                self._console.print(f"warning: {line}", style="yellow")
-        self._said = frozenset(lines)
-
-    async def _watch(self, plan_file: Path, planned: Planned) -> None:
-        """Follow the folder; what cannot be planned leaves the last good plan in force.
-
-        Raises:
-            CommandError: the folder cannot be watched.
-        """
-        current = planned.snapshot
-        refused: str | None = None
-        try:
-            async for manifests in sources.changes(self._settings.folder):
-                try:
-                    planned = self._plan(manifests)
-                except CommandError as error:
-                    if str(error) != refused:
-                        self._console.print(
-                            f"not taken, the last good plan stays:\n{error}", style="red"
-                        )
-                    refused = str(error)
-                    continue
-                self._complain(manifests, planned)
-                if planned.snapshot != current:
-                    _write(plan_file, planned)
-                    changes = planning.differences(current, planned.snapshot)
-                    self._console.print(_listed("plan written", changes))
-                    current = planned.snapshot
-                elif refused:
-                    self._console.print("manifests are valid again; the plan is as before")
-                refused = None
-        except OSError as error:
-            raise CommandError(f"{self._settings.folder}: cannot be watched: {error}") from error
+        return _full_name(pools[0])
 
     # --- what people see
 
-    def _show(self, planned: Planned) -> None:
-        plan, endpoints = planned.snapshot.plan, planned.snapshot.endpoints.endpoints
+    def _show(self, snapshot: pb.Snapshot) -> None:
+        plan, endpoints = snapshot.plan, snapshot.endpoints.endpoints
         table = Table(title=f"forebay serves InferencePool {plan.pool}", title_justify="left")
         for column in ("band", "fairness", "ttl", "queue", "models"):
             table.add_column(column)
@@ -292,7 +260,11 @@ class _Up:
             )
         given, say, address = self._settings, self._console.print, self._stack.address
         say(table)
+        if not endpoints:
+            self._tell("warning: the pool has no endpoints: requests will wait for some", True)
         say(f"endpoints  {', '.join(endpoint.address for endpoint in endpoints) or 'none'}")
+        port = "" if self._operator_port == OPERATOR_PORT else f" --port={self._operator_port}"
+        say(f"conditions forebay get{port}")
         say(f"queues     http://{address(given.metrics_port)}/debug/queues")
         say(f"metrics    http://{address(given.metrics_port)}/metrics")
         if given.no_proxy:
@@ -310,19 +282,5 @@ def _curl(url: str, model: str) -> str:
     return f"curl {where} -H 'content-type: application/json' -d {what}"
 
 
-def _listed(title: str, lines: Sequence[str]) -> str:
-    shown = [wording.printable(line) for line in lines[:MAX_CHANGES]]
-    if len(lines) > MAX_CHANGES:
-        shown.append(f"and {len(lines) - MAX_CHANGES} more")
-    return "\n  ".join([f"{title}:", *shown])
-
-
 def _full_name(pool: AnyPool) -> str:
     return f"{pool.metadata.namespace}/{pool.metadata.name}"
-
-
-def _write(path: Path, planned: Planned) -> None:
-    """Replace the plan file in one step, so that nobody reads half of it."""
-    new = path.with_suffix(".new")
-    new.write_text(json_format.MessageToJson(planned.snapshot))
-    new.replace(path)

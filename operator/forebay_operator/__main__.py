@@ -18,6 +18,8 @@ def main() -> int:
     logs.configure(given.verbosity)
 
     async def run() -> int:
+        if given.manifests is not None:
+            return await app.run_folder(given, given.manifests)
         return await app.ClusterOperator(given).run()
 
     try:

@@ -1,7 +1,7 @@
 """Puts an operator together: one asyncio loop, from sources over planning to pickers and statuses.
 
-In a cluster resources come from kopf's watches and one replica of several leads; with a folder of
-manifests there is nobody to elect, and statuses are shown instead of written.
+In a cluster resources come from kopf's watches and one replica of several leads. With a folder of
+manifests it is folder.py's operator that runs.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import uuid
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from forebay_operator import metrics, pages, tls
+from forebay_operator import metrics, pages, sources, tls
 from forebay_operator.cluster import ApiError, Cluster
-from forebay_operator.control import ControlServer
+from forebay_operator.control import ControlServer, join
 from forebay_operator.election import Elector, Leadership
+from forebay_operator.folder import FolderOperator
 from forebay_operator.reconcile import Reconciler
 from forebay_operator.store import Store
 from forebay_operator.trust import CertificateTrust, TokenTrust, believe
@@ -25,6 +26,7 @@ from forebay_operator.watching import Watching
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
+    from pathlib import Path
 
     from forebay_operator.settings import Settings
     from forebay_operator.store import Entry
@@ -36,6 +38,45 @@ _log = logging.getLogger("forebay_operator")
 
 class StartError(Exception):
     """The process cannot start; the text says what to do."""
+
+
+async def run_folder(settings: Settings, folder: Path) -> int:
+    """Be the operator of a folder until a signal."""
+    stop = asyncio.Event()
+    running = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        running.add_signal_handler(number, stop.set)
+
+    def tell(line: str, bad: bool) -> None:  # noqa: FBT001  # the one thing there is to know
+        _log.log(logging.WARNING if bad else logging.INFO, line)
+
+    operator = FolderOperator(folder, tell)
+    try:
+        port = await operator.start(
+            sources.read(folder),
+            settings.control_bind_address,
+            settings.control_port,
+            settings.http_bind_address,
+            settings.http_port,
+        )
+    except OSError as error:
+        raise StartError(f"--http-port {settings.http_port}: {error.strerror}") from error
+    except RuntimeError as error:
+        raise StartError(f"--control-port {settings.control_port}: in use?") from error
+    _log.info("listening", extra={"control_port": port, "http_port": settings.http_port})
+    following = asyncio.create_task(operator.run())
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((following, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if following.done():
+            _log.critical("the folder cannot be followed: %s", following.exception())
+            return 1
+    finally:
+        following.cancel()
+        stopping.cancel()
+        await asyncio.gather(following, stopping, return_exceptions=True)
+        await operator.stop()
+    return 0
 
 
 class ClusterReporter:
@@ -228,8 +269,3 @@ class ClusterOperator:
                 continue  # kopf took the signal
             _log.critical("%s has ended: %s", task.get_name(), error, exc_info=error)
             self._status = 1
-
-
-def join(host: str, port: int) -> str:
-    """Write host:port, an IPv6 address in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -57,7 +57,8 @@ class Attachment:
     """One pool a policy or model is for, and how it fares there.
 
     `refused` is the reason and message why it does not count there, if it does not. `pickers` is
-    None where the pool does not exist.
+    None where the pool does not exist. `service` is the one behind which they should be; None:
+    the pool names none; "": there are no Services.
     """
 
     pool: str
@@ -265,6 +266,8 @@ def _programmed(
 
 
 def _no_pickers(attachment: Attachment) -> str:
+    if attachment.service == "":
+        return "no endpoint picker is connected"
     if attachment.service is None:
         return (
             f"InferencePool {attachment.pool} names no Service as its endpointPickerRef: set it to "

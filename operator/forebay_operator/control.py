@@ -71,8 +71,7 @@ class _Desired:
 
     snapshot: bytes
     sha256: bytes
-    since: float
-    revision: int = 1
+    revision: int
 
 
 @dataclass(slots=True)
@@ -133,6 +132,7 @@ class ControlServer(rpc.ControlServicer):
         self._clock = clock
         self._epoch: int | None = None
         self._quiet = False
+        self._revision = 0
         self._hint = ""
         self._leading_since = clock()
         self._desired: dict[str, _Desired] = {}
@@ -156,8 +156,6 @@ class ControlServer(rpc.ControlServicer):
         if epoch != self._epoch:
             if self._epoch is None:
                 self._leading_since = self._clock()
-            for desired in self._desired.values():
-                desired.revision = 1
             for session in self._all():
                 if session.error.startswith(_STALE_EPOCH):
                     session.nacked, session.error = b"", ""
@@ -174,8 +172,9 @@ class ControlServer(rpc.ControlServicer):
         before = self._desired.get(pool)
         if before is not None and before.sha256 == sha256:
             return False
-        revision = before.revision + 1 if before else 1
-        self._desired[pool] = _Desired(data, sha256, self._clock(), revision)
+        # One counter for all pools: it also grows over a pool that is deleted and made again.
+        self._revision += 1
+        self._desired[pool] = _Desired(data, sha256, self._revision)
         known = self._programs.setdefault(pool, OrderedDict())
         known[sha256] = {source.uid: source.generation for source in snapshot.sources}
         while len(known) > REMEMBERED_PROGRAMS:
@@ -577,3 +576,8 @@ class ControlServer(rpc.ControlServicer):
             (session.pool, session.pod_uid), _Record(session.heard_at)
         )
         record.stats = stats
+
+
+def join(host: str, port: int) -> str:
+    """Write host:port, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -255,7 +255,7 @@ class Reconciler:
             group=resource_group(resource),
             pickers=self._control.pickers(name, self.expected(name) or {}),
             refused=refused,
-            service="forebay up" if self._standalone else resource.picker_service,
+            service="" if self._standalone else resource.picker_service,
             notes=tuple(notes),
             endpoints=endpoints,
         )

@@ -498,6 +498,12 @@ class ResourceError(ValueError):
         self.problems = problems
 
 
+def kind_of(manifest: dict[str, Any]) -> Kind | None:
+    """Return the kind of a manifest of a folder; None for one that has no effect there."""
+    kind = BY_NAME.get((str(manifest.get("apiVersion", "")), str(manifest.get("kind", ""))))
+    return kind if kind is not None and kind.in_files else None
+
+
 def parse(manifest: dict[str, Any]) -> Resource | None:
     """Turn a manifest of a folder into its resource.
 
@@ -507,8 +513,8 @@ def parse(manifest: dict[str, Any]) -> Resource | None:
     Raises:
         ResourceError: with every problem found.
     """
-    kind = BY_NAME.get((str(manifest.get("apiVersion", "")), str(manifest.get("kind", ""))))
-    return read(kind, manifest) if kind is not None and kind.in_files else None
+    kind = kind_of(manifest)
+    return None if kind is None else read(kind, manifest)
 
 
 def read(kind: Kind, manifest: dict[str, Any]) -> Resource:

@@ -1,6 +1,6 @@
-"""Where resources come from when there is no cluster: a folder of YAML files, watched.
+"""Where resources come from when there is no cluster: YAML files, and a folder of them, watched.
 
-What the resources mean does not belong here.
+What the resources mean does not belong here; folder.py hands them to an operator.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from pydantic import ValidationError
 from watchfiles import awatch
 
 from forebay_operator import resources, wording
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterable
     from pathlib import Path
 
-    from forebay_operator.resources import Resource
+    from forebay_operator.resources import Kind, Resource
 
 MAX_FILE_BYTES = 1 << 20
 SUFFIXES = (".yaml", ".yml")
@@ -33,33 +34,62 @@ LOOK_MILLISECONDS = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Manifests:
-    """What a folder holds.
+class Object:
+    """One object of a file. `resource` is None where it is not valid; `where` is for people."""
 
-    `errors` make the folder as a whole unusable; `ignored` tells of objects nobody here reads.
+    kind: Kind
+    namespace: str
+    name: str
+    manifest: dict[str, Any]
+    resource: Resource | None
+    file: Path
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifests:
+    """What files hold.
+
+    Attributes:
+        objects: of the kinds that are read, as far as they can be told apart.
+        errors: lines that name file, object and field.
+        ignored: lines about objects nobody here reads.
+        unread: files of which not every object is among `objects`.
     """
 
-    resources: tuple[Resource, ...]
+    objects: tuple[Object, ...]
     errors: tuple[str, ...]
     ignored: tuple[str, ...]
+    unread: frozenset[Path]
+
+    @property
+    def resources(self) -> tuple[Resource, ...]:
+        """What is valid."""
+        return tuple(entry.resource for entry in self.objects if entry.resource is not None)
 
 
-def read(folder: Path) -> Manifests:
-    """Read every manifest of a folder; problems are lines that name file, object and field."""
+def read(*paths: Path) -> Manifests:
+    """Read files, and every manifest of folders."""
     reading = _Reading()
-    try:
-        files = sorted(_files(folder))
-    except OSError as error:
-        reading.errors.append(f"{folder}: is not a folder that can be read: {error.strerror}")
-    else:
+    for path in paths:
+        if path.is_file():
+            reading.file(path)
+            continue
+        try:
+            files = sorted(_files(path))
+        except OSError as error:
+            what = "not a folder or file that can be read"
+            reading.fail(path, f"{path}: is {what}: {error.strerror}")
+            continue
         if not files:
-            reading.errors.append(f"{folder}: holds no .yaml file")
+            reading.fail(path, f"{path}: holds no .yaml file")
         for file in files:
             reading.file(file)
     return Manifests(
-        tuple(resource for _, resource in reading.found.values()),
+        tuple(reading.found.values()),
         tuple(map(wording.printable, reading.errors)),
         tuple(map(wording.printable, reading.ignored)),
+        frozenset(reading.unread),
     )
 
 
@@ -85,40 +115,65 @@ async def changes(folder: Path) -> AsyncIterator[Manifests]:
 
 
 class _Reading:
-    """What has been read so far; `found` holds (where, resource) by kind, namespace and name."""
+    """What has been read so far; `found` holds objects by kind, namespace and name."""
 
     def __init__(self) -> None:
-        self.found: dict[tuple[str, str, str], tuple[str, Resource]] = {}
+        self.found: dict[tuple[str, str, str], Object] = {}
         self.errors: list[str] = []
         self.ignored: list[str] = []
+        self.unread: set[Path] = set()
+
+    def fail(self, file: Path, error: str) -> None:
+        self.errors.append(error)
+        self.unread.add(file)
 
     def file(self, file: Path) -> None:
         try:
             documents = _documents(file)
         except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
             text = (isinstance(error, OSError) and error.strerror) or str(error)
-            self.errors.append(f"{file}: {' '.join(text.split())}")
+            self.fail(file, f"{file}: {' '.join(text.split())}")
             return
-        for number, document in enumerate(documents, 1):
-            self._document(f"{file} (document {number}, {_title(document)})", document)
+        for number, document in enumerate(_items(documents), 1):
+            self._document(file, f"{file} (document {number}, {_title(document)})", document)
 
-    def _document(self, where: str, document: Any) -> None:
+    def _document(self, file: Path, where: str, document: Any) -> None:
         if not isinstance(document, dict):
-            self.errors.append(f"{where}: is not an object with apiVersion and kind")
+            self.fail(file, f"{where}: is not an object with apiVersion and kind")
             return
-        try:
-            resource = resources.parse(document)
-        except resources.ResourceError as error:
-            self.errors.extend(f"{where}: {path}: {what}" for path, what in error.problems)
-            return
-        if resource is None:
+        kind = resources.kind_of(document)
+        if kind is None:
             self.ignored.append(f"{where}: this kind has no effect here")
             return
-        key = (document["kind"], resource.metadata.namespace, resource.metadata.name)
+        resource = None
+        try:
+            resource = resources.read(kind, document)
+        except resources.ResourceError as error:
+            self.errors.extend(f"{where}: {path}: {what}" for path, what in error.problems)
+        try:
+            metadata = resources.Metadata.model_validate(document.get("metadata"))
+        except ValidationError:
+            self.unread.add(file)
+            return
+        key = (kind.kind, metadata.namespace, metadata.name)
         if key in self.found:
-            self.errors.append(f"{where}: is also in {self.found[key][0]}")
+            self.fail(file, f"{where}: is also in {self.found[key].where}")
+            return
+        self.found[key] = Object(
+            kind, metadata.namespace, metadata.name, document, resource, file, where
+        )
+
+
+def _items(documents: Iterable[Any]) -> list[Any]:
+    """Take lists apart, as kubectl does."""
+    found: list[Any] = []
+    for document in documents:
+        items = document.get("items") if isinstance(document, dict) else None
+        if isinstance(items, list) and document.get("kind") == "List":
+            found += items
         else:
-            self.found[key] = (where, resource)
+            found.append(document)
+    return found
 
 
 def _files(folder: Path) -> list[Path]:

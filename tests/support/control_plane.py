@@ -16,11 +16,10 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
-from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from api_server import ApiServer
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -28,6 +27,11 @@ from cryptography.x509.oid import NameOID
 from envoy_process import free_port
 from ext_proc_peer import until
 from prometheus_client.parser import text_string_to_metric_families
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from api_server import ApiServer
 
 NAME = "forebay-operator"
 AUDIENCE = "forebay-control"
@@ -116,10 +120,11 @@ class Process:
 
     def page(self, path: str) -> str | None:
         """The page, or None while nobody answers."""
-        with suppress(URLError, OSError):
+        try:
             with urlopen(f"http://127.0.0.1:{self.http}{path}", timeout=5) as page:
                 return page.read().decode()
-        return None
+        except (URLError, OSError):
+            return None
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of the samples that have these labels; 0 where there are none."""

@@ -51,6 +51,7 @@ async def read(
     scrapes_failed: dict[str, int] | None = None,
     accept: str = "",
     times: int = 1,
+    control: prometheus.ControlState | None = None,
 ) -> str:
     """The text of the page, from a real server."""
 

@@ -22,7 +22,7 @@ from ext_proc_peer import Stream, channel, until
 from forebay_cli import CommandError, up
 
 QUICKSTART = Path(__file__).parents[2] / "crds/examples/quickstart"
-PORT_FLAGS = ("http", "grpc", "grpc-health", "metrics", "envoy-admin")
+PORT_FLAGS = ("http", "grpc", "grpc-health", "metrics", "operator", "envoy-admin")
 START_SECONDS = 30
 
 
@@ -214,7 +214,7 @@ def test_an_edit_that_is_wrong_leaves_the_last_good_plan(start, folder):
 
     policy.write_text(good.replace("policy: RoundRobin", "policy: Best", 1))
 
-    until(lambda: program.says("not taken, the last good plan stays"))
+    until(lambda: program.says("LastValidInForce: generation 1 is in force, not the latest"))
     assert (
         f"{policy} (document 1, FlowControlPolicy chat): spec.bands[0].fairness.policy: "
         '"Best" is not one of FCFS, RoundRobin'

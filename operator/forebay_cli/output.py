@@ -1,0 +1,13 @@
+"""The terminal, as all commands write to it."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return a console that shows what manifests hold as it is: no markup, no emoji."""
+    file = sys.stderr if stderr else sys.stdout
+    return Console(file=file, highlight=False, soft_wrap=True, markup=False, emoji=False)

@@ -1,0 +1,118 @@
+"""`forebay plan FILE...`: show the queues that manifests lead to, as a tree or as JSON.
+
+The JSON is the Snapshot of control.proto, which is what an endpoint picker is told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from google.protobuf import json_format
+from rich.tree import Tree
+
+from forebay_cli import CommandError
+from forebay_cli.output import console
+from forebay_operator import planning, sources, wording
+
+if TYPE_CHECKING:
+    from forebay_control.v1 import control_pb2 as pb
+
+
+class Settings(argparse.Namespace):
+    """What was given on the command line."""
+
+    paths: list[Path]
+    output: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    add = parser.add_argument
+    add("paths", type=Path, nargs="+", metavar="FILE", help="a YAML file, or a folder of them")
+    add("-o", "--output", choices=("tree", "json"), default="tree", help="form of the output")
+
+
+def run(settings: Settings) -> int:
+    """Print every pool's plan.
+
+    Raises:
+        CommandError: a manifest is not valid, or there is no pool.
+    """
+    manifests = sources.read(*settings.paths)
+    if manifests.errors:
+        raise CommandError("\n".join(manifests.errors))
+    pools = planning.pools(manifests.resources)
+    if not pools:
+        raise CommandError("the files hold no InferencePool")
+    planned = [planning.plan(pool, manifests.resources) for pool in pools]
+    if settings.output == "json":
+        items = [json_format.MessageToDict(each.snapshot) for each in planned]
+        print(json.dumps({"items": items}, indent=2))  # noqa: T201  # what was asked for
+        return 0
+    out = console()
+    for each in planned:
+        out.print(tree(each.snapshot))
+        for problem in each.problems:
+            out.print(f"warning: {wording.printable(str(problem))}", style="yellow")
+    return 0
+
+
+def tree(snapshot: pb.Snapshot) -> Tree:
+    """Draw one pool: bands by priority with their models, then what holds for all."""
+    plan = snapshot.plan
+    root = Tree(f"InferencePool {plan.pool}")
+    for band in sorted(plan.bands, key=lambda band: -band.priority):
+        branch = root.add(f"{band.name} (priority {band.priority})")
+        branch.add(f"{band.fairness} between models, {band.ordering} within one")
+        branch.add(
+            f"at most {band.max_requests} requests and {_bytes(band.max_bytes)}, "
+            f"each up to {band.ttl_seconds:g} s"
+        )
+        if (band.flow_max_requests, band.flow_max_bytes) != (band.max_requests, band.max_bytes):
+            branch.add(
+                f"of one model at most {band.flow_max_requests} requests "
+                f"and {_bytes(band.flow_max_bytes)}"
+            )
+        for model in plan.models:
+            if model.band == band.name:
+                branch.add(f"model {_model(model)}")
+        for objective in plan.objectives:
+            if objective.band == band.name:
+                branch.add(f"objective {wording.printable(objective.name)}")
+    unmatched = plan.unmatched
+    other = f"join {unmatched.band}" if unmatched.action == "Queue" else "are rejected"
+    root.add(f"requests for other models {other}")
+    if plan.objectives and not plan.trust_objective_header:
+        root.add("objectives have no effect: trust.objectiveHeader is not set")
+    limits, saturation = plan.limits, plan.saturation
+    root.add(
+        f"all together at most {limits.max_requests} requests and {_bytes(limits.max_bytes)}, "
+        f"one at most {_bytes(limits.max_body_bytes)}"
+    )
+    room = (
+        f"{saturation.max_concurrency} requests at once per server"
+        if saturation.mode == "Concurrency"
+        else f"found out; closed above {saturation.kv_cache_usage_threshold:.0%} of its KV cache"
+    )
+    root.add(f"room of a server: {room}")
+    root.add(f"without servers requests wait up to {plan.no_endpoints_ttl_seconds:g} s")
+    servers = root.add(f"{len(snapshot.endpoints.endpoints)} servers in the files")
+    for endpoint in snapshot.endpoints.endpoints:
+        servers.add(wording.printable(f"{endpoint.address} {endpoint.name}"))
+    return root
+
+
+def _model(model: pb.Model) -> str:
+    total = sum(target.weight for target in model.targets)
+    targets = ", ".join(f"{target.name} {target.weight / total:.0%}" for target in model.targets)
+    return wording.printable(f"{model.name} -> {targets}" if targets else model.name)
+
+
+def _bytes(size: int) -> str:
+    for unit, factor in (("Ti", 1 << 40), ("Gi", 1 << 30), ("Mi", 1 << 20), ("Ki", 1 << 10)):
+        if size >= factor and size % factor == 0:
+            return f"{size // factor}{unit}B"
+    return f"{size} B"

@@ -1,0 +1,295 @@
+"""An operator whose objects come from a folder of manifests instead of a cluster.
+
+The store, planning, the control server and the conditions are those of the cluster operator. There
+is nobody to elect, and a pool's endpoint pickers are those that are connected. Statuses are told to
+people instead of written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forebay_operator import pages, planning, sources, wording
+from forebay_operator.control import ControlServer, join
+from forebay_operator.reconcile import Reconciler
+from forebay_operator.resources import (
+    BY_NAME,
+    POOL_LABEL,
+    EndpointSlice,
+    FlowControlPolicy,
+    InferenceModel,
+    InferenceObjective,
+    InferencePool,
+    InferencePoolV1Alpha2,
+)
+from forebay_operator.sources import Object
+from forebay_operator.store import Store
+from forebay_operator.trust import believe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiohttp.web import AppRunner
+
+    from forebay_control.v1 import control_pb2 as pb
+    from forebay_operator.resources import Kind, Resource
+    from forebay_operator.sources import Manifests
+    from forebay_operator.store import Entry
+
+MAX_CHANGES = 20
+_SLICE = BY_NAME["discovery.k8s.io/v1", "EndpointSlice"]
+# What is on its way, as it should be, or told as an error of the file already.
+_QUIET_REASONS = ("Pending", "AsExpected", "ResolvedRefs", "NoEndpointPickers", "Invalid")
+
+
+class Folder:
+    """Turns what a folder holds into objects with uids and generations, as an API server would.
+
+    Args:
+        store: what is filled.
+        pool: namespace/name of the only pool that counts; None for all.
+        endpoints: ip:port of servers that replace every EndpointSlice of that pool.
+    """
+
+    def __init__(
+        self, store: Store, pool: str | None = None, endpoints: tuple[str, ...] = ()
+    ) -> None:
+        self._store = store
+        self._pool = pool
+        self._endpoints = endpoints
+        self._known: dict[tuple[Kind, str, str], tuple[Object, str, int]] = {}
+
+    def where(self, kind: Kind, namespace: str, name: str) -> str:
+        """Say where an object stands, for people."""
+        known = self._known.get((kind, namespace, name))
+        return known[0].where if known else f"{kind.kind} {name}"
+
+    def take(self, manifests: Manifests, now: float) -> set[str]:
+        """Bring the store up to date; return the namespaces to plan again.
+
+        What a file held that cannot be read now stays as it was.
+        """
+        changed: set[str] = set()
+        objects = {
+            (item.kind, item.namespace, item.name): item
+            for item in (*self._counting(manifests), *self._servers())
+        }
+        for key, item in objects.items():
+            known = self._known.get(key)
+            if known is not None and known[0].manifest == item.manifest:
+                self._known[key] = (item, *known[1:])
+                continue
+            uid, generation = (known[1], known[2] + 1) if known else (uuid.uuid4().hex, 1)
+            self._known[key] = (item, uid, generation)
+            metadata = {**item.manifest["metadata"], "uid": uid, "generation": generation}
+            changed |= self._store.put(item.kind, {**item.manifest, "metadata": metadata}, now)
+        for key, (item, uid, _) in list(self._known.items()):
+            if key not in objects and not manifests.unread & {item.file, item.file.parent}:
+                del self._known[key]
+                changed |= self._store.remove(item.kind, uid, now)
+        return changed
+
+    def _counting(self, manifests: Manifests) -> list[Object]:
+        """Leave out what is for another pool of the folder than the one that counts."""
+        if self._pool is None:
+            return list(manifests.objects)
+        others = {
+            f"{pool.metadata.namespace}/{pool.metadata.name}"
+            for pool in planning.pools(manifests.resources)
+        } - {self._pool}
+        return [item for item in manifests.objects if not self._is_for(item, others)]
+
+    def _is_for(self, item: Object, others: set[str]) -> bool:
+        names = {f"{item.namespace}/{name}" for name in _pools_of(item.resource)}
+        replaced = bool(self._endpoints) and item.kind is _SLICE
+        return replaced or bool(names & others and self._pool not in names)
+
+    def _servers(self) -> list[Object]:
+        """Write the endpoints as slices of the pool."""
+        if not self._endpoints or self._pool is None:
+            return []
+        namespace, _, pool = self._pool.partition("/")
+        found = []
+        for number, address in enumerate(self._endpoints):
+            host, _, port = address.rpartition(":")
+            name = f"endpoint-{number}"
+            manifest = {
+                "apiVersion": _SLICE.api_version,
+                "kind": _SLICE.kind,
+                "metadata": {"name": name, "namespace": namespace, "labels": {POOL_LABEL: pool}},
+                "endpoints": [{"addresses": [host.removeprefix("[").removesuffix("]")]}],
+                "ports": [{"port": int(port)}],
+            }
+            where = f"--endpoint {address}"
+            found.append(Object(_SLICE, namespace, name, manifest, None, Path(), where))
+        return found
+
+
+def _pools_of(resource: Resource | None) -> list[str]:
+    match resource:
+        case InferencePool() | InferencePoolV1Alpha2():
+            return [resource.metadata.name]
+        case FlowControlPolicy():
+            return [reference.name for reference in resource.spec.target_refs]
+        case InferenceModel() | InferenceObjective():
+            return [resource.spec.pool_ref.name]
+        case EndpointSlice():
+            return [resource.metadata.labels.get(POOL_LABEL, "")]
+    return []
+
+
+class FolderOperator:
+    """The operator of a folder.
+
+    Args:
+        folder: the folder, watched by `run`.
+        tell: gets lines for people; `bad` ones are about something that should be mended.
+        pool: namespace/name of the only pool that counts; None for all.
+        endpoints: ip:port of servers that replace the pool's EndpointSlices.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tell: Callable[[str, bool], None],
+        pool: str | None = None,
+        endpoints: tuple[str, ...] = (),
+    ) -> None:
+        self._path = folder
+        self._tell = tell
+        self._store = Store()
+        self._folder = Folder(self._store, pool, endpoints)
+        self._control = ControlServer(
+            believe, changed=self._pickers_changed, higher_epoch=self._lead_from
+        )
+        self._reconciler = Reconciler(self._store, self._control, self, standalone=True)
+        self._runner: AppRunner | None = None
+        self._snapshots: dict[str, pb.Snapshot] = {}
+        self._said: frozenset[str] = frozenset()
+        self._errors: tuple[str, ...] = ()
+
+    def _pickers_changed(self, pool: str) -> None:
+        self._reconciler.pickers_changed(pool)
+
+    def _lead_from(self, seen: int) -> None:
+        self._control.lead(seen + 1)
+
+    async def start(
+        self,
+        manifests: Manifests,
+        control_host: str,
+        control_port: int,
+        http_host: str,
+        http_port: int,
+    ) -> int:
+        """Plan, listen on both ports, and return the control port.
+
+        Raises:
+            OSError: the HTTP port cannot be bound.
+            RuntimeError: the control port cannot be bound.
+        """
+        self._take(manifests)
+        # Pickers refuse what is older than what they have seen, also from an operator before.
+        self._control.lead(int(time.time()))
+        self._reconciler.reporting = True
+        self._runner = await pages.serve(
+            http_host, http_port, self._reconciler, self._store, lambda: True
+        )
+        return await self._control.serve(join(control_host, control_port), None)
+
+    async def run(self) -> None:
+        """Follow the folder and the pickers, for ever.
+
+        Raises:
+            OSError: the folder cannot be watched.
+        """
+        reporting = asyncio.create_task(self._reconciler.run_reporting())
+        try:
+            async for manifests in sources.changes(self._path):
+                self._take(manifests)
+        finally:
+            reporting.cancel()
+
+    async def stop(self) -> None:
+        """Let the pickers go and close the ports."""
+        await self._control.stop()
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    def planned(self, pool: str) -> pb.Snapshot:
+        """Return what a pool's pickers are to run."""
+        return self._snapshots[pool]
+
+    # --- objects
+
+    def _take(self, manifests: Manifests) -> None:
+        now = time.monotonic()
+        for namespace in sorted(self._folder.take(manifests, now)):
+            self._reconciler.plan(namespace)
+        self._complain(manifests)
+        snapshots = {}
+        for pool, planned in self._reconciler.planned():
+            name = f"{pool.metadata.namespace}/{pool.metadata.name}"
+            snapshots[name] = planned.snapshot
+            before = self._snapshots.get(name)
+            if before is not None and planned.snapshot != before:
+                changes = planning.differences(before, planned.snapshot)
+                if changes:
+                    self._tell(_listed(f"{name} changes", changes), False)
+        for name in self._snapshots.keys() - snapshots.keys():
+            self._tell(f"InferencePool {name} is gone; its endpoint picker keeps its plan", True)
+        self._snapshots = snapshots
+
+    def _complain(self, manifests: Manifests) -> None:
+        """Tell of what is wrong or has no effect, once per message."""
+        if manifests.errors != self._errors:
+            for line in manifests.errors:
+                if line not in self._errors:
+                    self._tell(line, True)
+            if self._errors and not manifests.errors:
+                self._tell("manifests are valid again", False)
+            self._errors = manifests.errors
+        resources = [
+            entry.resource
+            for namespace in self._store.namespaces()
+            for entry in self._store.entries(namespace)
+            if entry.resource is not None
+        ]
+        problems = [*planning.unattached(resources)]
+        for _, planned in self._reconciler.planned():
+            problems += planned.problems
+        lines = [*manifests.ignored, *(wording.printable(str(problem)) for problem in problems)]
+        for line in lines:
+            if line not in self._said:
+                self._tell(f"warning: {line}", True)
+        self._said = frozenset(lines)
+
+    # --- statuses
+
+    async def write(self, _entry: Entry, _status: dict[str, Any]) -> dict[str, Any] | None:
+        """Keep the status; /resources shows it."""
+        return None
+
+    async def announce(self, entry: Entry, changes: list[tuple[str, str, str, str]]) -> None:
+        """Tell of conditions that have changed; at first of bad ones only."""
+        metadata = entry.metadata
+        where = self._folder.where(entry.kind, metadata.namespace, metadata.name)
+        for kind, status, reason, message in changes:
+            bad = (status == "True") == (kind == "Degraded")
+            if reason in _QUIET_REASONS or message.endswith("see Accepted"):
+                continue
+            if not entry.status and not bad:
+                continue
+            text = f"{where}: {kind}={status} {reason}"
+            self._tell(wording.printable(f"{text}: {message}" if message else text), bad)
+
+
+def _listed(title: str, lines: list[str]) -> str:
+    shown = [wording.printable(line) for line in lines[:MAX_CHANGES]]
+    if len(lines) > MAX_CHANGES:
+        shown.append(f"and {len(lines) - MAX_CHANGES} more")
+    return "\n  ".join([f"{title}:", *shown])
