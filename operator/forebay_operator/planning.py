@@ -121,6 +121,7 @@ def plan(pool: AnyPool, resources: Iterable[Resource], *, hold: bool = False) ->
             unmatched=pb.Unmatched(action=spec.unmatched.action, band=spec.unmatched.criticality),
             no_endpoints_ttl_seconds=spec.no_endpoints.ttl,
             objectives=objectives,
+            trust_objective_header=spec.trust.objective_header,
         ),
         endpoints=_endpoints(pool, everything, problems),
         pool_uid=pool.metadata.uid,
@@ -325,7 +326,7 @@ def _objectives(
         pb.Objective(
             name=name,
             band=next(
-                (band.name for band in order if band.priority <= mine[name].spec.priority),
+                (band.name for band in order if band.priority <= (mine[name].spec.priority or 0)),
                 order[-1].name,
             ),
         )

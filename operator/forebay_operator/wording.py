@@ -35,10 +35,16 @@ def problems(kind: type[BaseModel], error: ValidationError) -> list[tuple[str, s
         # A list is not empty because all its entries were refused.
         if detail["type"] != "too_short" or not _entries_refused(detail["loc"], details)
     ]
-    found = [(_path(detail["loc"]), _problem(kind, detail)) for detail in details[:MAX_PROBLEMS]]
+    found = [(_path(_place(detail)), _problem(kind, detail)) for detail in details[:MAX_PROBLEMS]]
     if more := details[MAX_PROBLEMS:]:
         found.append(("...", f"and {len(more)} more problems"))
     return found
+
+
+def _place(detail: Any) -> tuple[int | str, ...]:
+    """Return the path to what is wrong, of a list to the entry that is there twice."""
+    location: tuple[int | str, ...] = detail["loc"]
+    return (*location, detail["ctx"]["index"]) if detail["type"] == "duplicate" else location
 
 
 def _entries_refused(location: tuple[int | str, ...], details: list[Any]) -> bool:
@@ -87,6 +93,8 @@ def _problem(kind: type[BaseModel], detail: Any) -> str:
             return "is required"
         case "value_error":
             return str(context["error"])
+        case "duplicate":
+            return str(detail["msg"])
         case "too_long":
             return f"must have at most {context['max_length']} entries"
         case "too_short":

@@ -86,8 +86,8 @@ def test_sizes_are_quantities(text, size):
         ("limits: {maxRequests: many}", "spec.limits.maxRequests", "whole number"),
         ("limits: {maxBytes: 1Qi}", "spec.limits.maxBytes", "1048576 or 512Mi"),
         ("noEndpoints: {ttl: 30}", "spec.noEndpoints.ttl", '"30s"'),
-        ("noEndpoints: {ttl: 0s}", "spec.noEndpoints.ttl", "greater than 0"),
-        ("noEndpoints: {ttl: 2h}", "spec.noEndpoints.ttl", "3600"),
+        ("noEndpoints: {ttl: 0s}", "spec.noEndpoints.ttl", "more than 0"),
+        ("noEndpoints: {ttl: 2h}", "spec.noEndpoints.ttl", "at most 1h"),
         ("saturation: {mode: Magic}", "spec.saturation.mode", "Adaptive, Concurrency"),
         ("saturation: {kvCacheUsageThreshold: 2}", "spec.saturation.kvCacheUsageThreshold", "1"),
         ("targetRefs: []", "spec.targetRefs", "must not be empty"),
@@ -95,13 +95,13 @@ def test_sizes_are_quantities(text, size):
         ("bands: [{fairness: {}}]", "spec.bands[0].criticality", "is required"),
         (
             "bands: [{criticality: Critical}, {criticality: Critical}]",
-            "spec",
-            "bands lists Critical twice",
+            "spec.bands[1]",
+            "Critical is listed twice",
         ),
         (
             "models: [{name: a, criticality: Critical}, {name: a, criticality: Standard}]",
-            "spec",
-            "models lists a twice",
+            "spec.models[1]",
+            "a is listed twice",
         ),
     ],
 )
@@ -138,7 +138,11 @@ def test_the_older_pool_is_read_too():
     old = POOL.replace("k8s.io/v1\n", "x-k8s.io/v1alpha2\n").replace("networking.x", "networking.x")
     manifest = yaml.safe_load(old)
     manifest["apiVersion"] = "inference.networking.x-k8s.io/v1alpha2"
-    manifest["spec"] = {"selector": {"app": "vllm"}, "targetPortNumber": 8000}
+    manifest["spec"] = {
+        "selector": {"app": "vllm"},
+        "targetPortNumber": 8000,
+        "extensionRef": {"name": "epp"},
+    }
 
     assert resources.parse(manifest).ports == (8000,)
 

@@ -132,7 +132,7 @@ def test_a_wrong_value_is_shown_in_short(value, shown):
     with pytest.raises(resources.ResourceError) as error:
         resources.parse(policy(noEndpoints={"ttl": value}))
 
-    assert error.value.problems[0][1].startswith(f"{shown} is not a duration")
+    assert f", is {shown}" in error.value.problems[0][1]
 
 
 def test_the_first_problems_are_told_and_how_many_more_there_are():
@@ -149,14 +149,14 @@ def test_the_first_problems_are_told_and_how_many_more_there_are():
 @pytest.mark.parametrize("text", ["", "s", "30", "-1s", "1e3s", "1s1m", " 1s", "٣s", "1d"])
 def test_what_is_no_duration_is_refused(text):
     """Units in order of size, ASCII digits, nothing around."""
-    with pytest.raises(resources.ResourceError, match="is not a duration"):
+    with pytest.raises(resources.ResourceError, match="must be a duration"):
         resources.parse(policy(noEndpoints={"ttl": text}))
 
 
 @pytest.mark.parametrize("value", ["", "Mi", "1.5Gi", "-1", "1mi", "0x10", True, 1.5])
 def test_what_is_no_size_is_refused(value):
     """Whole numbers with Kubernetes' suffixes."""
-    with pytest.raises(resources.ResourceError, match="is not a number of bytes"):
+    with pytest.raises(resources.ResourceError, match="must be a number of bytes"):
         resources.parse(policy(limits={"maxBytes": value}))
 
 
