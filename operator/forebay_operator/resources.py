@@ -560,7 +560,7 @@ class _ObjectiveSpec(_Foreign):
     """What requests that name it matter."""
 
     pool_ref: _ObjectivePoolReference
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31, strict=True)] | None = None
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1, strict=True)] | None = None
     """Higher is served first; 0 where unset, and below 0 may be shed."""
 
 
