@@ -14,13 +14,14 @@ import yaml
 from pydantic.json_schema import GenerateJsonSchema
 
 from forebay_operator import resources
+from forebay_operator.resources import fields
 
 if TYPE_CHECKING:
     from pydantic_core import core_schema
 
     from forebay_operator.resources import Kind
 
-HEADER = "# Made by hack/generate from operator/forebay_operator/resources.py.\n"
+HEADER = "# Made by hack/generate from operator/forebay_operator/resources.\n"
 # `additionalProperties: false` is the client's to ask for.
 _LEFT_OUT = ("title", "$defs", "additionalProperties")
 _API_VERSION = "The version of the schema this object follows."
@@ -195,7 +196,7 @@ def _default(node: dict[str, Any], value: Any) -> dict[str, Any]:
 
 
 def _quantity(size_bytes: int) -> str:
-    units = [(unit, factor) for unit, factor in resources.FACTORS.items() if unit.endswith("i")]
+    units = [(unit, factor) for unit, factor in fields.FACTORS.items() if unit.endswith("i")]
     for unit, factor in reversed(units):
         if size_bytes % factor == 0:
             return f"{size_bytes // factor}{unit}"

@@ -1,0 +1,256 @@
+"""What fields are made of: durations, sizes and names, rules, and parts of objects.
+
+Which fields an object has is the business of the modules beside this one.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.alias_generators import to_camel
+from pydantic_core import PydanticCustomError, core_schema
+
+from forebay_operator import wording
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+    from pydantic.config import JsonDict
+    from pydantic.json_schema import JsonSchemaValue
+
+MAX_SECONDS = 3600.0
+MAX_COUNT = 1_000_000
+MAX_BYTES = 1 << 40
+
+_NUMBER = r"[0-9]{1,6}(?:\.[0-9]{1,3})?"
+_DURATION = re.compile("".join(f"(?:({_NUMBER}){unit})?" for unit in ("h", "m", "s", "ms")))
+_UNIT_SECONDS = (Decimal(3600), Decimal(60), Decimal(1), Decimal("0.001"))
+_QUANTITY = re.compile(r"([0-9]{1,15})(Ki|Mi|Gi|Ti|k|M|G|T)?")
+FACTORS = {
+    "": 1,
+    "k": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "Ki": 1 << 10,
+    "Mi": 1 << 20,
+    "Gi": 1 << 30,
+    "Ti": 1 << 40,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A rule beyond types and bounds, once for each reader of a field.
+
+    Attributes:
+        message: what must be; the same from both.
+        cel: for the API server, over `self`.
+        holds: the same in Python; None for what only the API server can tell.
+    """
+
+    message: str
+    cel: str
+    holds: Callable[[Any], bool] | None
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """As a CRD writes it."""
+        return {"x-kubernetes-validations": [{"rule": self.cel, "message": self.message}]}
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        """Check after everything else has been."""
+        return core_schema.no_info_after_validator_function(self._checked, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Add the rule to the field's schema."""
+        return {**handler(schema), **self.schema}
+
+    def _checked(self, value: Any) -> Any:
+        if self.holds is not None and not self.holds(value):
+            raise ValueError(self.message)
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Unique:
+    """No two entries of a list have the same values in these fields: they are its keys."""
+
+    keys: tuple[str, ...]
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        """Check after everything else has been."""
+        return core_schema.no_info_after_validator_function(self._checked, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Make it a map by these keys, which the API server holds unique."""
+        keys = {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": list(self.keys)}
+        return {**handler(schema), **keys}
+
+    def _checked(self, entries: tuple[Any, ...]) -> tuple[Any, ...]:
+        seen = set()
+        for index, entry in enumerate(entries):
+            key = tuple(getattr(entry, name) for name in self.keys)
+            if key in seen:
+                what = " ".join(map(str, key))
+                raise PydanticCustomError(
+                    "duplicate", "{what} is listed twice", {"what": what, "index": index}
+                )
+            seen.add(key)
+        return entries
+
+
+# A list that is replaced as a whole.
+ATOMIC: JsonDict = {"x-kubernetes-list-type": "atomic"}
+
+
+DURATION = Rule(
+    'must be a duration of more than 0 and at most 1h, such as "30s", "1m30s" or "500ms"',
+    f"self != '' && self.matches(r'^{_DURATION.pattern}$') "
+    "&& duration(self) > duration('0s') && duration(self) <= duration('1h')",
+    None,
+)
+SIZE = Rule(
+    "must be a number of bytes from 1 to 1Ti, such as 1048576 or 512Mi",
+    "type(self) == int ? self >= 1 && self <= 1099511627776 : "
+    f"self.matches(r'^{_QUANTITY.pattern}$') && quantity(self).isGreaterThan(quantity('0')) "
+    "&& quantity(self).compareTo(quantity('1Ti')) <= 0",
+    None,
+)
+
+
+def _seconds(value: object) -> object:
+    """Read a duration as Go and Kubernetes write it."""
+    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
+    if match:
+        parts = zip(match.groups(), _UNIT_SECONDS, strict=True)
+        seconds = sum(Decimal(number or 0) * unit for number, unit in parts)
+        if 0 < seconds <= MAX_SECONDS:
+            return float(seconds)
+    raise ValueError(f"{DURATION.message}, is {wording.shown(value)}")
+
+
+def _bytes(value: object) -> object:
+    """Read a quantity of bytes as Kubernetes writes it."""
+    size = value if isinstance(value, int) and not isinstance(value, bool) else 0
+    match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
+    if match:
+        size = int(match[1]) * FACTORS[match[2] or ""]
+    if not 1 <= size <= MAX_BYTES:
+        raise ValueError(f"{SIZE.message}, is {wording.shown(value)}")
+    return size
+
+
+def _nothing(_: object) -> None:
+    """Read nothing."""
+
+
+T = TypeVar("T")
+# Part of the schema, and thrown away when read: whatever is in it, the object counts.
+Unread = Annotated[T | None, BeforeValidator(_nothing)]
+
+Criticality = Literal["Critical", "Standard", "Sheddable"]
+Seconds = Annotated[
+    float,
+    BeforeValidator(_seconds),
+    WithJsonSchema({"type": "string", "maxLength": 45, **DURATION.schema}),
+]
+Bytes = Annotated[
+    int,
+    BeforeValidator(_bytes),
+    WithJsonSchema(
+        {
+            "x-kubernetes-int-or-string": True,
+            "anyOf": [{"type": "integer"}, {"type": "string"}],
+            "maxLength": 17,
+            **SIZE.schema,
+        }
+    ),
+]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT, strict=True)]
+Name = Annotated[str, Field(min_length=1, max_length=253)]
+Label = Annotated[str, Field(max_length=63)]
+Labels = Annotated[dict[str, Label], Field(max_length=64)]
+ModelName = Annotated[str, Field(min_length=1, max_length=256)]
+Namespace = Annotated[
+    str, Field(min_length=1, max_length=63, pattern="^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
+]
+Group = Annotated[
+    str,
+    Field(
+        max_length=253,
+        pattern=r"^$|^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$",
+    ),
+]
+KindName = Annotated[
+    str, Field(min_length=1, max_length=63, pattern="^[a-zA-Z]([-a-zA-Z0-9]*[a-zA-Z0-9])?$")
+]
+ControllerName = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=253,
+        pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
+        r"\/[A-Za-z0-9\/\-._~%!$&'()*+,;=:]+$",
+    ),
+]
+Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
+
+
+class Part(BaseModel):
+    """A part of a resource. A field that is null counts as unset, as it does in Kubernetes."""
+
+    model_config = ConfigDict(alias_generator=to_camel, frozen=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_unset(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: item for key, item in value.items() if item is not None}
+        return value
+
+
+class Foreign(Part):
+    """A part of a kind that somebody else owns."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class Own(Part):
+    """A part of a kind that is ours."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Metadata(Foreign):
+    """What identifies an object. `uid` and `generation` are the API server's."""
+
+    name: Name
+    namespace: Name = "default"
+    labels: Labels = Field(default_factory=dict)
+    annotations: dict[str, str] = Field(default_factory=dict)
+    uid: Annotated[str, Field(max_length=128)] = ""
+    generation: int = 0
+    creation_timestamp: AwareDatetime | None = None
+    deletion_timestamp: AwareDatetime | None = None

@@ -1,0 +1,88 @@
+"""Pods, Services and EndpointSlices: the kinds of Kubernetes itself, as far as they are read."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from forebay_operator.resources.fields import (
+    Foreign,
+    Metadata,
+    Name,
+    Port,
+)
+
+POOL_LABEL = "forebay.dev/inference-pool"
+
+
+class _PodCondition(Foreign):
+    type: str = ""
+    status: str = ""
+
+
+class _PodStatus(Foreign):
+    phase: str = ""
+    pod_ip: Annotated[str, Field(alias="podIP")] = ""
+    conditions: tuple[_PodCondition, ...] = ()
+
+
+class Pod(Foreign):
+    """v1: a member of a pool, or one of its endpoint pickers."""
+
+    metadata: Metadata
+    status: _PodStatus = _PodStatus()
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes requests: Ready, and not about to go."""
+        return not self.metadata.deletion_timestamp and any(
+            condition.type == "Ready" and condition.status == "True"
+            for condition in self.status.conditions
+        )
+
+    @property
+    def running(self) -> bool:
+        """Whether its containers run and it is not about to go."""
+        return not self.metadata.deletion_timestamp and self.status.phase == "Running"
+
+
+class _ServiceSpec(Foreign):
+    selector: dict[str, str] = Field(default_factory=dict)
+
+
+class Service(Foreign):
+    """v1: what a pool's endpointPickerRef names."""
+
+    metadata: Metadata
+    spec: _ServiceSpec = _ServiceSpec()
+
+
+class _Conditions(Foreign):
+    ready: bool | None = None
+
+
+class _TargetPod(Foreign):
+    name: Annotated[str, Field(max_length=253)] = ""
+
+
+class _SliceEndpoint(Foreign):
+    addresses: tuple[Name, ...] = Field(min_length=1, max_length=100)
+    conditions: _Conditions = _Conditions()
+    target_ref: _TargetPod = _TargetPod()
+
+
+class _SlicePort(Foreign):
+    port: Port | None = None
+
+
+class EndpointSlice(Foreign):
+    """discovery.k8s.io/v1: the servers of a pool where there are no pods to select.
+
+    The pool is named by the label `forebay.dev/inference-pool`. The slice's ports count; without
+    any, each address serves on the pool's.
+    """
+
+    metadata: Metadata
+    endpoints: tuple[_SliceEndpoint, ...] = Field((), max_length=1000)
+    ports: tuple[_SlicePort, ...] = Field((), max_length=100)
