@@ -1,0 +1,188 @@
+"""One endpoint picker's control stream as a state machine: what it is sent, what it answers.
+
+What is wanted is compared with what the picker has *acknowledged*, never with what was sent: a
+program that got lost or was refused is not taken for running (NGINX Gateway Fabric issue 5330). At
+most one program is under way. Pure: the moment is an argument, in monotonic seconds. Streams and
+pools are control.py's business.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+from forebay_control.v1 import control_pb2 as pb
+from forebay_operator import wording
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ACK_SECONDS = 10.0
+MAX_SENDS = 3
+RETRY_SECONDS = 5.0
+MAX_RETRY_SECONDS = 300.0
+STATS_SECONDS = 1.0
+MAX_MESSAGES_PER_SECOND = 50
+MAX_BURST = 250
+MAX_NAME = 253
+MAX_STATS_BANDS = 64
+MAX_ERROR = 200
+_STALE_EPOCH = "StaleEpoch"
+
+
+class UnansweredError(Exception):
+    """A program was sent as often as it may be and not answered."""
+
+
+class Answer(Enum):
+    """What a refusal was: of this program, of this leader, or of nothing that is under way."""
+
+    NACK = auto()
+    STALE = auto()
+    UNKNOWN = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Desired:
+    """What the pickers of a pool should run. `generations`: of what it was made from, by uid."""
+
+    snapshot: bytes
+    sha256: bytes
+    revision: int
+    generations: Mapping[str, int] = field(default_factory=dict)
+
+
+class Session:
+    """What has been sent to a picker and what it has answered.
+
+    Args:
+        now: the moment its Hello came.
+        applied: what it runs, as its Hello says.
+
+    Attributes:
+        heard_at: when it said something last.
+        nacked: hash of the program it has refused, if it was the last.
+        error: why it refused; the first word is the code.
+    """
+
+    def __init__(self, now: float, applied: pb.Applied | None = None) -> None:
+        self.heard_at = now
+        self.nacked = b""
+        self.error = ""
+        self._acked = (applied.version.epoch, applied.sha256) if applied is not None else None
+        self._nonce = 0
+        self._in_flight: pb.Program | None = None
+        self._offered: Desired | None = None
+        self._sent_at = 0.0
+        self._sends = 0
+        self._retry_at = 0.0
+        self._retry_seconds = RETRY_SECONDS
+        self._stats_at = -math.inf
+        self._tokens: float = MAX_BURST
+
+    # --- programs
+
+    def offer(self, desired: Desired, epoch: int, now: float) -> pb.Program | None:
+        """Return the program to send now, if any.
+
+        Raises:
+            UnansweredError: the one under way has been sent often enough.
+        """
+        if self._in_flight is not None:
+            if now - self._sent_at < ACK_SECONDS:
+                return None
+            if self._sends >= MAX_SENDS:
+                raise UnansweredError
+            self._sends += 1
+        else:
+            if self._acked == (epoch, desired.sha256):
+                return None
+            if self.nacked == desired.sha256 and now < self._retry_at:
+                return None
+            self._nonce += 1
+            self._sends = 1
+            self._in_flight = pb.Program(
+                nonce=self._nonce,
+                version=pb.Version(epoch=epoch, revision=desired.revision),
+                sha256=desired.sha256,
+                snapshot=desired.snapshot,
+            )
+            self._offered = desired
+        self._sent_at = now
+        return self._in_flight
+
+    def offer_at(self, now: float) -> float:
+        """Return when `offer` may have something although nothing else has happened."""
+        if self._in_flight is not None:
+            return self._sent_at + ACK_SECONDS
+        if self.nacked and self._retry_at > now:
+            return self._retry_at
+        return math.inf
+
+    def wanted_anew(self) -> None:
+        """Note that something else is desired: a refusal of it would be the first one."""
+        self._retry_seconds = RETRY_SECONDS
+
+    def led_anew(self) -> None:
+        """Note that the epoch is another: what was refused for the old one may be sent again."""
+        if self.error.startswith(_STALE_EPOCH):
+            self.nacked, self.error = b"", ""
+
+    def on_ack(self, ack: pb.Ack) -> Desired | None:
+        """Take an acknowledgement; return what is in force now, None if it is of nothing sent."""
+        program = self._in_flight
+        if program is None or ack.nonce != program.nonce or ack.sha256 != program.sha256:
+            return None
+        self._in_flight = None
+        self._acked = (program.version.epoch, program.sha256)
+        self.nacked, self.error = b"", ""
+        return self._offered
+
+    def on_nack(self, nack: pb.Nack, now: float) -> Answer:
+        """Take a refusal."""
+        program = self._in_flight
+        if program is None or nack.nonce != program.nonce:
+            return Answer.UNKNOWN
+        self._in_flight = None
+        if nack.code == _STALE_EPOCH:
+            # Not the program's fault: somebody leads with a higher epoch, or we must heal ours.
+            self._retry_at, self.nacked = now + 1.0, program.sha256
+            self.error = f"{_STALE_EPOCH}: the endpoint picker has seen a newer leader"
+            return Answer.STALE
+        if self.nacked != program.sha256:
+            self._retry_seconds = RETRY_SECONDS
+        self.nacked = program.sha256
+        self._retry_at = now + self._retry_seconds
+        self._retry_seconds = min(2 * self._retry_seconds, MAX_RETRY_SECONDS)
+        problems = "; ".join(
+            f"{error.path[:MAX_ERROR]}: {error.message[:MAX_ERROR]}" for error in nack.errors[:5]
+        )
+        self.error = wording.printable(f"{nack.code[:32] or 'Internal'}: {problems}")
+        return Answer.NACK
+
+    # --- everything else
+
+    def heard(self, now: float) -> bool:
+        """Note that a message has come; return whether there may be so many."""
+        self._tokens = min(
+            MAX_BURST, self._tokens + (now - self.heard_at) * MAX_MESSAGES_PER_SECOND
+        )
+        self.heard_at = now
+        self._tokens -= 1
+        return self._tokens >= 0
+
+    def on_stats(self, stats: pb.Stats, now: float) -> pb.Stats | None:
+        """Return what is kept of a report; None where it comes too soon after the one before."""
+        if now - self._stats_at < STATS_SECONDS:
+            return None
+        self._stats_at = now
+        del stats.bands[MAX_STATS_BANDS:]
+        if not math.isfinite(stats.saturation):
+            stats.saturation = 0.0
+        for band in stats.bands:
+            band.band = band.band[:MAX_NAME]
+            if not 0 <= band.oldest_seconds < 1e9:
+                band.oldest_seconds = 0.0
+        return stats
