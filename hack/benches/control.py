@@ -32,7 +32,7 @@ from forebay_operator.cluster import Cluster
 from forebay_operator.resources import POLICY
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import Awaitable, Callable
 
     from api_server import ApiServer
 
@@ -112,8 +112,8 @@ async def _edits(server: ApiServer, folder: Path, edits: int) -> dict[str, float
         acks, statuses = [], []
         for number in range(edits):
             before = await _acks(operator)
-            watch = asyncio.create_task(_watched(api, namespace, "chat"))
-            await asyncio.sleep(0.2)  # the watch is open; edits do not come in bursts
+            watch = asyncio.create_task(_watched(api, await api.request("GET", path)))
+            await asyncio.sleep(0.2)  # edits do not come in bursts
             began = time.monotonic()
             spec = {"bands": [{"criticality": "Critical", "queue": {"ttl": f"{31 + number}s"}}]}
             await api.request(
@@ -145,24 +145,22 @@ async def _acks(operator: Operator) -> float:
     return await asyncio.to_thread(operator.metric, "forebay_control_answers_total", answer="ack")
 
 
-async def _watched(api: Cluster, namespace: str, name: str) -> float:
-    """Return when the next generation of a policy is said to be in force everywhere."""
-    first: int | None = None
-    async for policy in _changes(api, namespace, name):
-        generation = policy["metadata"]["generation"]
-        first = generation if first is None else first
-        if generation > first and _programmed(policy):
-            return time.monotonic()
-    raise SystemExit("the watch has ended")
-
-
-async def _changes(api: Cluster, namespace: str, name: str) -> AsyncIterator[dict[str, Any]]:
+async def _watched(api: Cluster, policy: dict[str, Any]) -> float:
+    """Return when the generation after this one is said to be in force everywhere."""
+    metadata = policy["metadata"]
     session, info = await api._connect(fresh=False)  # noqa: SLF001  # the client reads no streams
-    url = f"{info.server.rstrip('/')}{_PATH}/{namespace}/{POLICY.plural}"
-    query = {"watch": "true", "fieldSelector": f"metadata.name={name}"}
+    url = f"{info.server.rstrip('/')}{_PATH}/{metadata['namespace']}/{POLICY.plural}"
+    query = {
+        "watch": "true",
+        "fieldSelector": f"metadata.name={metadata['name']}",
+        "resourceVersion": metadata["resourceVersion"],
+    }
     async with session.get(url, params=query, headers=info.as_http_headers()) as answer:
         async for line in answer.content:
-            yield json.loads(line)["object"]
+            found = json.loads(line)["object"]
+            if found["metadata"]["generation"] > metadata["generation"] and _programmed(found):
+                return time.monotonic()
+    raise SystemExit("the watch has ended")
 
 
 def _p95(values: list[float]) -> float:
