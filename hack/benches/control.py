@@ -271,7 +271,6 @@ async def _fill(api: Cluster, namespace: str, pools: range) -> list[tuple[str, d
                 "metadata": {"name": f"epp-{name}", "labels": {"app": f"epp-{name}"}},
                 "spec": {
                     "containers": [{"name": "epp", "image": "epp"}],
-                    "nodeName": "none",
                     "serviceAccountName": "epp",
                 },
             },

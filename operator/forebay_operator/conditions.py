@@ -167,15 +167,24 @@ def differs(desired: Mapping[str, Any], observed: Mapping[str, Any]) -> str:
 def transitions(
     desired: Mapping[str, Any], observed: Mapping[str, Any]
 ) -> list[tuple[str, str, str, str]]:
-    """Return (type, status, reason, message) of each condition whose status or reason is new."""
+    """Return (type, status, reason, message) of each condition whose status or reason is new.
+
+    One that only repeats why the object is not accepted is left out.
+    """
     before = {
         condition.get("type"): (condition.get("status"), condition.get("reason"))
         for condition in observed.get("conditions") or ()
+    }
+    refused = {
+        c["reason"]
+        for c in desired["conditions"]
+        if c["type"] == "Accepted" and c["status"] == "False"
     }
     return [
         (c["type"], c["status"], c["reason"], c["message"])
         for c in desired["conditions"]
         if before.get(c["type"]) != (c["status"], c["reason"])
+        and (c["type"] == "Accepted" or c["reason"] not in refused)
     ]
 
 
@@ -262,7 +271,12 @@ def _programmed(
     idle = [attachment for attachment in counting if attachment.pickers == []]
     if not pickers and idle:
         return false("NoEndpointPickers", _no_pickers(idle[0]))
-    return _condition("Programmed", "True", "Programmed", f"{len(pickers)} endpoint pickers run it")
+    return _condition(
+        "Programmed",
+        "True",
+        "Programmed",
+        f"{len(pickers)} of {len(pickers)} endpoint pickers run it",
+    )
 
 
 def _no_pickers(attachment: Attachment) -> str:
@@ -293,7 +307,9 @@ def _degraded(
     if rejected:
         message = f"{_listed(rejected)} run an older program"
         return _condition("Degraded", "True", "EndpointPickersReject", message)
-    notes = [note for attachment in attachments for note in attachment.notes]
+    notes = [
+        note for attachment in attachments if not attachment.refused for note in attachment.notes
+    ]
     if notes:
         return _condition("Degraded", "True", "PoolDegraded", "; ".join(notes[:MAX_NAMED]))
     return _condition("Degraded", "False", "AsExpected", "")

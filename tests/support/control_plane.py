@@ -222,7 +222,7 @@ class PickerPod:
             "apiVersion": "v1",
             "kind": "Pod",
             "metadata": {"name": name, "namespace": namespace, "labels": {"app": app}},
-            "spec": {"containers": [{"name": "epp", "image": "epp"}], "nodeName": "none"},
+            "spec": {"containers": [{"name": "epp", "image": "epp"}]},
         }
         cluster.kubectl("create", "-f", "-", input=json.dumps(pod))
         self.uid = cluster.get("pod", name, "-n", namespace)["metadata"]["uid"]
