@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from forebay_operator.resources import Kind
 
 HEADER = "# Made by hack/generate from operator/forebay_operator/resources.\n"
-# `additionalProperties: false` is the client's to ask for.
+# A title says the name again; that there are no other fields is the client's to ask for.
 _LEFT_OUT = ("title", "$defs", "additionalProperties")
 _API_VERSION = "The version of the schema this object follows."
 _KIND = "The kind of this object."

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import secrets
+from pathlib import Path
 
 import api_server
 import pytest
 from ext_proc_peer import until
+
+CRDS = Path(__file__).parents[2] / "crds"
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +18,16 @@ def cluster(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cluster")
     with api_server.running(folder, "--controller-manager", "--audit") as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def kinds(cluster):
+    """The cluster, with the kinds of crds/."""
+    cluster.apply(CRDS)
+    for path in CRDS.glob("*.yaml"):
+        group, _, plural = path.stem.rpartition("_")
+        cluster.wait_established(f"{plural}.{group}")
+    return cluster
 
 
 @pytest.fixture
@@ -27,3 +40,12 @@ def namespace(cluster):
     until(lambda: cluster.kubectl(*account, check=False).returncode == 0, 30)
     yield name
     cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture(scope="module")
+def somewhere(kinds):
+    """A namespace for all tests of this module; each uses names of its own."""
+    name = f"test-{secrets.token_hex(4)}"
+    kinds.kubectl("create", "namespace", name)
+    yield api_server.Namespace(kinds, name)
+    kinds.kubectl("delete", "namespace", name, "--wait=false")

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import http.client
 import json
 import os
+import re
 import shutil
+import ssl
 import subprocess
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import pytest
 from ext_proc_peer import until
+
+from forebay_operator.resources import BY_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,6 +29,8 @@ OTHER_CLUSTER = "FOREBAY_KUBECONFIG"
 # The first start on a machine builds Kubernetes.
 BUILD_SECONDS = 1800
 COMMAND_SECONDS = 120
+STRICT = "fieldValidation=Strict"  # as kubectl asks
+APPLY = "application/apply-patch+yaml"
 PROVIDERS = {
     "kubectl": "kubernetes-client",
     "etcd": "etcd-server",
@@ -121,6 +130,24 @@ class ApiServer:
             pytest.skip(f"the kubeconfig of {OTHER_CLUSTER} has no token")
         return token
 
+    @cached_property
+    def _trust(self) -> ssl.SSLContext:
+        authority = self._config["clusters"][0]["cluster"]["certificate-authority-data"]
+        return ssl.create_default_context(cadata=base64.b64decode(authority).decode())
+
+    def ask(
+        self, method: str, path: str, body: dict | None = None, content: str = "application/json"
+    ) -> tuple[int, dict]:
+        """Make one request without kubectl, which is slow; return HTTP status and answer."""
+        where = urlsplit(self.url)
+        headers = {"Authorization": f"Bearer {self.token}", "Content-Type": content}
+        with contextlib.closing(
+            http.client.HTTPSConnection(where.hostname, where.port, context=self._trust, timeout=60)
+        ) as connection:
+            connection.request(method, path, json.dumps(body), headers)
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+
     # As its owner
 
     def restart_apiserver(self, *, kill: bool = False) -> None:
@@ -142,6 +169,43 @@ class ApiServer:
         """Go back to saved data, as an administrator would restore a backup."""
         need("etcdctl")
         local_cluster("etcd-restore", self.dir, str(file))
+
+
+class Namespace:
+    """A namespace that is asked directly."""
+
+    def __init__(self, cluster: ApiServer, name: str) -> None:
+        self.cluster, self.name = cluster, name
+
+    def path(self, manifest: dict) -> str:
+        """Where objects of the manifest's kind are."""
+        kind = BY_NAME[manifest["apiVersion"], manifest["kind"]]
+        return f"/apis/{kind.api_version}/namespaces/{self.name}/{kind.plural}"
+
+    def judge(self, manifest: dict) -> tuple[int, dict]:
+        """Return the HTTP status and answer to a manifest, which changes nothing."""
+        return self.cluster.ask("POST", f"{self.path(manifest)}?dryRun=All&{STRICT}", manifest)
+
+    def create(self, manifest: dict) -> dict:
+        status, answer = self.cluster.ask("POST", self.path(manifest), manifest)
+        assert status == 201, answer
+        return answer
+
+    def apply(self, manifest: dict, part: str = "") -> dict:
+        """Apply an object, or its status, on the server's side."""
+        path = f"{self.path(manifest)}/{manifest['metadata']['name']}{part}"
+        query = f"fieldManager=test&force=true&{STRICT}"
+        status, answer = self.cluster.ask("PATCH", f"{path}?{query}", manifest, APPLY)
+        assert status in (200, 201), answer
+        return answer
+
+
+def error_fields(answer: dict) -> set[str]:
+    """The fields that an error of the API server names."""
+    causes = answer.get("details", {}).get("causes", [])
+    # "<nil>": rules that could not be looked at because of the other errors.
+    named = {cause["field"] for cause in causes if cause.get("field", "<nil>") != "<nil>"}
+    return named | set(re.findall('unknown field "(.*?)"', answer["message"]))
 
 
 @contextlib.contextmanager

@@ -355,3 +355,23 @@ def test_no_text_raises_anything_else(text):
     """A plan, or PlanError."""
     with pytest.raises(core.PlanError):
         plan_codec.parse_snapshot_json(text)
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_header_names_an_objective_where_the_policy_trusts_callers(trusted):
+    """By default it does not: who may send requests could put itself before the others."""
+    objective = resources.parse(
+        {
+            "apiVersion": X,
+            "kind": "InferenceObjective",
+            "metadata": {"name": "urgent"},
+            "spec": {"poolRef": {"name": "chat"}, "priority": 100},
+        }
+    )
+    spec = {"trust": {"objectiveHeader": True}} if trusted else {}
+
+    planned = planning.plan(pool(), [policy(**spec), objective])
+
+    plan, _ = plan_codec.parse_snapshot(planned.snapshot)
+    assert plan.trust_objective_header is trusted
+    assert plan.objectives == (("urgent", "Critical"),)

@@ -151,6 +151,11 @@ def _seconds(value: object) -> object:
     raise ValueError(f"{DURATION.message}, is {wording.shown(value)}")
 
 
+def _whole(value: object) -> object:
+    """Take 5.0 for 5, as the API server does."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _bytes(value: object) -> object:
     """Read a quantity of bytes as Kubernetes writes it."""
     size = value if isinstance(value, int) and not isinstance(value, bool) else 0
@@ -188,10 +193,22 @@ Bytes = Annotated[
         }
     ),
 ]
-Count = Annotated[int, Field(ge=1, le=MAX_COUNT, strict=True)]
+WHOLE = BeforeValidator(_whole)
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT, strict=True), WHOLE]
+Flag = Annotated[bool, Field(strict=True)]
 Name = Annotated[str, Field(min_length=1, max_length=253)]
-Label = Annotated[str, Field(max_length=63)]
+Label = Annotated[
+    str, Field(max_length=63, pattern="^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$")
+]
 Labels = Annotated[dict[str, Label], Field(max_length=64)]
+ObjectName = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=253,
+        pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$",
+    ),
+]
 ModelName = Annotated[str, Field(min_length=1, max_length=256)]
 Namespace = Annotated[
     str, Field(min_length=1, max_length=63, pattern="^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
@@ -215,7 +232,7 @@ ControllerName = Annotated[
         r"\/[A-Za-z0-9\/\-._~%!$&'()*+,;=:]+$",
     ),
 ]
-Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
+Port = Annotated[int, Field(ge=1, le=65535, strict=True), WHOLE]
 
 
 class Part(BaseModel):
@@ -246,8 +263,8 @@ class Own(Part):
 class Metadata(Foreign):
     """What identifies an object. `uid` and `generation` are the API server's."""
 
-    name: Name
-    namespace: Name = "default"
+    name: ObjectName
+    namespace: Namespace = "default"
     labels: Labels = Field(default_factory=dict)
     annotations: dict[str, str] = Field(default_factory=dict)
     uid: Annotated[str, Field(max_length=128)] = ""

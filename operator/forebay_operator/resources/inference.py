@@ -11,6 +11,7 @@ from pydantic import Field
 
 from forebay_operator.resources.fields import (
     ATOMIC,
+    WHOLE,
     ControllerName,
     Criticality,
     Foreign,
@@ -233,7 +234,7 @@ class _TargetModel(Foreign):
 
     name: Name
     """What the servers call it."""
-    weight: Annotated[int, Field(ge=1, le=1_000_000, strict=True)] | None = None
+    weight: Annotated[int, Field(ge=1, le=1_000_000, strict=True), WHOLE] | None = None
     """Its share of the requests, in proportion to the other weights."""
 
 
@@ -287,7 +288,7 @@ class _ObjectiveSpec(Foreign):
     """What requests that name it matter."""
 
     pool_ref: _ObjectivePoolReference
-    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1, strict=True)] | None = None
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1, strict=True), WHOLE] | None = None
     """Higher is served first; 0 where unset, and below 0 may be shed."""
 
 

@@ -10,6 +10,7 @@ from forebay_operator.resources.fields import (
     Bytes,
     Count,
     Criticality,
+    Flag,
     Metadata,
     ModelName,
     Name,
@@ -125,7 +126,7 @@ class NoEndpoints(Own):
 class Trust(Own):
     """Which headers of callers count."""
 
-    objective_header: bool = False
+    objective_header: Flag = False
     """Whether x-gateway-inference-objective may choose an InferenceObjective."""
 
 
