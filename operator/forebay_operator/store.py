@@ -7,6 +7,7 @@ an argument, in monotonic seconds. What objects mean is planning.py's business.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -92,19 +93,36 @@ class Store:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def put(self, kind: Kind, manifest: dict[str, Any], now: float) -> set[str]:
+    def put(
+        self, kind: Kind, manifest: dict[str, Any], now: float, began_at: float = -math.inf
+    ) -> set[str]:
         """Take an object as it is now.
+
+        An event may be late: it counts only if its version is newer, and not after the object's
+        end. A LIST is the truth about everything seen before it began: where it holds less than
+        was known, etcd was restored from a backup.
+
+        Args:
+            kind: of the object.
+            manifest: the object.
+            now: the moment.
+            began_at: when the LIST that holds it began.
 
         Returns:
             the namespaces to plan again; none where nothing has changed that planning looks at.
         """
         metadata = _metadata(manifest)
-        if metadata is None or metadata.uid in self._removed:
+        if metadata is None or self._removed.get(metadata.uid, -math.inf) > began_at:
             return set()
+        self._removed.pop(metadata.uid, None)
         key = (kind, metadata.uid)
         before = self._entries.get(key)
         version = str(manifest.get("metadata", {}).get("resourceVersion", ""))
-        if before is not None and _older(version, before.resource_version):
+        if (
+            before is not None
+            and before.seen_at >= began_at
+            and _older(version, before.resource_version)
+        ):
             return set()
         entry = _entry(kind, metadata, manifest, before, version, now)
         name = (kind, metadata.namespace, metadata.name)
@@ -152,7 +170,7 @@ class Store:
             uid = str(manifest.get("metadata", {}).get("uid", ""))
             listed.add(uid)
             known = self._entries.get((kind, uid))
-            if changed := self.put(kind, manifest, now):
+            if changed := self.put(kind, manifest, now, began_at):
                 swept.changed |= changed
                 swept.missed += 1
             elif known is not None:
