@@ -102,14 +102,15 @@ class Elector:
     async def run(self) -> None:
         """Try for ever."""
         while True:
+            self._doubt()  # this process may have been asleep
             try:
-                await asyncio.wait_for(self._step(), RENEW_DEADLINE_SECONDS)
+                await asyncio.wait_for(self._step(), self._patience())
             except (ApiError, TimeoutError) as error:
                 _log.debug("lease: %s", error)
             self._doubt()
             self._wake.clear()
             try:
-                await asyncio.wait_for(self._wake.wait(), RETRY_SECONDS)
+                await asyncio.wait_for(self._wake.wait(), min(RETRY_SECONDS, self._patience()))
             except TimeoutError:
                 continue
 
@@ -191,10 +192,16 @@ class Elector:
         self._seen_record, self._seen_at = (self._identity, moment, spec.get("acquireTime")), now
         self._set(Leadership(epoch=epoch, holder=self._identity))
 
+    def _patience(self) -> float:
+        """Return how long to wait at most: for a leader until it has to be quiet."""
+        if self._leadership.epoch is None or self._leadership.quiet:
+            return RENEW_DEADLINE_SECONDS
+        return max(0.0, self._renewed_at + RENEW_DEADLINE_SECONDS - self._clock())
+
     def _doubt(self) -> None:
         """Be quiet when the Lease may have run out unseen."""
         leading = self._leadership
-        late = self._clock() - self._renewed_at > RENEW_DEADLINE_SECONDS
+        late = self._clock() - self._renewed_at >= RENEW_DEADLINE_SECONDS
         if leading.epoch is not None and late and not leading.quiet:
             self._set(Leadership(epoch=leading.epoch, quiet=True, holder=leading.holder))
 
