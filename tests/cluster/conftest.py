@@ -3,49 +3,24 @@
 from __future__ import annotations
 
 import secrets
-from pathlib import Path
 
 import api_server
 import pytest
-from ext_proc_peer import until
+from cluster_fixtures import cluster, crds, namespace
 
-CRDS = Path(__file__).parents[2] / "crds"
-
-
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory):
-    """One cluster for all tests, with controllers and an audit log; ends with the session."""
-    folder = tmp_path_factory.mktemp("cluster")
-    with api_server.running(folder, "--controller-manager", "--audit") as cluster:
-        yield cluster
+__all__ = ["cluster", "crds", "kinds", "namespace", "somewhere"]
 
 
 @pytest.fixture(scope="session")
-def kinds(cluster):
+def kinds(crds):
     """The cluster, with the kinds of crds/."""
-    cluster.apply(CRDS)
-    for path in CRDS.glob("*.yaml"):
-        group, _, plural = path.stem.rpartition("_")
-        cluster.wait_established(f"{plural}.{group}")
-    return cluster
-
-
-@pytest.fixture
-def namespace(cluster):
-    """The name of a new namespace, which is deleted after the test."""
-    name = f"test-{secrets.token_hex(4)}"
-    cluster.kubectl("create", "namespace", name)
-    # Pods are refused until the controllers have made the namespace's account.
-    account = ("get", "serviceaccount", "default", "--namespace", name)
-    until(lambda: cluster.kubectl(*account, check=False).returncode == 0, 30)
-    yield name
-    cluster.kubectl("delete", "namespace", name, "--wait=false")
+    return crds
 
 
 @pytest.fixture(scope="module")
-def somewhere(kinds):
+def somewhere(crds):
     """A namespace for all tests of this module; each uses names of its own."""
     name = f"test-{secrets.token_hex(4)}"
-    kinds.kubectl("create", "namespace", name)
-    yield api_server.Namespace(kinds, name)
-    kinds.kubectl("delete", "namespace", name, "--wait=false")
+    crds.kubectl("create", "namespace", name)
+    yield api_server.Namespace(crds, name)
+    crds.kubectl("delete", "namespace", name, "--wait=false")

@@ -10,11 +10,13 @@ import datetime as dt
 import ipaddress
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING
 from urllib.error import URLError
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
 
 NAME = "forebay-operator"
 AUDIENCE = "forebay-control"
+START_SECONDS = 60
+
+_VERSION = re.compile(r"^forebay_program_(epoch|revision) (\S+)$", re.MULTILINE)
 
 
 class Authority:
@@ -222,7 +227,8 @@ class PickerPod:
             "apiVersion": "v1",
             "kind": "Pod",
             "metadata": {"name": name, "namespace": namespace, "labels": {"app": app}},
-            "spec": {"containers": [{"name": "epp", "image": "epp"}]},
+            # No scheduler takes it; on a node that does not exist it would be garbage in a minute.
+            "spec": {"containers": [{"name": "epp", "image": "epp"}], "schedulerName": "none"},
         }
         cluster.kubectl("create", "-f", "-", input=json.dumps(pod))
         self.uid = cluster.get("pod", name, "-n", namespace)["metadata"]["uid"]
@@ -257,46 +263,80 @@ class PickerPod:
 
 
 class PickerProcess(Process):
-    """`python -m forebay_epp` that is told what to do by an operator."""
+    """`python -m forebay_epp` that is told what to do by an operator.
+
+    With a pod it shows the pod's token to an operator whose certificate `ca` has signed, else it
+    is called `pod` and talks in plaintext.
+    """
 
     def __init__(
         self,
         folder: Path,
-        pod: PickerPod,
+        pod: PickerPod | str,
         pool: str,
         control_port: int,
-        ca: Path,
+        ca: Path | None = None,
         *flags: str,
         env: dict[str, str] | None = None,
         prefix: tuple[str, ...] = (),
     ) -> None:
-        self.folder = folder / pod.name
+        self.name = pod if isinstance(pod, str) else pod.name
+        self.folder = folder / self.name
         self.folder.mkdir(exist_ok=True)
         self.state = self.folder / "state"
         self.state.mkdir(exist_ok=True)
-        self.token_path = self.folder / "token"
-        if not self.token_path.exists():
-            self.token_path.write_text(pod.token())
         self.grpc, self.health, http = free_port(), free_port(), free_port()
         command = [
-            *(*prefix, sys.executable, "-P", "-m", "forebay_epp"),
-            *(f"--pool-name={pool}", f"--pool-namespace={pod.namespace}"),
-            *(f"--control-address=127.0.0.1:{control_port}", f"--control-ca-path={ca}"),
-            *(f"--control-server-name={NAME}", f"--control-token-path={self.token_path}"),
-            *(f"--pod-name={pod.name}", f"--pod-namespace={pod.namespace}"),
-            *(f"--pod-uid={pod.uid}", f"--state-path={self.state}", "--stats-interval=1s"),
+            *(*prefix, sys.executable, "-P", "-m", "forebay_epp", f"--pool-name={pool}"),
+            *(f"--control-address=127.0.0.1:{control_port}", f"--pod-name={self.name}"),
+            *(self._plaintext() if isinstance(pod, str) else self._trusted(pod, ca)),
+            *(f"--state-path={self.state}", "--stats-interval=1s"),
             *("--bind-address=127.0.0.1", "--secure-serving=false"),
             *(f"--grpc-port={self.grpc}", f"--grpc-health-port={self.health}"),
             *(f"--metrics-port={http}", "--drain-timeout=2s", *flags),
         ]
-        super().__init__(command, folder / f"{pod.name}.log", http, env)
+        super().__init__(command, folder / f"{self.name}.log", http, env)
+
+    def _plaintext(self) -> list[str]:
+        return ["--control-insecure", "--pool-namespace=default", f"--pod-uid={self.name}"]
+
+    def _trusted(self, pod: PickerPod, ca: Path | None) -> list[str]:
+        self.token_path = self.folder / "token"
+        if not self.token_path.exists():
+            self.token_path.write_text(pod.token())
+        return [
+            *(f"--control-ca-path={ca}", f"--control-server-name={NAME}"),
+            *(f"--control-token-path={self.token_path}", f"--pool-namespace={pod.namespace}"),
+            *(f"--pod-namespace={pod.namespace}", f"--pod-uid={pod.uid}"),
+        ]
 
     @property
-    def version(self) -> tuple[int, int]:
-        """(epoch, revision) of the program in force."""
-        return int(self.metric("forebay_program_epoch")), int(
-            self.metric("forebay_program_revision")
-        )
+    def version(self) -> tuple[int, int] | None:
+        """(epoch, revision) of the program in force; None while nobody answers."""
+        page = self.page("/metrics")
+        found = dict(_VERSION.findall(page or ""))
+        return (int(float(found["epoch"])), int(float(found["revision"]))) if found else None
+
+    @property
+    def serving(self) -> bool:
+        """Whether its health check says so; it is then programmed."""
+        assert self.running, self.log[-3000:]
+        return '"msg": "serving"' in self.log
+
+    def idle(self) -> bool:
+        """Whether nothing waits, is in flight or open."""
+        queues = self.queues()
+        streams = self.metric("forebay_streams_open")
+        return (queues["requests"], queues["size_bytes"], queues["in_flight"], streams) == (0,) * 4
+
+    def outcomes(self) -> Counter[str]:
+        """How many requests have left flow control, by outcome."""
+        found: Counter[str] = Counter()
+        for family in text_string_to_metric_families(self.page("/metrics") or ""):
+            for sample in family.samples:
+                if sample.name == "forebay_requests_total":
+                    found[sample.labels["outcome"]] += int(sample.value)
+        return found
 
     @property
     def connected(self) -> bool:
@@ -314,11 +354,44 @@ class PickerProcess(Process):
         return json.loads(self.page("/debug/queues") or "{}")
 
 
-class Forwarder:
-    """A TCP proxy on loopback that can be cut, and told where to forward to."""
+class History:
+    """Watches which versions endpoint pickers run, to see that none ever goes back."""
 
-    def __init__(self, target: int) -> None:
-        self.target = target
+    def __init__(self, pickers: list[PickerProcess]) -> None:
+        self.versions: dict[str, list[tuple[int, int]]] = {p.name: [] for p in pickers}
+        self._pickers = list(pickers)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.05):
+            for picker in self._pickers:
+                version = picker.version if picker.running else None
+                seen = self.versions[picker.name]
+                if version is not None and (not seen or seen[-1] != version):
+                    seen.append(version)
+
+    def check(self) -> None:
+        """Stop watching, and fail if a version has gone back."""
+        self.end()
+        for name, versions in self.versions.items():
+            assert versions, f"{name} was never seen"
+            assert versions == sorted(versions), f"{name} went back: {versions}"
+
+    def end(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+class Forwarder:
+    """A TCP proxy on loopback that can be cut, and told where to forward to.
+
+    With several targets it is a Service: connections go to each in turn.
+    """
+
+    def __init__(self, *targets: int) -> None:
+        self.targets = list(targets)
         self._cut = False
         self._pairs: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -335,7 +408,9 @@ class Forwarder:
                 client.close()
                 continue
             try:
-                server = socket.create_connection(("127.0.0.1", self.target), 5)
+                self.targets.append(target := self.targets.pop(0))
+                server = socket.create_connection(("127.0.0.1", target), 5)
+                server.settimeout(None)
             except OSError:
                 client.close()
                 continue
@@ -366,6 +441,88 @@ class Forwarder:
     def close(self) -> None:
         self._listener.close()
         self.cut()
+
+
+class Stage:
+    """A namespace with pool `chat` and its Service, and the processes that serve it.
+
+    Attributes:
+        pods: of the endpoint pickers.
+    """
+
+    def __init__(self, cluster: ApiServer, namespace: str, folder: Path) -> None:
+        self.cluster, self.namespace, self.folder = cluster, namespace, folder
+        self.authority = Authority(folder / "ca")
+        self.tls = self.authority.leaf("operator", days=30)
+        self._processes: list[Process] = []
+        apply(cluster, namespace, pool("chat"), service())
+
+    def operator(self, name: str = "operator-0", **options) -> Operator:
+        """Start an operator of this namespace alone and wait until it is ready."""
+        operator = Operator(
+            *(self.cluster, self.folder, self.tls),
+            name=name,
+            lease_namespace=self.namespace,
+            namespaces=(self.namespace,),
+            **options,
+        )
+        self._processes.append(operator)
+        until(lambda: operator.ready, START_SECONDS)
+        return operator
+
+    def pickers(self, number: int, *ports: int, **options) -> list[PickerProcess]:
+        """Start endpoint pickers, which dial the ports in turn."""
+        pickers = [
+            PickerProcess(
+                self.folder,
+                PickerPod(self.cluster, self.namespace, f"epp-{index}", "epp"),
+                "chat",
+                ports[index % len(ports)],
+                self.authority.path,
+                **options,
+            )
+            for index in range(number)
+        ]
+        self._processes += pickers
+        for picker in pickers:
+            until(lambda picker=picker: picker.serving, START_SECONDS)
+        return pickers
+
+    def edit(self, number: int) -> None:
+        """Apply policy `chat` with something in it that is different for each number."""
+        chat = policy("chat", "chat", limits={"maxRequests": 1000 + number})
+        apply(self.cluster, self.namespace, chat)
+
+    def lease(self) -> dict | None:
+        """The operators' Lease."""
+        found = self.cluster.kubectl(
+            *("get", "lease", NAME, "-n", self.namespace, "-o", "json"), check=False
+        )
+        return json.loads(found.stdout) if found.returncode == 0 else None
+
+    def settled(self, pickers: list[PickerProcess]) -> bool:
+        """Whether the latest policy is in force everywhere, says its status, and so it is."""
+        return (
+            len({picker.program() for picker in pickers}) == 1
+            and len({picker.version for picker in pickers}) == 1
+            and programmed(self.cluster, self.namespace, "chat")
+        )
+
+    def end(self) -> None:
+        for process in self._processes:
+            process.end()
+
+
+def check_log(log: str, *allowed: str) -> None:
+    """Fail on a traceback or critical line of a process, unless it holds one of these texts."""
+    lines = log.splitlines()
+    bad = [
+        line
+        for line in lines
+        if ("Traceback" in line or '"critical"' in line.lower())
+        and not any(text in line for text in allowed)
+    ]
+    assert not bad, "\n".join(lines[-60:])
 
 
 def pool(name: str, *, service: str = "epp", selector: str = "vllm") -> dict:
@@ -433,6 +590,3 @@ def programmed(cluster: ApiServer, namespace: str, name: str) -> bool:
         and condition["observedGeneration"] == found["metadata"]["generation"]
         for condition in found.get("status", {}).get("conditions", [])
     )
-
-
-__all__ = ["apply", "conditions", "model", "policy", "pool", "programmed", "service", "until"]

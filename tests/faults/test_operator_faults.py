@@ -1,0 +1,235 @@
+"""Operators that are killed, frozen or lose their Lease: what endpoint pickers run converges.
+
+Faults T4, T5, T9 and T10 of the fault list, on real processes and a real API server. A version
+never goes back in any of them.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import logging
+import os
+import random
+import time
+from collections import Counter
+from functools import partial
+from itertools import pairwise
+from threading import Event
+
+from control_plane import Forwarder, History, check_log, free_port
+from ext_proc_peer import until
+
+# Enough to see what is not rare; before a release: 50.
+KILLS = int(os.environ.get("FOREBAY_KILLS", "10"))
+CRASHES, CRASHES_SECONDS = 20, 60
+FROZEN_SECONDS = 30
+WAIT_SECONDS = 120
+UNKNOWN = ("", "")
+
+_log = logging.getLogger(__name__)
+
+
+def seconds_until(claim) -> float:
+    """Wait until a claim becomes true and return how long that took."""
+    began = time.monotonic()
+    until(claim, WAIT_SECONDS)
+    return time.monotonic() - began
+
+
+def test_pickers_converge_after_the_operator_is_killed_between_their_acknowledgements(stage):
+    """T4: two of four have a new program, the operator is killed; all end with that program."""
+    lots = random.Random(4)
+    port = free_port()
+    operator = stage.operator(control_port=port)
+    stage.edit(0)
+    pickers = stage.pickers(4, port)
+    until(lambda: stage.settled(pickers), WAIT_SECONDS)
+    history = History(pickers)
+    took = []
+    try:
+        for kill in range(1, KILLS + 1):
+            lots.shuffle(pickers)
+            wanted = kill_between(stage, operator, kill, pickers[:2], pickers[2:])
+            operator = stage.operator(control_port=port)
+            took.append(seconds_until(partial(all_run, pickers, wanted)))
+            until(lambda: stage.settled(pickers), WAIT_SECONDS)
+    finally:
+        history.end()
+    _log.info("%s kills, converged after %.1f s at most", KILLS, max(took))
+    history.check()
+    for process in (operator, *pickers):
+        check_log(process.log)
+
+
+def kill_between(stage, operator, edit, fast, slow) -> tuple[str, str]:
+    """Kill the operator when only the fast have taken an edit; return what they run then."""
+    before = fast[0].program()
+    for picker in slow:
+        picker.freeze()
+    stage.edit(edit)
+    until(lambda: all(p.program() not in (before, UNKNOWN) for p in fast), WAIT_SECONDS)
+    operator.kill()
+    for picker in slow:
+        picker.thaw()
+    return fast[0].program()
+
+
+def all_run(pickers, wanted) -> bool:
+    return {picker.program() for picker in pickers} == {wanted}
+
+
+def test_an_operator_that_crashes_again_and_again_ends_up_right_and_writes_little(stage):
+    """T5: 20 crashes in 60 s, each after an edit of the policy."""
+    port = free_port()
+    stage.edit(0)
+    operator = stage.operator(control_port=port)
+    (picker,) = stage.pickers(1, port)
+    until(lambda: stage.settled([picker]), WAIT_SECONDS)
+    history, pause = History([picker]), Event()
+    restarts = [dt.datetime.now(dt.UTC)]
+    began = time.monotonic()
+    try:
+        for crash in range(1, CRASHES + 1):
+            stage.edit(crash)
+            pause.wait(began + crash * CRASHES_SECONDS / CRASHES - time.monotonic())
+            operator.kill()
+            restarts.append(dt.datetime.now(dt.UTC))
+            operator = stage.operator(control_port=port)
+        until(lambda: stage.settled([picker]), WAIT_SECONDS)
+    finally:
+        history.end()
+    limits = stage.cluster.get("fcp", "chat", "-n", stage.namespace)["spec"]["limits"]
+    assert limits["maxRequests"] == 1000 + CRASHES
+    writes = status_writes(stage, restarts)
+    _log.info("status writes per restart: %s", writes)
+    assert max(writes) <= 2
+    history.check()
+    check_log(operator.log)
+    check_log(picker.log)
+
+
+def status_writes(stage, restarts: list[dt.datetime]) -> list[int]:
+    """How often the policy's status was written after each restart and before the next."""
+    times = []
+    for line in (stage.cluster.dir / "audit.log").read_text().splitlines():
+        if stage.namespace not in line:
+            continue
+        event = json.loads(line)
+        what = event.get("objectRef", {})
+        if what.get("subresource") == "status" and what["resource"] == "flowcontrolpolicies":
+            times.append(dt.datetime.fromisoformat(event["requestReceivedTimestamp"]))
+    assert times
+    ends = [*restarts, dt.datetime.max.replace(tzinfo=dt.UTC)]
+    found = Counter(
+        number for at in times for number, (a, b) in enumerate(pairwise(ends)) if a <= at < b
+    )
+    return [found[number] for number in range(len(restarts))]
+
+
+def test_a_leader_that_was_frozen_gives_up_when_it_wakes(stage):
+    """T9: frozen for 30 s, a policy is edited meanwhile; the old leader sets nothing back."""
+    ports = [free_port(), free_port()]
+    old = stage.operator("operator-0", control_port=ports[0])
+    stage.edit(0)
+    until(lambda: old.epoch > 0, WAIT_SECONDS)
+    new = stage.operator("operator-1", control_port=ports[1])
+    services = [Forwarder(*ports), Forwarder(*ports)]
+    pickers = stage.pickers(2, *(service.port for service in services))
+    history = History(pickers)
+    try:
+        until(lambda: stage.settled(pickers), WAIT_SECONDS)
+        assert new.epoch == 0
+        frozen = time.monotonic()
+        old.freeze()
+        # One picker goes to the new leader, the other stays with the frozen one.
+        services[0].targets = [ports[1]]
+        services[0].cut()
+        services[0].heal()
+        stage.edit(1)
+        taken_over = seconds_until(lambda: new.epoch > 0)
+        stage.edit(2)
+        until(lambda: pickers[0].version[0] == new.epoch, WAIT_SECONDS)
+        Event().wait(frozen + FROZEN_SECONDS - time.monotonic())
+        old.thaw()
+        gave_up = seconds_until(lambda: old.page("/metrics") and old.epoch == 0)
+        until(lambda: stage.settled(pickers), WAIT_SECONDS)
+        seen = []
+        for _ in range(10):
+            found = stage.cluster.get("fcp", "chat", "-n", stage.namespace)
+            seen.append(found["status"]["programmedGeneration"] == found["metadata"]["generation"])
+    finally:
+        history.end()
+        for service in services:
+            service.close()
+    _log.info("taken over after %.1f s, given up after %.2f s", taken_over, gave_up)
+    assert gave_up < 10
+    assert all(seen)
+    assert pickers[1].version[0] == new.epoch
+    history.check()
+    for process in (old, new, *pickers):
+        check_log(process.log)
+
+
+def test_a_lease_that_is_deleted_leaves_no_picker_behind(stage):
+    """T10: while the operator runs, and while it does not so that nobody remembers the epoch."""
+    port = free_port()
+    operator = stage.operator(control_port=port)
+    stage.edit(0)
+    pickers = stage.pickers(2, port)
+    history = History(pickers)
+    try:
+        until(lambda: stage.settled(pickers), WAIT_SECONDS)
+        first = pickers[0].version
+        delete_lease(stage)
+        until(lambda: operator.epoch > first[0], WAIT_SECONDS)
+        stage.edit(1)
+        until(lambda: stage.settled(pickers), WAIT_SECONDS)
+        before = pickers[0].version
+        operator.kill()
+        delete_lease(stage)
+        operator = stage.operator(control_port=port)
+        healed = seconds_until(lambda: all(p.version[0] > before[0] for p in pickers))
+        stage.edit(2)
+        until(lambda: stage.settled(pickers), WAIT_SECONDS)
+    finally:
+        history.end()
+    _log.info("epoch %s -> %s after %.1f s", before[0], pickers[0].version[0], healed)
+    history.check()
+    check_log(operator.log)
+
+
+def delete_lease(stage) -> None:
+    stage.cluster.kubectl("delete", "lease", "forebay-operator", "-n", stage.namespace)
+
+
+def test_a_backup_of_etcd_that_is_restored_is_in_force(stage):
+    """T10: Lease and policies are set back under a running operator; pickers follow the policies.
+
+    Their versions go on although the epoch in the restored Lease is an old one.
+    """
+    port = free_port()
+    operator = stage.operator(control_port=port)
+    stage.edit(0)
+    pickers = stage.pickers(2, port)
+    history = History(pickers)
+    try:
+        until(lambda: stage.settled(pickers), WAIT_SECONDS)
+        original = pickers[0].program()
+        stage.cluster.snapshot(stage.folder / "backup")
+        for number in range(1, 3):
+            operator.kill()
+            stage.edit(number)
+            operator = stage.operator(control_port=port)
+            until(lambda: stage.settled(pickers), WAIT_SECONDS)
+        before = pickers[0].version
+        stage.cluster.restore(stage.folder / "backup")
+        healed = seconds_until(
+            lambda: all(p.version[0] > before[0] and p.program() == original for p in pickers)
+        )
+        until(lambda: stage.settled(pickers), WAIT_SECONDS)
+    finally:
+        history.end()
+    _log.info("epoch %s -> %s after %.1f s", before[0], pickers[0].version[0], healed)
+    history.check()
+    check_log(operator.log)

@@ -1,0 +1,41 @@
+"""Fixtures of the tests against a real Kubernetes API server; a conftest.py imports them."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+import api_server
+import pytest
+from ext_proc_peer import until
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """One cluster for all tests, with controllers and an audit log; ends with the session."""
+    folder = tmp_path_factory.mktemp("cluster")
+    with api_server.running(folder, "--controller-manager", "--audit") as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def namespace(cluster):
+    """The name of a new namespace, which is deleted after the test."""
+    name = f"test-{secrets.token_hex(4)}"
+    cluster.kubectl("create", "namespace", name)
+    # Pods are refused until the controllers have made the namespace's account.
+    account = ("get", "serviceaccount", "default", "--namespace", name)
+    until(lambda: cluster.kubectl(*account, check=False).returncode == 0, 30)
+    yield name
+    cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture(scope="session")
+def crds(cluster):
+    """The cluster with the project's CRDs."""
+    folder = Path(__file__).parents[2] / "crds"
+    cluster.apply(folder)
+    for file in folder.glob("*.yaml"):
+        group, _, plural = file.stem.rpartition("_")
+        cluster.wait_established(f"{plural}.{group}")
+    return cluster
