@@ -22,6 +22,8 @@ _WANTED = {
     "tuple_type": "must be a list",
     "string_type": "must be a string",
     "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
     "invalid_key": "the name of a field must be a string",
 }
 

@@ -35,6 +35,7 @@ MAX_SECONDS = 3600.0
 MAX_COUNT = 1_000_000
 MAX_BYTES = 1 << 40
 
+_SUBDOMAIN = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
 _NUMBER = r"[0-9]{1,6}(?:\.[0-9]{1,3})?"
 _DURATION = re.compile("".join(f"(?:({_NUMBER}){unit})?" for unit in ("h", "m", "s", "ms")))
 _UNIT_SECONDS = (Decimal(3600), Decimal(60), Decimal(1), Decimal("0.001"))
@@ -54,17 +55,18 @@ FACTORS = {
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A rule beyond types and bounds, once for each reader of a field.
+    """A rule beyond types and bounds, in the language of each reader of the field it annotates.
 
     Attributes:
         message: what must be; the same from both.
         cel: for the API server, over `self`.
-        holds: the same in Python; None for what only the API server can tell.
+        holds: the same in Python; None where reading the field checks it, or where only the API
+            server can tell because it compares with the object before.
     """
 
     message: str
     cel: str
-    holds: Callable[[Any], bool] | None
+    holds: Callable[[Any], object] | None = None
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -124,19 +126,16 @@ class Unique:
 # A list that is replaced as a whole.
 ATOMIC: JsonDict = {"x-kubernetes-list-type": "atomic"}
 
-
 DURATION = Rule(
     'must be a duration of more than 0 and at most 1h, such as "30s", "1m30s" or "500ms"',
     f"self != '' && self.matches(r'^{_DURATION.pattern}$') "
     "&& duration(self) > duration('0s') && duration(self) <= duration('1h')",
-    None,
 )
 SIZE = Rule(
     "must be a number of bytes from 1 to 1Ti, such as 1048576 or 512Mi",
     "type(self) == int ? self >= 1 && self <= 1099511627776 : "
     f"self.matches(r'^{_QUANTITY.pattern}$') && quantity(self).isGreaterThan(quantity('0')) "
     "&& quantity(self).compareTo(quantity('1Ti')) <= 0",
-    None,
 )
 
 
@@ -203,10 +202,11 @@ Label = Annotated[
 Labels = Annotated[dict[str, Label], Field(max_length=64)]
 ObjectName = Annotated[
     str,
-    Field(
-        min_length=1,
-        max_length=253,
-        pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$",
+    Field(min_length=1, max_length=253),
+    Rule(
+        'must be of small letters, digits, "-" and ".", with a letter or digit at both ends',
+        f"self.matches(r'^{_SUBDOMAIN}$')",
+        re.compile(_SUBDOMAIN).fullmatch,
     ),
 ]
 ModelName = Annotated[str, Field(min_length=1, max_length=256)]
@@ -217,7 +217,7 @@ Group = Annotated[
     str,
     Field(
         max_length=253,
-        pattern=r"^$|^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$",
+        pattern=f"^$|^{_SUBDOMAIN}$",
     ),
 ]
 KindName = Annotated[
@@ -228,8 +228,7 @@ ControllerName = Annotated[
     Field(
         min_length=1,
         max_length=253,
-        pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
-        r"\/[A-Za-z0-9\/\-._~%!$&'()*+,;=:]+$",
+        pattern=rf"^{_SUBDOMAIN}\/[A-Za-z0-9\/\-._~%!$&'()*+,;=:]+$",
     ),
 ]
 Port = Annotated[int, Field(ge=1, le=65535, strict=True), WHOLE]

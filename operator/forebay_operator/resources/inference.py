@@ -252,7 +252,7 @@ class _PoolReference(Foreign):
 class _ModelSpec(Foreign):
     """Which requests it is for, and what they matter."""
 
-    model_name: Annotated[ModelName, Rule("modelName is immutable", "self == oldSelf", None)]
+    model_name: Annotated[ModelName, Rule("modelName is immutable", "self == oldSelf")]
     """The model that requests name."""
     criticality: Criticality | None = None
     """Which queue its requests join; Standard where unset."""
