@@ -1,4 +1,4 @@
-"""From the models of resources.py to CustomResourceDefinitions. Pure.
+"""From the models in resources/ to CustomResourceDefinitions. Pure.
 
 The schemas are structural: no references, a type everywhere. Unknown fields are pruned, and refused
 where the client asks for strict validation, as kubectl does. Which fields there are, what they mean
@@ -47,7 +47,7 @@ _AGE = ("Age", "date", ".metadata.creationTimestamp")
 _POOL = ("Inference Pool", "string", ".spec.poolRef.name")
 _OBJECTIVE = _Names(columns=(_POOL, ("Priority", "string", ".spec.priority"), _AGE))
 _NAMES = {
-    "forebay.dev/v1alpha1/FlowControlPolicy": _Names(
+    ("forebay.dev/v1alpha1", "FlowControlPolicy"): _Names(
         short=("fcp",),
         categories=("forebay",),
         columns=(
@@ -61,7 +61,7 @@ _NAMES = {
         ),
         labels={"gateway.networking.k8s.io/policy": "Direct"},
     ),
-    "inference.networking.k8s.io/v1/InferencePool": _Names(
+    ("inference.networking.k8s.io/v1", "InferencePool"): _Names(
         short=("infpool",),
         annotations={
             "api-approved.kubernetes.io": (
@@ -69,8 +69,8 @@ _NAMES = {
             )
         },
     ),
-    "inference.networking.x-k8s.io/v1alpha2/InferencePool": _Names(short=("xinfpool",)),
-    "inference.networking.x-k8s.io/v1alpha2/InferenceModel": _Names(
+    ("inference.networking.x-k8s.io/v1alpha2", "InferencePool"): _Names(short=("xinfpool",)),
+    ("inference.networking.x-k8s.io/v1alpha2", "InferenceModel"): _Names(
         columns=(
             ("Model Name", "string", ".spec.modelName"),
             _POOL,
@@ -78,8 +78,8 @@ _NAMES = {
             _AGE,
         )
     ),
-    "inference.networking.x-k8s.io/v1alpha2/InferenceObjective": _OBJECTIVE,
-    "llm-d.ai/v1alpha2/InferenceObjective": _OBJECTIVE,
+    ("inference.networking.x-k8s.io/v1alpha2", "InferenceObjective"): _OBJECTIVE,
+    ("llm-d.ai/v1alpha2", "InferenceObjective"): _OBJECTIVE,
 }
 
 
@@ -87,7 +87,7 @@ def files() -> dict[str, str]:
     """Return the definitions as YAML, by the name of their file."""
     found = {}
     for kind in resources.KINDS:
-        if names := _NAMES.get(f"{kind.api_version}/{kind.kind}"):
+        if names := _NAMES.get((kind.api_version, kind.kind)):
             text = yaml.dump(_definition(kind, names), Dumper=_Dumper, sort_keys=False, width=100)
             found[f"{kind.group}_{kind.plural}.yaml"] = HEADER + text
     return found

@@ -53,9 +53,40 @@ FACTORS = {
 }
 
 
+class _Check:
+    """What annotates a field with more than types and bounds, for each reader of the field."""
+
+    __slots__ = ()
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """What the API server is told."""
+        raise NotImplementedError
+
+    def checked(self, value: Any) -> Any:
+        """Return the value of a field.
+
+        Raises:
+            ValueError: it is not as it must be.
+        """
+        raise NotImplementedError
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        """Check after everything else has been."""
+        return core_schema.no_info_after_validator_function(self.checked, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Put it into the field's schema."""
+        return {**handler(schema), **self.schema}
+
+
 @dataclass(frozen=True, slots=True)
-class Rule:
-    """A rule beyond types and bounds, in the language of each reader of the field it annotates.
+class Rule(_Check):
+    """A rule, once in CEL and once in Python.
 
     Attributes:
         message: what must be; the same from both.
@@ -70,49 +101,31 @@ class Rule:
 
     @property
     def schema(self) -> dict[str, Any]:
-        """As a CRD writes it."""
+        """A rule of the CRD."""
         return {"x-kubernetes-validations": [{"rule": self.cel, "message": self.message}]}
 
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> core_schema.CoreSchema:
-        """Check after everything else has been."""
-        return core_schema.no_info_after_validator_function(self._checked, handler(source))
-
-    def __get_pydantic_json_schema__(
-        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        """Add the rule to the field's schema."""
-        return {**handler(schema), **self.schema}
-
-    def _checked(self, value: Any) -> Any:
+    def checked(self, value: Any) -> Any:
+        """Return the value if the rule holds."""
         if self.holds is not None and not self.holds(value):
             raise ValueError(self.message)
         return value
 
 
 @dataclass(frozen=True, slots=True)
-class Unique:
+class Unique(_Check):
     """No two entries of a list have the same values in these fields: they are its keys."""
 
     keys: tuple[str, ...]
 
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> core_schema.CoreSchema:
-        """Check after everything else has been."""
-        return core_schema.no_info_after_validator_function(self._checked, handler(source))
+    @property
+    def schema(self) -> dict[str, Any]:
+        """A map by these keys, which the API server holds unique."""
+        return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": list(self.keys)}
 
-    def __get_pydantic_json_schema__(
-        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        """Make it a map by these keys, which the API server holds unique."""
-        keys = {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": list(self.keys)}
-        return {**handler(schema), **keys}
-
-    def _checked(self, entries: tuple[Any, ...]) -> tuple[Any, ...]:
+    def checked(self, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the entries; the error says which one is there for the second time."""
         seen = set()
-        for index, entry in enumerate(entries):
+        for index, entry in enumerate(value):
             key = tuple(getattr(entry, name) for name in self.keys)
             if key in seen:
                 what = " ".join(map(str, key))
@@ -120,7 +133,7 @@ class Unique:
                     "duplicate", "{what} is listed twice", {"what": what, "index": index}
                 )
             seen.add(key)
-        return entries
+        return value
 
 
 # A list that is replaced as a whole.
