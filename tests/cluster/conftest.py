@@ -8,13 +8,7 @@ import api_server
 import pytest
 from cluster_fixtures import cluster, crds, namespace
 
-__all__ = ["cluster", "crds", "kinds", "namespace", "somewhere"]
-
-
-@pytest.fixture(scope="session")
-def kinds(crds):
-    """The cluster, with the kinds of crds/."""
-    return crds
+__all__ = ["cluster", "crds", "namespace", "somewhere"]
 
 
 @pytest.fixture(scope="module")
