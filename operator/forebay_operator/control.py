@@ -2,13 +2,14 @@
 
 A version is (epoch, revision); pickers refuse what is not newer, so of two leaders only the younger
 one counts. Everything here runs on one asyncio loop. When a picker is sent what is session.py's
-business, how a pool stands rollout.py's, who may connect trust.py's.
+business, how a pool stands rollout.py's, who may connect that of admission.py and trust.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections import defaultdict
@@ -17,13 +18,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from forebay_control.v1 import control_pb2 as pb
 from forebay_control.v1 import control_pb2_grpc as rpc
-from forebay_operator import metrics
+from forebay_operator import metrics, wording
+from forebay_operator.admission import Admission, RefusedError, not_a_message
 from forebay_operator.rollout import SILENCE_SECONDS, Rollout
 from forebay_operator.session import (
-    MAX_NAME,
     MAX_SENDS,
     Answer,
     Session,
@@ -31,30 +33,23 @@ from forebay_operator.session import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
+    from forebay_operator.admission import Authorize
     from forebay_operator.conditions import Picker
+    from forebay_operator.session import Desired
 
-PROTOCOL = 1
 PING_SECONDS = 10.0
-HELLO_SECONDS = 10.0
+WRITE_SECONDS = 10.0  # until a picker has read what is sent to it
 MAX_MESSAGE_BYTES = 4 << 20
 MAX_RECEIVED_BYTES = 1 << 20
 MAX_STREAMS = 4000
+MAX_CONNECTIONS = 1500
 MAX_STREAMS_PER_POD = 2
 CLOSE_SECONDS = 3.0
-MAX_EPOCH_JUMP = 1000
+LOG_SECONDS = 1.0
 
 _log = logging.getLogger(__name__)
-
-
-class RefusedError(Exception):
-    """A picker that may not connect; `reason` is a metric label, the text is for its log."""
-
-    def __init__(self, code: grpc.StatusCode, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.reason = reason
 
 
 @dataclass(slots=True, eq=False)
@@ -68,6 +63,7 @@ class _Stream:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     outbox: list[pb.FromOperator] = field(default_factory=list)
     ended: bool = False
+    refusal: RefusedError | None = None
 
 
 class ControlServer(rpc.ControlServicer):
@@ -76,18 +72,18 @@ class ControlServer(rpc.ControlServicer):
     Args:
         authorize: says which pod a Hello comes from (its uid), or raises RefusedError.
         changed: called with a pool whose pickers have changed in a way that statuses show.
-        higher_epoch: called with an epoch that a picker has seen and that is above ours.
+        higher_epoch: called with an epoch that a picker has seen; ours has to be above it.
         clock: monotonic seconds.
     """
 
     def __init__(
         self,
-        authorize: Callable[[pb.Hello, Mapping[str, Any], Mapping[str, Any]], Awaitable[str]],
+        authorize: Authorize,
         changed: Callable[[str], None],
         higher_epoch: Callable[[int], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._authorize = authorize
+        self._admission = Admission(authorize)
         self._changed = changed
         self._higher_epoch = higher_epoch
         self._clock = clock
@@ -99,6 +95,7 @@ class ControlServer(rpc.ControlServicer):
         self._rollouts: defaultdict[str, Rollout] = defaultdict(Rollout)
         self._streams: dict[str, list[_Stream]] = {}
         self._open = 0
+        self._logged_at: dict[str, float] = {}
         self._server: grpc.aio.Server | None = None
         self._closing = False
 
@@ -137,6 +134,13 @@ class ControlServer(rpc.ControlServicer):
     def forget(self, pool: str) -> None:
         """Stop programming a pool that is gone; its pickers keep what they have."""
         self._rollouts[pool].give_up()
+        if pool not in self._streams:
+            del self._rollouts[pool]
+
+    def retain(self, pool: str, expected: Collection[str]) -> None:
+        """Forget all pickers of a pool that are neither expected (pod uids) nor connected."""
+        connected = [stream.pod_uid for stream in self._streams.get(pool, ())]
+        self._rollouts[pool].retain({*expected, *connected})
 
     def connected(self, pool: str) -> dict[str, str]:
         """Return the pickers that have a stream: name by pod uid."""
@@ -144,11 +148,10 @@ class ControlServer(rpc.ControlServicer):
 
     def pickers(self, pool: str, expected: Mapping[str, str]) -> list[Picker]:
         """Say how the expected pickers (name by pod uid) of a pool stand."""
+        self.retain(pool, expected.keys())
         streams = self._streams.get(pool, ())
         sessions = {stream.pod_uid: stream.session for stream in streams}
-        rollout = self._rollouts[pool]
-        rollout.retain(expected.keys() | sessions.keys())
-        return rollout.pickers(expected, sessions, self._leading_since, self._clock())
+        return self._rollouts[pool].pickers(expected, sessions, self._leading_since, self._clock())
 
     # --- the server
 
@@ -165,6 +168,9 @@ class ControlServer(rpc.ControlServicer):
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.max_concurrent_streams", 8),
                 ("grpc.max_metadata_size", 32 << 10),
+                ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+                ("grpc.server_handshake_timeout_ms", 10_000),
+                ("grpc.max_connection_idle_ms", 60_000),
                 ("grpc.keepalive_time_ms", 20_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
@@ -193,96 +199,74 @@ class ControlServer(rpc.ControlServicer):
     async def Connect(self, _: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:  # noqa: N802  # the name in control.proto
         """Serve one stream."""
         self._open += 1
-        stream: _Stream | None = None
         try:
-            hello = await self._hello(context)
-            if self._epoch is None or self._closing:
-                metrics.REFUSALS.labels("not_leader").inc()
-                await context.write(pb.FromOperator(not_leader=pb.NotLeader(hint=self._hint)))
-                return
-            stream = await self._admit(hello, context)
+            await self._serve_stream(context)
+        except RefusedError as error:
+            self._count(error)
+            # A peer that does not read would hold this up for as long as its connection lives.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(WRITE_SECONDS):
+                    await context.abort(error.code, str(error))
+        finally:
+            self._open -= 1
+
+    async def _serve_stream(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        if self._open > MAX_STREAMS:
+            raise RefusedError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, "streams", "too many control streams"
+            )
+        hello = await self._admission.hello(context)
+        uid = ""
+        if self._leading:
+            uid = await self._admission.pod_uid(hello, context)
+        if not self._leading:  # any more: asking takes its time
+            metrics.REFUSALS.labels("not_leader").inc()
+            await context.write(pb.FromOperator(not_leader=pb.NotLeader(hint=self._hint)))
+            return
+        stream = self._admit(hello, uid)
+        try:
             reading = asyncio.create_task(self._read(stream, context))
             try:
                 await self._write(stream, context)
             finally:
                 reading.cancel()
-                with suppress(asyncio.CancelledError):
-                    await reading
-        except RefusedError as error:
-            metrics.REFUSALS.labels(error.reason).inc()
-            _log.warning("control stream refused: %s", error, extra={"reason": error.reason})
-            await context.abort(error.code, str(error))
+                await asyncio.wait((reading,))
         finally:
-            self._open -= 1
-            if stream is not None:
-                self._remove(stream)
+            self._remove(stream)
 
-    async def _hello(self, context: grpc.aio.ServicerContext[Any, Any]) -> pb.Hello:
-        if self._open > MAX_STREAMS:
-            raise RefusedError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED, "streams", "too many control streams"
-            )
-        try:
-            first = await asyncio.wait_for(context.read(), HELLO_SECONDS)
-        except TimeoutError:
-            raise RefusedError(
-                grpc.StatusCode.DEADLINE_EXCEEDED, "silent", "no Hello came in time"
-            ) from None
-        if not isinstance(first, pb.FromPicker) or first.WhichOneof("message") != "hello":
-            raise RefusedError(
-                grpc.StatusCode.INVALID_ARGUMENT, "protocol", "the first message must be Hello"
-            )
-        hello = first.hello
-        if hello.protocol != PROTOCOL:
-            raise RefusedError(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                "protocol",
-                f"protocol {hello.protocol} is not spoken here, only {PROTOCOL}: "
-                "run endpoint pickers and operator of neighbouring releases",
-            )
-        for name in ("pool", "pod_namespace", "pod_name", "pod_uid", "boot_id", "build"):
-            if len(getattr(hello, name)) > MAX_NAME:
-                raise RefusedError(
-                    grpc.StatusCode.INVALID_ARGUMENT,
-                    "protocol",
-                    f"hello.{name} has more than {MAX_NAME} characters",
-                )
-        return hello
+    @property
+    def _leading(self) -> bool:
+        return self._epoch is not None and not self._closing
 
-    async def _admit(self, hello: pb.Hello, context: grpc.aio.ServicerContext[Any, Any]) -> _Stream:
-        """Check who it is and register it; from here on it is told of every change."""
-        sent = dict(context.invocation_metadata() or ())
-        uid = await self._authorize(hello, sent, context.auth_context())
+    def _count(self, error: RefusedError) -> None:
+        """Count a refusal, and log it unless the log is full of the like."""
+        metrics.REFUSALS.labels(error.reason).inc()
+        now = self._clock()
+        if now - self._logged_at.get(error.reason, -math.inf) >= LOG_SECONDS:
+            self._logged_at[error.reason] = now
+            text = wording.printable(str(error))
+            _log.warning("control stream refused: %s", text, extra={"reason": error.reason})
+
+    def _admit(self, hello: pb.Hello, uid: str) -> _Stream:
+        """Register a picker; from here on it is told of every change."""
         now = self._clock()
         applied = hello.applied if hello.HasField("applied") else None
         stream = _Stream(hello.pool, uid, hello.pod_name, Session(now, applied))
         streams = self._streams.setdefault(hello.pool, [])
-        mine = [other for other in streams if other.pod_uid == uid]
+        mine = [other for other in streams if other.pod_uid == uid and not other.ended]
         for other in mine[: max(0, len(mine) + 1 - MAX_STREAMS_PER_POD)]:
             metrics.REFUSALS.labels("replaced").inc()
-            self._end(other, None)
+            self._end(other)
         streams.append(stream)
         metrics.STREAMS.labels(hello.pool).set(len(streams))
         if applied is not None:
             self._rollouts[hello.pool].runs(uid, applied.sha256, now)
         seen = max(hello.highest_epoch, applied.version.epoch if applied else 0)
-        self._see_epoch(seen)
+        if self._epoch is not None and seen > self._epoch:
+            self._higher_epoch(seen)
         self._changed(hello.pool)
         _log.info("endpoint picker connected", extra={"pool": hello.pool, "pod": hello.pod_name})
         return stream
-
-    def _see_epoch(self, epoch: int) -> None:
-        """Heal an epoch that fell behind what pickers have seen, within reason.
-
-        A picker that claims a huge epoch must not be able to use the counter up.
-        """
-        if self._epoch is None or epoch <= self._epoch:
-            return
-        if epoch - self._epoch > MAX_EPOCH_JUMP:
-            metrics.REFUSALS.labels("epoch").inc()
-            _log.error("an endpoint picker claims an absurd epoch", extra={"epoch": epoch})
-            return
-        self._higher_epoch(epoch)
 
     def _remove(self, stream: _Stream) -> None:
         stream.ended = True
@@ -293,15 +277,25 @@ class ControlServer(rpc.ControlServicer):
         if not streams:
             self._streams.pop(stream.pool, None)
             metrics.STREAMS.remove(stream.pool)
-        self._rollouts[stream.pool].left(stream.pod_uid, stream.session.heard_at)
+        rollout = self._rollouts[stream.pool]
+        rollout.left(stream.pod_uid, stream.session.heard_at)
+        if not streams and rollout.desired is None:
+            del self._rollouts[stream.pool]
         self._changed(stream.pool)
 
     def _all(self) -> list[_Stream]:
         return [stream for streams in self._streams.values() for stream in streams]
 
-    def _end(self, stream: _Stream, last: pb.FromOperator | None) -> None:
+    def _end(
+        self,
+        stream: _Stream,
+        last: pb.FromOperator | None = None,
+        refusal: RefusedError | None = None,
+    ) -> None:
+        """Have a stream end, after a last message or for a reason."""
         if last is not None and not stream.ended:
             stream.outbox.append(last)
+        stream.refusal = stream.refusal or refusal
         stream.ended = True
         stream.wake.set()
 
@@ -309,7 +303,7 @@ class ControlServer(rpc.ControlServicer):
 
     async def _write(self, stream: _Stream, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """Send what there is to send until the stream ends."""
-        ping_at = self._clock() + PING_SECONDS
+        ping_at = self._clock()  # the first tells the picker at once that it is served
         while True:
             now = self._clock()
             self._offer(stream, now)
@@ -317,7 +311,9 @@ class ControlServer(rpc.ControlServicer):
                 stream.outbox.append(pb.FromOperator(ping=pb.Ping()))
                 ping_at = now + PING_SECONDS
             while stream.outbox:
-                await context.write(stream.outbox.pop(0))
+                await self._send(stream, stream.outbox.pop(0), context)
+            if stream.refusal is not None:
+                raise stream.refusal
             if stream.ended:
                 return
             if now - stream.session.heard_at > SILENCE_SECONDS:
@@ -328,20 +324,45 @@ class ControlServer(rpc.ControlServicer):
                 )
             await self._sleep(stream, ping_at)
 
+    async def _send(
+        self,
+        stream: _Stream,
+        message: pb.FromOperator,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> None:
+        try:
+            async with asyncio.timeout(WRITE_SECONDS):
+                await context.write(message)
+        except TimeoutError:
+            raise RefusedError(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                "unread",
+                f"{stream.pod_name} does not read what it is sent",
+            ) from None
+
     async def _sleep(self, stream: _Stream, ping_at: float) -> None:
+        """Wait until there may be something to do."""
         session = stream.session
         now = self._clock()
-        until = min(ping_at, session.heard_at + SILENCE_SECONDS + 0.1, session.offer_at(now))
+        until = min(ping_at, session.heard_at + SILENCE_SECONDS + 0.1)
+        if self._desired(stream) is not None:
+            until = min(until, session.offer_at(now))
         stream.wake.clear()
         if stream.outbox or stream.ended:
             return
         with suppress(TimeoutError):
             await asyncio.wait_for(stream.wake.wait(), max(0.01, until - now))
 
+    def _desired(self, stream: _Stream) -> Desired | None:
+        """Return what a picker should run, if it is ours to say now."""
+        if self._epoch is None or self._quiet or stream.ended:
+            return None
+        return self._rollouts[stream.pool].desired
+
     def _offer(self, stream: _Stream, now: float) -> None:
         """Put the program into the outbox if this picker should get it now."""
-        desired = self._rollouts[stream.pool].desired
-        if self._epoch is None or self._quiet or desired is None or stream.ended:
+        desired = self._desired(stream)
+        if desired is None or self._epoch is None:
             return
         try:
             program = stream.session.offer(desired, self._epoch, now)
@@ -366,17 +387,18 @@ class ControlServer(rpc.ControlServicer):
                     break
                 now = self._clock()
                 if not stream.session.heard(now):
-                    metrics.REFUSALS.labels("flood").inc()
-                    _log.warning("endpoint picker floods", extra={"pod": stream.pod_name})
-                    break
+                    self._end(stream, refusal=_flood())
+                    return
                 self._take(stream, message, now)
                 if stream.ended:
                     return
+        except DecodeError:
+            self._end(stream, refusal=not_a_message())
         except (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
             _log.debug("control stream broke", extra={"pod": stream.pod_name})
         except Exception:  # whatever a picker sends must end its own stream only
             _log.exception("control stream failed", extra={"pod": stream.pod_name})
-        self._end(stream, None)
+        self._end(stream)
 
     def _take(self, stream: _Stream, message: pb.FromPicker, now: float) -> None:
         match message.WhichOneof("message"):
@@ -390,7 +412,7 @@ class ControlServer(rpc.ControlServicer):
                     self._rollouts[stream.pool].reported(stream.pod_uid, stats, now)
             case "bye":
                 _log.info("endpoint picker leaves", extra={"pod": stream.pod_name})
-                self._end(stream, None)
+                self._end(stream)
             case _:
                 return
 
@@ -411,14 +433,18 @@ class ControlServer(rpc.ControlServicer):
             return
         metrics.ANSWERS.labels("nack").inc()
         stream.wake.set()
-        if answer is Answer.STALE:
-            self._see_epoch(nack.highest_epoch)
-            return
+        if answer is Answer.STALE and self._epoch is not None and nack.highest_epoch >= self._epoch:
+            self._higher_epoch(nack.highest_epoch)
         _log.warning(
             "endpoint picker refuses its program",
             extra={"pod": stream.pod_name, "pool": stream.pool, "error": stream.session.error},
         )
         self._changed(stream.pool)
+
+
+def _flood() -> RefusedError:
+    text = "too many messages: a picker has something to say every few seconds"
+    return RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "flood", text)
 
 
 def join(host: str, port: int) -> str:

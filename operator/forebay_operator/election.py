@@ -4,8 +4,9 @@ The Lease alone does not keep an old leader from acting (it may have been asleep
 ran out), so every leadership has an epoch and endpoint pickers refuse a lower one. The epoch is an
 annotation on the Lease, written by the same compare-and-swap that takes it. `leaseTransitions`
 would not do: it does not grow when a container restarts under its old name, and starts again when
-the Lease is deleted. Clocks are monotonic; what other machines' clocks say is never compared with
-ours.
+the Lease is deleted. A new epoch is at least the time of day in seconds, so that it is above those
+before also where the Lease was deleted or restored from a backup; a clock that steps back makes it
+grow by one. Lease times are monotonic; other machines' clocks are never compared with ours.
 
 Lease: 15 s; a leader that could not renew for 10 s is quiet; it tries every 2 s (client-go's).
 """
@@ -15,10 +16,13 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import logging
+import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from forebay_operator import metrics
 from forebay_operator.cluster import ApiError
 
 if TYPE_CHECKING:
@@ -27,6 +31,9 @@ if TYPE_CHECKING:
 LEASE_SECONDS = 15.0
 RENEW_DEADLINE_SECONDS = 10.0
 RETRY_SECONDS = 2.0
+HEAL_SECONDS = 10.0  # between epochs that are taken because of what pickers have seen
+MAX_EPOCH_JUMP = 1000
+MAX_EPOCH = 1 << 62
 EPOCH = "forebay.dev/epoch"
 
 _log = logging.getLogger(__name__)
@@ -64,6 +71,7 @@ class Elector:
             another boot is its successor (a container has been started again) and takes it at once.
         changed: told of each change.
         clock: monotonic seconds.
+        time_of_day: seconds since 1970.
     """
 
     def __init__(
@@ -74,6 +82,7 @@ class Elector:
         identity: str,
         changed: Callable[[Leadership], None],
         clock: Callable[[], float] = time.monotonic,
+        time_of_day: Callable[[], float] = time.time,
     ) -> None:
         self._leases = leases
         self._namespace = namespace
@@ -81,12 +90,16 @@ class Elector:
         self._identity = identity
         self._changed = changed
         self._clock = clock
+        self._time_of_day = time_of_day
         self._leadership = Leadership()
         self._seen_record: object = None
         self._seen_at = clock()
         self._renewed_at = clock()
         self._seen_epoch = 0
+        self._heal_at = -math.inf
         self._wake = asyncio.Event()
+        self._writing = asyncio.Lock()
+        self._released = False
 
     @property
     def leadership(self) -> Leadership:
@@ -94,14 +107,29 @@ class Elector:
         return self._leadership
 
     def see_epoch(self, epoch: int) -> None:
-        """Tell of an epoch that an endpoint picker has seen: ours has to be above it."""
-        if epoch > self._seen_epoch:
-            self._seen_epoch = epoch
+        """Tell of an epoch that an endpoint picker has seen: ours has to be above it.
+
+        Within reason: a picker that claims a huge one must not be able to use the counter up.
+        """
+        mine = self._leadership.epoch
+        if mine is None or epoch < mine:
+            return
+        if epoch - mine > MAX_EPOCH_JUMP:
+            metrics.REFUSALS.labels("epoch").inc()
+            _log.error(
+                "an endpoint picker claims to have seen an epoch far above ours: if it is right, "
+                "set annotation %s of the Lease to more",
+                EPOCH,
+                extra={"epoch": epoch, "ours": mine},
+            )
+            return
+        self._seen_epoch = max(epoch, self._seen_epoch)
+        if self._clock() >= self._heal_at:
             self._wake.set()
 
     async def run(self) -> None:
-        """Try for ever."""
-        while True:
+        """Try until the Lease is released."""
+        while not self._released:
             self._doubt()  # this process may have been asleep
             try:
                 await asyncio.wait_for(self._step(), self._patience())
@@ -109,25 +137,32 @@ class Elector:
                 _log.debug("lease: %s", error)
             self._doubt()
             self._wake.clear()
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), min(RETRY_SECONDS, self._patience()))
-            except TimeoutError:
-                continue
 
     async def release(self) -> None:
         """Give the Lease up, so that the next leader need not wait for it to run out."""
-        if self._leadership.epoch is None:
-            return
-        self._set(Leadership())
-        try:
-            lease = await self._leases.get_lease(self._namespace, self._name)
-            if lease is not None and lease["spec"].get("holderIdentity") == self._identity:
-                lease["spec"]["holderIdentity"] = ""
-                await self._leases.put_lease(self._namespace, self._name, lease, create=False)
-        except ApiError as error:
-            _log.info("the lease runs out by itself: %s", error)
+        self._released = True
+        self._wake.set()
+        async with self._writing:
+            if self._leadership.epoch is None:
+                return
+            self._set(Leadership())
+            try:
+                lease = await self._leases.get_lease(self._namespace, self._name)
+                spec = (lease or {}).get("spec") or {}
+                if lease is not None and spec.get("holderIdentity") == self._identity:
+                    lease["spec"] = {**spec, "holderIdentity": ""}
+                    await self._leases.put_lease(self._namespace, self._name, lease, create=False)
+            except ApiError as error:
+                _log.info("the lease runs out by itself: %s", error)
 
     async def _step(self) -> None:
+        async with self._writing:
+            if not self._released:
+                await self._try()
+
+    async def _try(self) -> None:
         lease = await self._leases.get_lease(self._namespace, self._name)
         now = self._clock()
         spec = (lease or {}).get("spec") or {}
@@ -137,18 +172,19 @@ class Elector:
             self._seen_record, self._seen_at = record, now
         epoch = _epoch(lease)
         if holder == self._identity and self._leadership.epoch == epoch:
-            if self._seen_epoch > epoch:
+            heal = self._seen_epoch >= epoch and now >= self._heal_at
+            if heal:
+                self._heal_at = now + HEAL_SECONDS
                 _log.warning("epoch healed", extra={"from": epoch, "past": self._seen_epoch})
-                await self._write(lease, self._next_epoch(epoch), now, take=True)
-            else:
-                await self._write(lease, epoch, now, take=False)
+            await self._write(lease, self._next_epoch(epoch) if heal else epoch, now, take=heal)
         elif self._free(lease, holder, spec, now):
             await self._write(lease, self._next_epoch(epoch), now, take=True)
         else:
             self._set(Leadership(holder=holder))
 
     def _next_epoch(self, epoch: int) -> int:
-        return max(epoch, self._seen_epoch, self._leadership.epoch or 0) + 1
+        above = max(epoch, self._seen_epoch, self._leadership.epoch or 0) + 1
+        return max(above, min(int(self._time_of_day()), MAX_EPOCH))
 
     def _free(
         self, lease: dict[str, Any] | None, holder: str, spec: dict[str, Any], now: float

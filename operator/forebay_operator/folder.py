@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from forebay_operator import pages, planning, sources, wording
 from forebay_operator.control import ControlServer, join
+from forebay_operator.election import MAX_EPOCH
 from forebay_operator.reconcile import Reconciler
 from forebay_operator.resources import (
     BY_NAME,
@@ -176,7 +177,8 @@ class FolderOperator:
         self._reconciler.pickers_changed(pool)
 
     def _lead_from(self, seen: int) -> None:
-        self._control.lead(seen + 1)
+        if seen < MAX_EPOCH:
+            self._control.lead(seen + 1)
 
     async def start(
         self,

@@ -172,6 +172,7 @@ class Reconciler:
                 hold = any(_holds(entry, pool.metadata.name) for entry in entries)
                 planned = planning.plan(pool, resources, hold=hold)
                 self._planned[name] = (pool, planned)
+                self._control.retain(name, self.expected(name) or ())
                 if planning.fits(planned):
                     self._control.program(name, planned.snapshot)
             self._unreported.add(namespace)

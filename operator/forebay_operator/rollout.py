@@ -52,6 +52,7 @@ class Rollout:
         generations = {source.uid: source.generation for source in snapshot.sources}
         self.desired = Desired(data, sha256, revision, generations)
         self._programs[sha256] = generations
+        self._programs.move_to_end(sha256)
         while len(self._programs) > REMEMBERED_PROGRAMS:
             self._programs.popitem(last=False)
         return True
@@ -82,7 +83,7 @@ class Rollout:
         """Note that a stream has ended over which a picker was last heard at this moment."""
         record = self._records.get(uid)
         if record is not None:
-            record.heard_at = heard_at
+            record.heard_at = max(record.heard_at, heard_at)
 
     def retain(self, uids: Collection[str]) -> None:
         """Forget all other pickers."""

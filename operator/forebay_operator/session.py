@@ -23,13 +23,16 @@ ACK_SECONDS = 10.0
 MAX_SENDS = 3
 RETRY_SECONDS = 5.0
 MAX_RETRY_SECONDS = 300.0
+MAX_REFUSALS = 16
 STATS_SECONDS = 1.0
 MAX_MESSAGES_PER_SECOND = 50
 MAX_BURST = 250
 MAX_NAME = 253
 MAX_STATS_BANDS = 64
+MAX_COUNT = 1 << 50  # sums of what pickers report stay numbers that an API server takes
 MAX_ERROR = 200
-_STALE_EPOCH = "StaleEpoch"
+# The picker has seen a higher version, or this one with other content: not the program's fault.
+_NOT_OURS = ("StaleEpoch", "HashConflict")
 
 
 class UnansweredError(Exception):
@@ -37,7 +40,7 @@ class UnansweredError(Exception):
 
 
 class Answer(Enum):
-    """What a refusal was: of this program, of this leader, or of nothing that is under way."""
+    """What a refusal was: of the program, of its version, or of nothing that is under way."""
 
     NACK = auto()
     STALE = auto()
@@ -78,7 +81,8 @@ class Session:
         self._sent_at = 0.0
         self._sends = 0
         self._retry_at = 0.0
-        self._retry_seconds = RETRY_SECONDS
+        self._refusals = 0  # in a row
+        self._stale = False
         self._stats_at = -math.inf
         self._tokens: float = MAX_BURST
 
@@ -123,11 +127,14 @@ class Session:
 
     def wanted_anew(self) -> None:
         """Note that something else is desired: a refusal of it would be the first one."""
-        self._retry_seconds = RETRY_SECONDS
+        self._refusals = 0
 
     def led_anew(self) -> None:
-        """Note that the epoch is another: what was refused for the old one may be sent again."""
-        if self.error.startswith(_STALE_EPOCH):
+        """Note that the epoch is another: a program whose version was refused gets a new one.
+
+        Once only: a picker that refuses every version must not be sent one after the other.
+        """
+        if self._stale and self._refusals <= 1:
             self.nacked, self.error = b"", ""
 
     def on_ack(self, ack: pb.Ack) -> Desired | None:
@@ -138,6 +145,7 @@ class Session:
         self._in_flight = None
         self._acked = (program.version.epoch, program.sha256)
         self.nacked, self.error = b"", ""
+        self._refusals, self._stale = 0, False
         return self._offered
 
     def on_nack(self, nack: pb.Nack, now: float) -> Answer:
@@ -146,16 +154,15 @@ class Session:
         if program is None or nack.nonce != program.nonce:
             return Answer.UNKNOWN
         self._in_flight = None
-        if nack.code == _STALE_EPOCH:
-            # Not the program's fault: somebody leads with a higher epoch, or we must heal ours.
-            self._retry_at, self.nacked = now + 1.0, program.sha256
-            self.error = f"{_STALE_EPOCH}: the endpoint picker has seen a newer leader"
-            return Answer.STALE
-        if self.nacked != program.sha256:
-            self._retry_seconds = RETRY_SECONDS
+        if self.nacked != program.sha256 and not self._stale:
+            self._refusals = 0
         self.nacked = program.sha256
-        self._retry_at = now + self._retry_seconds
-        self._retry_seconds = min(2 * self._retry_seconds, MAX_RETRY_SECONDS)
+        self._retry_at = now + min(RETRY_SECONDS * 2**self._refusals, MAX_RETRY_SECONDS)
+        self._refusals = min(self._refusals + 1, MAX_REFUSALS)
+        self._stale = nack.code in _NOT_OURS
+        if self._stale:
+            self.error = f"{nack.code}: the endpoint picker has seen a program of another leader"
+            return Answer.STALE
         problems = "; ".join(
             f"{error.path[:MAX_ERROR]}: {error.message[:MAX_ERROR]}" for error in nack.errors[:5]
         )
@@ -178,11 +185,14 @@ class Session:
         if now - self._stats_at < STATS_SECONDS:
             return None
         self._stats_at = now
+        stats.DiscardUnknownFields()
         del stats.bands[MAX_STATS_BANDS:]
-        if not math.isfinite(stats.saturation):
+        if not 0 <= stats.saturation < math.inf:
             stats.saturation = 0.0
         for band in stats.bands:
             band.band = band.band[:MAX_NAME]
             if not 0 <= band.oldest_seconds < 1e9:
                 band.oldest_seconds = 0.0
+            for name in ("bytes", "dispatched", "rejected", "evicted"):
+                setattr(band, name, min(getattr(band, name), MAX_COUNT))
         return stats

@@ -9,6 +9,7 @@ either, on loopback, the Hello is believed. Sources: KEP-1205 (bound tokens), SP
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -18,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from forebay_operator.admission import RefusedError
 from forebay_operator.cluster import ApiError
-from forebay_operator.control import RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 MAX_TOKEN_BYTES = 16 << 10
 MAX_REVIEWS = 4096
+MAX_REVIEWING = 16  # at once: whoever reaches the port could otherwise load the API server
 REVIEW_SECONDS = 600.0
 _POD_NAME = "authentication.kubernetes.io/pod-name"
 _POD_UID = "authentication.kubernetes.io/pod-uid"
@@ -63,6 +65,7 @@ class TokenTrust:
         self._audience = audience
         self._clock = clock
         self._reviews: OrderedDict[bytes, tuple[float, dict[str, Any]]] = OrderedDict()
+        self._reviewing = asyncio.Semaphore(MAX_REVIEWING)
 
     async def __call__(
         self, hello: pb.Hello, metadata: Mapping[str, Any], _auth: Mapping[str, Any]
@@ -110,7 +113,8 @@ class TokenTrust:
         if known is not None and now < known[0]:
             return known[1]
         try:
-            status = await self._review(token, self._audience)
+            async with self._reviewing:
+                status = await self._review(token, self._audience)
         except ApiError as error:
             raise RefusedError(
                 grpc.StatusCode.UNAVAILABLE, "review", f"the token cannot be reviewed: {error}"

@@ -1,152 +1,505 @@
-"""Who leads, as far as no API server is needed: leases in memory, and a clock that tests set."""
+"""Who leads, in virtual time, over a fake of the Lease API that compares and swaps as the real one.
+
+The real API server is asked in tests/faults.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import copy
+from contextlib import suppress
 
 import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from forebay_operator import election
+from forebay_operator import election, metrics
 from forebay_operator.cluster import ApiError
-from forebay_operator.election import EPOCH, Elector, Leadership
+from forebay_operator.election import EPOCH, MAX_EPOCH_JUMP, Elector
+
+NUMBERS = st.integers(0, 2)
+START = 1_000.0  # time of day, small so that epochs are easy to read
 
 
-class Leases:
-    """Stands for the API server, which may not answer."""
+class FakeLeases:
+    """The API server's Leases: one object, resourceVersions, 409 on a lost race."""
 
     def __init__(self) -> None:
-        self.lease = None
+        self.lease: dict | None = None
+        self.version = 0
+        self.down = False
         self.hangs = False
-        self.asked = asyncio.Event()
+        self.asked = 0
+        self.lost_answers = 0  # so many writes succeed and say that they have not
 
     async def get_lease(self, _namespace, _name):
-        self.asked.set()
+        self.asked += 1
         if self.hangs:
             await asyncio.Event().wait()
+        if self.down:
+            raise ApiError(0, "connection refused")
         return copy.deepcopy(self.lease)
 
     async def put_lease(self, _namespace, _name, lease, *, create):
-        if create is (self.lease is not None):
-            raise ApiError(409, "conflict")
+        if self.down:
+            raise ApiError(0, "connection refused")
+        if create != (self.lease is None):
+            raise ApiError(409 if create else 404, "conflict")
+        mine = lease["metadata"].get("resourceVersion")
+        if not create and mine != self.lease["metadata"]["resourceVersion"]:
+            raise ApiError(409, "the object has been modified")
+        self.version += 1
         self.lease = copy.deepcopy(lease)
-        return lease
+        self.lease["metadata"]["resourceVersion"] = str(self.version)
+        if self.lost_answers:
+            self.lost_answers -= 1
+            raise ApiError(0, "timeout")
+        return copy.deepcopy(self.lease)
 
     @property
     def epoch(self) -> int:
         return int(self.lease["metadata"]["annotations"][EPOCH])
 
+    @property
+    def holder(self) -> str:
+        return self.lease["spec"]["holderIdentity"]
 
-class Contest:
-    """Electors over one Lease."""
+
+class Clock:
+    """One monotonic clock for all, and the time of day."""
 
     def __init__(self) -> None:
-        self.now = 100.0
-        self.leases = Leases()
-        self.told: list[Leadership] = []
-        self.told_of_change = asyncio.Event()
+        self.now = 0.0
+        self.step = 0.0  # that somebody has set the time of day by
 
-    def _changed(self, leadership: Leadership) -> None:
-        self.told.append(leadership)
-        self.told_of_change.set()
+    def __call__(self) -> float:
+        return self.now
 
-    def elector(self, identity: str) -> Elector:
-        return Elector(
-            self.leases, "default", "lease", identity, self._changed, clock=lambda: self.now
+    def time_of_day(self) -> float:
+        return START + self.now + self.step
+
+
+class Replica:
+    """One operator process as far as the election goes."""
+
+    def __init__(self, leases: FakeLeases, clock: Clock, identity: str) -> None:
+        self.told: list[election.Leadership] = []
+        self.elector = Elector(
+            leases, "default", "l", identity, self.told.append, clock, clock.time_of_day
         )
 
-    async def step(self, elector: Elector) -> Leadership:
-        """Try once and return how it stands."""
-        self.leases.asked.clear()
-        running = asyncio.create_task(elector.run())
-        await self.leases.asked.wait()
-        for _ in range(20):
-            await asyncio.sleep(0)
+    def step(self) -> election.Leadership:
+        """What `run` does every two seconds."""
+
+        async def once() -> None:
+            with suppress(ApiError):
+                await self.elector._step()
+            self.elector._doubt()
+
+        asyncio.run(once())
+        return self.elector.leadership
+
+    @property
+    def epoch(self) -> int | None:
+        return self.elector.leadership.epoch
+
+    @property
+    def programs(self) -> bool:
+        """Whether it believes that it may send programs."""
+        return self.epoch is not None and not self.elector.leadership.quiet
+
+
+@pytest.fixture
+def leases():
+    return FakeLeases()
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def replica(leases, clock):
+    return lambda identity: Replica(leases, clock, identity)
+
+
+def test_the_first_one_leads(replica, leases):
+    """There is no Lease yet: it is made."""
+    a = replica("a/1")
+
+    assert a.step().epoch == leases.epoch == START
+    assert leases.holder == "a/1"
+
+
+def test_the_second_one_waits_and_knows_who_leads(replica):
+    """Its leadership names the holder."""
+    a, b = replica("a/1"), replica("b/1")
+    a.step()
+
+    assert (b.step().epoch, b.step().holder) == (None, "a/1")
+
+
+def test_a_leader_renews_under_its_epoch(replica, clock):
+    """It is told of nothing: nothing has changed."""
+    a, b = replica("a/1"), replica("b/1")
+    epoch = a.step().epoch
+    for _ in range(30):
+        clock.now += 2.0
+        assert (a.step().epoch, b.step().epoch) == (epoch, None)
+
+    assert len(a.told) == 1
+
+
+def test_two_that_come_at_once_do_not_both_lead(leases, replica):
+    """The second one's compare-and-swap fails."""
+    a, b = replica("a/1"), replica("b/1")
+
+    async def both() -> None:
+        await asyncio.gather(a.elector._step(), b.elector._step(), return_exceptions=True)
+
+    asyncio.run(both())
+    assert [a.epoch, b.epoch].count(None) == 1
+    assert leases.epoch in (a.epoch, b.epoch)
+
+
+def test_a_lease_that_runs_out_is_taken_with_a_higher_epoch(replica, clock):
+    """After 15 s without a change, by the waiting one's own clock."""
+    a, b = replica("a/1"), replica("b/1")
+    old = a.step().epoch
+    b.step()
+    clock.now += 15.0
+    assert b.step().epoch is None
+    clock.now += 0.1
+    assert b.step().epoch > old
+
+
+def test_a_leader_that_was_frozen_steps_down(replica, clock):
+    """As after SIGSTOP: it finds somebody else when it wakes up."""
+    a, b = replica("a/1"), replica("b/1")
+    old = a.step().epoch
+    b.step()
+    clock.now += 30.0
+    new = b.step().epoch
+
+    assert a.step() == election.Leadership(holder="b/1")
+    assert new > old
+
+
+def test_a_leader_without_an_api_server_is_quiet_before_its_lease_is_over(leases, replica, clock):
+    """And goes on under its epoch when the API server is back and nobody else has led."""
+    a = replica("a/1")
+    epoch = a.step().epoch
+    leases.down = True
+    clock.now += 10.1
+    assert (a.step().epoch, a.step().quiet) == (epoch, True)
+
+    leases.down = False
+    assert (a.step().epoch, a.step().quiet) == (epoch, False)
+
+
+def run_until(replica: Replica, claim) -> None:
+    """Have the loop of a replica run until something is so."""
+
+    async def run() -> None:
+        running = asyncio.create_task(replica.elector.run())
+        async with asyncio.timeout(30):
+            while not claim():  # noqa: ASYNC110  # in virtual time nothing tells
+                await asyncio.sleep(0)
         running.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await running
-        return elector.leadership
+        await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(run())
 
 
-def contest(story) -> None:
-    async def tell() -> None:
-        await story(Contest())
-
-    asyncio.run(tell())
-
-
-def test_a_leader_is_quiet_at_its_deadline_although_the_api_server_does_not_answer():
+def test_a_leader_is_quiet_at_its_deadline_although_nobody_answers(leases, replica, clock):
     """A renewal that hangs does not carry leadership past the deadline."""
+    a = replica("a/1")
+    a.step()
+    clock.now += 10.0 - 0.05
+    leases.hangs = True
 
-    async def story(c: Contest) -> None:
-        elector = c.elector("a/1")
-        await c.step(elector)
-        c.now += election.RENEW_DEADLINE_SECONDS - 0.05
-        c.leases.hangs = True
-        c.leases.asked.clear()
-        c.told_of_change.clear()
-        running = asyncio.create_task(elector.run())
-        await c.leases.asked.wait()
-        c.now += 0.1
-        await asyncio.wait_for(c.told_of_change.wait(), 5)
-        running.cancel()
-        assert elector.leadership == Leadership(epoch=1, quiet=True, holder="a/1")
+    def quiet() -> bool:
+        clock.now += 0.1 if leases.asked else 0.0
+        leases.asked = 0
+        return a.elector.leadership.quiet
 
-    contest(story)
+    leases.asked = 0
+    run_until(a, quiet)
 
 
-def test_a_leader_that_was_asleep_is_quiet_before_it_asks_anybody():
+def test_a_leader_that_was_asleep_is_quiet_before_it_asks_anybody(leases, replica, clock):
     """After a long pause of the process nothing is sent on the word of an old lease."""
+    a = replica("a/1")
+    a.step()
+    clock.now += 30.0
+    leases.asked, leases.hangs = 0, True
+    run_until(a, lambda: leases.asked > 0)
 
-    async def story(c: Contest) -> None:
-        elector = c.elector("a/1")
-        await c.step(elector)
-        c.now += 30
-        c.leases.hangs = True
-        assert (await c.step(elector)).quiet
-
-    contest(story)
+    assert a.elector.leadership.quiet
 
 
-def test_a_lease_that_is_deleted_does_not_set_the_epoch_back():
-    """The next epoch is above the leader's own."""
-
-    async def story(c: Contest) -> None:
-        elector = c.elector("a/1")
-        await c.step(elector)
-        c.leases.lease["metadata"]["annotations"][EPOCH] = "7"
-        assert (await c.step(elector)).epoch == 8
-        c.leases.lease = None
-        assert (await c.step(elector)).epoch == c.leases.epoch == 9
-
-    contest(story)
-
-
-def test_an_epoch_heals_past_what_endpoint_pickers_have_seen():
-    """A new leader on a Lease that was lost catches up."""
-
-    async def story(c: Contest) -> None:
-        elector = c.elector("a/1")
-        assert (await c.step(elector)).epoch == 1
-        elector.see_epoch(41)
-        assert (await c.step(elector)).epoch == c.leases.epoch == 42
-
-    contest(story)
+@pytest.mark.parametrize("renew_time", ["1970-01-01T00:00:00.0Z", "2100-01-01T00:00:00.0Z"])
+def test_other_machines_clocks_do_not_count(leases, replica, clock, renew_time):
+    """Only how long we see no renewal."""
+    a, b = replica("a/1"), replica("b/1")
+    a.step()
+    leases.lease["spec"]["renewTime"] = renew_time
+    b.step()
+    clock.now += 14.0
+    assert b.step().holder == "a/1"
+    clock.now += 2.0
+    assert b.step().holder == "b/1"
 
 
-def test_a_lease_is_taken_over_only_when_it_has_not_changed_for_its_duration():
-    """What the other's clock says does not count, only how long we see no renewal."""
+def test_a_container_started_again_takes_over_at_once(replica):
+    """It knows its predecessor by the pod's uid; the epoch grows all the same."""
+    first = replica("pod/boot-1")
+    old = first.step().epoch
+    second = replica("pod/boot-2")
 
-    async def story(c: Contest) -> None:
-        leader, standby = c.elector("a/1"), c.elector("b/1")
-        await c.step(leader)
-        for renew_time in ("1970-01-01T00:00:00.0Z", "2100-01-01T00:00:00.0Z"):
-            c.leases.lease["spec"]["renewTime"] = renew_time
-            assert (await c.step(standby)).holder == "a/1"
-            c.now += election.LEASE_SECONDS - 1
-            assert (await c.step(standby)).epoch is None
-        c.now += 2
-        assert (await c.step(standby)).epoch == 2
-        assert (await c.step(leader)) == Leadership(holder="b/1")
+    assert second.step().epoch > old
 
-    contest(story)
+
+def test_a_lease_given_up_is_taken_at_once(replica, leases, clock):
+    """And not taken back by the loop of the one that is about to end."""
+    a, b = replica("a/1"), replica("b/1")
+    a.step()
+    asyncio.run(a.elector.release())
+    clock.now += 2.0
+
+    assert a.step().epoch is None
+    assert leases.holder == ""
+    assert b.step().epoch is not None
+
+
+def test_releasing_waits_for_a_write_that_is_under_way(leases, clock):
+    """Which would otherwise take the Lease again behind its back."""
+    a = Replica(leases, clock, "a/1")
+    a.step()
+    go_on = asyncio.Event()
+    put = leases.put_lease
+
+    async def slow(*args, **options):
+        await go_on.wait()
+        return await put(*args, **options)
+
+    async def scenario() -> None:
+        leases.put_lease = slow
+        step = asyncio.create_task(a.elector._step())
+        await asyncio.sleep(0)
+        release = asyncio.create_task(a.elector.release())
+        await asyncio.sleep(0)
+        go_on.set()
+        await asyncio.gather(step, release)
+
+    asyncio.run(scenario())
+    assert (a.epoch, leases.holder) == (None, "")
+
+
+def test_who_does_not_lead_has_nothing_to_release(replica, leases):
+    """The holder keeps its Lease."""
+    a, b = replica("a/1"), replica("b/1")
+    a.step()
+    b.step()
+    asyncio.run(b.elector.release())
+
+    assert leases.holder == "a/1"
+
+
+def test_a_deleted_lease_is_made_again_with_a_higher_epoch(replica, leases, clock):
+    """By the leader, or by anybody who comes later."""
+    a = replica("a/1")
+    old = a.step().epoch
+    leases.lease = None
+    assert a.step().epoch > old
+
+    leases.lease = None
+    clock.now += 60.0
+    assert replica("b/1").step().epoch > old + 1
+
+
+def test_a_restored_backup_does_not_bring_an_old_epoch_back(replica, leases, clock):
+    """The leader notices that its Lease is another."""
+    a = replica("a/1")
+    a.step()
+    backup = copy.deepcopy(leases.lease)
+    for _ in range(5):
+        clock.now += 2.0
+        leases.lease["metadata"]["annotations"][EPOCH] = "0"  # each time taken anew
+        a.step()
+    old = a.epoch
+    leases.lease = backup
+
+    assert a.step().epoch > old
+
+
+def test_a_leader_after_a_restored_backup_is_above_all_before(replica, leases, clock):
+    """Also one that has never led: the time of day is above every epoch there was."""
+    a = replica("a/1")
+    a.step()
+    backup = copy.deepcopy(leases.lease)
+    clock.now += 5_000.0
+    highest = replica("b/1").step().epoch or 0
+    clock.now += 20.0
+    b = replica("b/2")
+    b.step()
+    clock.now += 20.0
+    highest = max(highest, b.step().epoch or 0)
+    leases.lease = backup
+    c = replica("c/1")
+    c.step()
+    clock.now += 20.0
+
+    assert c.step().epoch > highest > START
+
+
+def test_a_clock_that_steps_back_does_not_lower_the_epoch(replica, clock):
+    """It grows by one then."""
+    a = replica("pod/1")
+    old = a.step().epoch
+    clock.step = -86_400.0
+
+    assert replica("pod/2").step().epoch == old + 1
+
+
+def test_a_write_whose_answer_is_lost_is_noticed(replica, leases):
+    """It has been written and we do not know: the next step takes a new epoch."""
+    a = replica("a/1")
+    leases.lost_answers = 1
+    assert a.step().epoch is None
+    unknown = leases.epoch
+
+    assert a.step().epoch > unknown
+
+
+def test_an_epoch_that_a_picker_has_seen_is_passed(replica, leases):
+    """Pickers would refuse every program otherwise."""
+    a = replica("a/1")
+    a.step()
+    seen = a.epoch + 500
+    a.elector.see_epoch(seen)
+
+    assert a.step().epoch == leases.epoch == seen + 1
+
+
+def test_our_own_epoch_in_foreign_hands_is_passed(replica):
+    """Two leaders had the same one: a picker has refused a version of it."""
+    a = replica("a/1")
+    epoch = a.step().epoch
+    a.elector.see_epoch(epoch)
+
+    assert a.step().epoch == epoch + 1
+
+
+@pytest.mark.parametrize("seen", [START + MAX_EPOCH_JUMP + 1, 2**63, 2**64 - 1])
+def test_an_absurd_epoch_is_refused_and_counted(replica, seen):
+    """A picker must not be able to use the counter up."""
+    a = replica("a/1")
+    epoch = a.step().epoch
+    before = metrics.REFUSALS.labels("epoch")._value.get()
+    a.elector.see_epoch(int(seen))
+
+    assert a.step().epoch == epoch
+    assert metrics.REFUSALS.labels("epoch")._value.get() == before + 1
+
+
+def test_a_picker_cannot_have_everybody_reprogrammed_all_the_time(replica, clock):
+    """Each new epoch does that: at most one in ten seconds is taken for a picker's sake."""
+    a = replica("a/1")
+    first = a.step().epoch
+    for _ in range(50):
+        a.elector.see_epoch(a.epoch)
+        a.step()
+        clock.now += 0.2
+
+    assert a.epoch == first + 1
+
+
+def test_epochs_mean_nothing_to_who_does_not_lead(replica):
+    """It has sent nothing that they could be above of."""
+    a, b = replica("a/1"), replica("b/1")
+    a.step()
+    b.step()
+    b.elector.see_epoch(2**40)
+
+    assert b.step().epoch is None
+
+
+@pytest.mark.parametrize(
+    "lease",
+    [
+        {"metadata": {"resourceVersion": "0"}},
+        {"metadata": {"resourceVersion": "0", "annotations": {EPOCH: "many"}}, "spec": {}},
+        {"metadata": {"resourceVersion": "0", "annotations": {EPOCH: "9" * 30}}, "spec": None},
+        {"metadata": {"resourceVersion": "0"}, "spec": {"leaseDurationSeconds": "x"}},
+    ],
+)
+def test_a_lease_that_others_wrote_is_taken(replica, leases, lease):
+    """Whatever it holds."""
+    leases.lease = lease
+    a = replica("a/1")
+
+    assert a.step().epoch == START
+    asyncio.run(a.elector.release())
+    assert leases.holder == ""
+
+
+class Replicas(RuleBasedStateMachine):
+    """Three replicas to which anything may happen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.leases, self.clock = FakeLeases(), Clock()
+        self.boots = [0, 0, 0]
+        self.replicas = [Replica(self.leases, self.clock, f"{n}/0") for n in range(3)]
+        self.taken: list[int] = []
+
+    @rule(number=NUMBERS)
+    def step(self, number):
+        self.replicas[number].step()
+        for leadership in self.replicas[number].told:
+            epoch = leadership.epoch
+            if epoch is not None and not leadership.quiet and epoch not in self.taken[-1:]:
+                assert epoch > max(self.taken, default=0)
+                self.taken.append(epoch)
+        self.replicas[number].told.clear()
+
+    @rule(seconds=st.sampled_from([0.1, 2.0, 9.0, 16.0]))
+    def wait(self, seconds):
+        self.clock.now += seconds
+
+    @rule(number=NUMBERS)
+    def restart(self, number):
+        self.boots[number] += 1
+        identity = f"{number}/{self.boots[number]}"
+        self.replicas[number] = Replica(self.leases, self.clock, identity)
+
+    @rule(number=NUMBERS)
+    def release(self, number):
+        asyncio.run(self.replicas[number].elector.release())
+
+    @rule(down=st.booleans())
+    def reach(self, down):
+        self.leases.down = down
+
+    @rule()
+    def lose_an_answer(self):
+        self.leases.lost_answers = 1
+
+    @rule(number=NUMBERS)
+    def see(self, number):
+        self.replicas[number].elector.see_epoch(max(self.taken, default=0))
+
+    @rule(step=st.sampled_from([-86_400.0, -1.0, 0.0, 3_600.0]))
+    def set_clock(self, step):
+        self.clock.step = step
+
+    @invariant()
+    def no_epoch_is_shared(self):
+        """Two may believe to lead; pickers know by the epoch which of them does."""
+        epochs = [replica.epoch for replica in self.replicas if replica.epoch is not None]
+        assert len(epochs) == len(set(epochs))
+
+
+TestReplicas = Replicas.TestCase

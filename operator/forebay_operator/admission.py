@@ -1,0 +1,114 @@
+"""From a stream of somebody unknown to the Hello of an endpoint picker that may be served.
+
+Until then nothing that comes is believed and little of it is kept: streams that say nothing are
+few, and the oldest of them makes room for the next. Whose a Hello is, trust.py finds out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from forebay_control.v1 import control_pb2 as pb
+from forebay_operator.session import MAX_NAME
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    Authorize = Callable[[pb.Hello, Mapping[str, Any], Mapping[str, Any]], Awaitable[str]]
+
+PROTOCOL = 1
+HELLO_SECONDS = 10.0
+MAX_SILENT_STREAMS = 500
+HASH_BYTES = 32
+
+
+class RefusedError(Exception):
+    """A picker that may not connect; `reason` is a metric label, the text is for its log."""
+
+    def __init__(self, code: grpc.StatusCode, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.reason = reason
+
+
+class Admission:
+    """Reads Hellos.
+
+    Args:
+        authorize: says which pod a Hello comes from (its uid), or raises RefusedError.
+    """
+
+    def __init__(self, authorize: Authorize) -> None:
+        self._authorize = authorize
+        self._silent: dict[asyncio.Timeout, None] = {}
+
+    async def hello(self, context: grpc.aio.ServicerContext[Any, Any]) -> pb.Hello:
+        """Read the first message.
+
+        Raises:
+            RefusedError: it did not come, or is not a Hello.
+        """
+        try:
+            async with asyncio.timeout(HELLO_SECONDS) as deadline:
+                self._take_place(deadline)
+                try:
+                    first = await context.read()
+                finally:
+                    self._silent.pop(deadline, None)
+        except TimeoutError:
+            raise RefusedError(
+                grpc.StatusCode.DEADLINE_EXCEEDED, "silent", "no Hello came in time"
+            ) from None
+        except DecodeError:
+            raise not_a_message() from None
+        if not isinstance(first, pb.FromPicker) or first.WhichOneof("message") != "hello":
+            raise RefusedError(
+                grpc.StatusCode.INVALID_ARGUMENT, "protocol", "the first message must be Hello"
+            )
+        problem = _problem(first.hello)
+        if problem:
+            raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, "protocol", problem)
+        return first.hello
+
+    async def pod_uid(self, hello: pb.Hello, context: grpc.aio.ServicerContext[Any, Any]) -> str:
+        """Return the uid of the pod that a Hello comes from.
+
+        Raises:
+            RefusedError: it is not that of one of the pool's endpoint pickers.
+        """
+        metadata = dict(context.invocation_metadata() or ())
+        return await self._authorize(hello, metadata, context.auth_context())
+
+    def _take_place(self, deadline: asyncio.Timeout) -> None:
+        """Be one of the few who may be silent; the one who is so longest has to go for it."""
+        if len(self._silent) >= MAX_SILENT_STREAMS:
+            oldest = next(iter(self._silent))
+            del self._silent[oldest]
+            if not oldest.expired():
+                oldest.reschedule(0)
+        self._silent[deadline] = None
+
+
+def not_a_message() -> RefusedError:
+    """Return the refusal of bytes that mean nothing."""
+    text = "that is not a message of the control channel"
+    return RefusedError(grpc.StatusCode.INVALID_ARGUMENT, "protocol", text)
+
+
+def _problem(hello: pb.Hello) -> str:
+    """Return what is wrong with a Hello, if anything."""
+    if hello.protocol != PROTOCOL:
+        return (
+            f"protocol {hello.protocol} is not spoken here, only {PROTOCOL}: "
+            "run endpoint pickers and operator of neighbouring releases"
+        )
+    for name in ("pool", "pod_namespace", "pod_name", "pod_uid", "boot_id", "build"):
+        if len(getattr(hello, name)) > MAX_NAME:
+            return f"hello.{name} has more than {MAX_NAME} characters"
+    if hello.HasField("applied") and len(hello.applied.sha256) != HASH_BYTES:
+        return f"hello.applied.sha256 has not {HASH_BYTES} bytes"
+    return ""

@@ -1,0 +1,140 @@
+"""How the pickers of a pool stand, in virtual time."""
+
+from __future__ import annotations
+
+from forebay_control.v1 import control_pb2 as pb
+from forebay_operator.conditions import PickerState
+from forebay_operator.rollout import REMEMBERED_PROGRAMS, Rollout
+from forebay_operator.session import Session
+
+EXPECTED = {"uid-0": "epp-0"}
+
+
+def snapshot(generation: int = 1) -> pb.Snapshot:
+    source = pb.Source(kind="FlowControlPolicy", uid="policy", generation=generation)
+    return pb.Snapshot(plan=pb.Plan(pool="default/chat"), sources=[source])
+
+
+def wanting(generation: int = 1) -> Rollout:
+    rollout = Rollout()
+    rollout.want(snapshot(generation), 1)
+    return rollout
+
+
+def state(rollout, session=None, now=0.0, leading_since=0.0) -> PickerState:
+    sessions = {"uid-0": session} if session else {}
+    return rollout.pickers(EXPECTED, sessions, leading_since, now)[0].state
+
+
+def test_the_same_snapshot_is_no_news():
+    """Also when it was made again."""
+    rollout = Rollout()
+
+    assert rollout.want(snapshot(), 1)
+    assert not rollout.want(snapshot(), 2)
+    assert rollout.desired.revision == 1
+
+
+def test_a_picker_is_pending_until_it_acknowledges():
+    """What was sent does not count."""
+    rollout, session = wanting(), Session(0.0)
+    assert state(rollout, session) is PickerState.PENDING
+
+    rollout.acknowledged("uid-0", rollout.desired, 1.0)
+    assert state(rollout, session) is PickerState.PROGRAMMED
+
+
+def test_a_picker_is_pending_again_when_something_else_is_wanted():
+    """And its generations stay those of what is in force."""
+    rollout, session = wanting(1), Session(0.0)
+    rollout.acknowledged("uid-0", rollout.desired, 1.0)
+    rollout.want(snapshot(2), 2)
+
+    [picker] = rollout.pickers(EXPECTED, {"uid-0": session}, 0.0, 2.0)
+    assert (picker.state, picker.generations) == (PickerState.PENDING, {"policy": 1})
+
+
+def test_a_refusal_shows_until_something_else_is_wanted():
+    """With what the picker said."""
+    rollout, session = wanting(1), Session(0.0)
+    program = session.offer(rollout.desired, 1, 0.0)
+    session.on_nack(pb.Nack(nonce=program.nonce, code="Invalid"), 0.0)
+
+    [picker] = rollout.pickers(EXPECTED, {"uid-0": session}, 0.0, 2.0)
+    assert (picker.state, picker.error) == (PickerState.REJECTED, "Invalid: ")
+    rollout.want(snapshot(2), 2)
+    assert state(rollout, session) is PickerState.PENDING
+
+
+def test_a_picker_without_a_stream_is_stale_after_half_a_minute():
+    """It runs what it ran; nobody knows whether it still runs."""
+    rollout = wanting()
+    rollout.acknowledged("uid-0", rollout.desired, 0.0)
+    rollout.left("uid-0", 10.0)
+
+    assert state(rollout, now=40.0) is PickerState.PROGRAMMED
+    assert state(rollout, now=40.1) is PickerState.STALE
+
+
+def test_a_new_leader_gives_pickers_time_to_dial():
+    """They have just been sent away by the one before."""
+    rollout = wanting()
+    rollout.left("uid-0", 0.0)
+    state(rollout, now=0.0)
+
+    assert state(rollout, now=120.0, leading_since=100.0) is PickerState.PENDING
+    assert state(rollout, now=131.0, leading_since=100.0) is PickerState.STALE
+
+
+def test_an_older_stream_that_ends_does_not_age_the_picker():
+    """It has a newer one, or had until a moment ago."""
+    rollout = wanting()
+    rollout.acknowledged("uid-0", rollout.desired, 0.0)
+    rollout.left("uid-0", 100.0)
+    rollout.left("uid-0", 50.0)
+
+    assert state(rollout, now=120.0) is PickerState.PROGRAMMED
+
+
+def test_a_hello_tells_what_the_picker_runs():
+    """Known programs have their generations; one of another leader has none."""
+    rollout = wanting()
+    rollout.runs("uid-0", rollout.desired.sha256, 0.0)
+    [known] = rollout.pickers(EXPECTED, {}, 0.0, 0.0)
+    rollout.runs("uid-0", b"?" * 32, 0.0)
+    [unknown] = rollout.pickers(EXPECTED, {}, 0.0, 0.0)
+
+    assert (known.state, known.generations) == (PickerState.PROGRAMMED, {"policy": 1})
+    assert (unknown.state, unknown.generations) == (PickerState.PENDING, {})
+
+
+def test_what_is_wanted_now_is_never_forgotten():
+    """Also when it was wanted long ago for the first time."""
+    rollout = wanting(0)
+    for generation in range(1, REMEMBERED_PROGRAMS):
+        rollout.want(snapshot(generation), generation + 1)
+    rollout.want(snapshot(0), 100)
+    wanted = rollout.desired.sha256
+    rollout.want(snapshot(1000), 101)
+    rollout.runs("uid-0", wanted, 0.0)
+
+    assert rollout.pickers(EXPECTED, {}, 0.0, 0.0)[0].generations == {"policy": 0}
+
+
+def test_pickers_that_are_gone_are_forgotten():
+    """What is known does not grow with every pod there ever was."""
+    rollout = wanting()
+    for number in range(100):
+        rollout.runs(f"uid-{number}", b"?" * 32, 0.0)
+    rollout.retain({"uid-0"})
+
+    assert set(rollout._records) == {"uid-0"}
+
+
+def test_nothing_is_wanted_of_a_pool_that_is_gone():
+    """Its pickers keep what they have."""
+    rollout = wanting()
+    rollout.give_up()
+
+    assert rollout.desired is None
+    assert state(rollout, Session(0.0)) is PickerState.PENDING
