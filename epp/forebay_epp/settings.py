@@ -200,9 +200,22 @@ def _add_control(parser: argparse.ArgumentParser) -> None:
         "--bootstrap-timeout",
         type=_duration,
         default=30.0,
-        help="unready this long while there is no program at all; then serve on defaults",
+        help="unready this long while there is no program at all; then serve on defaults "
+        "(0s: wait for a program for ever)",
     )
-    add("--stats-interval", type=_duration, default=5.0, help="between reports to the operator")
+    add(
+        "--stats-interval",
+        type=_report_interval,
+        default=5.0,
+        help="between reports to the operator, at least 1s",
+    )
+
+
+def _report_interval(text: str) -> float:
+    seconds = _duration(text)
+    if seconds < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is less than 1s")
+    return seconds
 
 
 def _host_port(text: str) -> tuple[str, int]:

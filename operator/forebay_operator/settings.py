@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 CLIENT_AUTHS = ("token", "certificate", "none")
 AUDIENCE = "forebay-control"
+
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,17 +101,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
     )
     add("-v", "--verbosity", type=int, default=1, help="0 warnings, 1 changes, 2 everything")
     given = parser.parse_args(arguments)
-    local = ipaddress.ip_address(given.control_bind_address).is_loopback
-    if given.control_tls_path is None and not local:
-        parser.error(
-            "--control-tls-path is required unless --control-bind-address is a loopback address"
-        )
-    if given.control_client_auth == "none" and not local:
-        parser.error("--control-client-auth none needs a loopback --control-bind-address")
-    if given.control_client_auth == "certificate" and given.control_tls_path is None:
-        parser.error("--control-client-auth certificate needs --control-tls-path")
-    if given.manifests is not None and given.control_client_auth == "token":
-        parser.error("--manifests has no API server to review tokens: --control-client-auth none")
+    _check(parser, given)
     return Settings(
         namespaces=tuple(dict.fromkeys(given.namespace)),
         manifests=given.manifests,
@@ -124,3 +117,34 @@ def parse(arguments: list[str] | None = None) -> Settings:
         identity=given.identity,
         verbosity=given.verbosity,
     )
+
+
+def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    """Refuse flags that do not go together."""
+    local = ipaddress.ip_address(given.control_bind_address).is_loopback
+    if given.control_tls_path is None and not local:
+        parser.error(
+            "--control-tls-path is required unless --control-bind-address is a loopback address"
+        )
+    if given.control_client_auth == "none" and not local:
+        parser.error("--control-client-auth none needs a loopback --control-bind-address")
+    if given.control_client_auth == "certificate" and given.control_tls_path is None:
+        parser.error("--control-client-auth certificate needs --control-tls-path")
+    if given.manifests is not None:
+        _check_folder(parser, given)
+    for flag in ("control_audience", "lease_namespace", "lease_name"):
+        if not getattr(given, flag):
+            parser.error(f"--{flag.replace('_', '-')} must not be empty")
+    for namespace in given.namespace:
+        if not _LABEL.fullmatch(namespace):
+            parser.error(f"--namespace: {namespace!r} is not the name of a namespace")
+
+
+def _check_folder(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    """Refuse what has no effect with a folder; its control channel is plaintext and open."""
+    if given.control_client_auth != "none":
+        parser.error("--manifests needs --control-client-auth none: nobody reviews tokens there")
+    if given.control_tls_path is not None:
+        parser.error("--control-tls-path has no effect with --manifests: leave it out")
+    if not given.manifests.is_dir():
+        parser.error(f"--manifests: {given.manifests} is not a folder")
