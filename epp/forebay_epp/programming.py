@@ -39,6 +39,7 @@ PLAN_LOOK_MILLISECONDS = 1000
 STALE_SECONDS = 60.0
 SURVIVED_SECONDS = 60.0
 GOODBYE_SECONDS = 1.0
+DISK_SECONDS = 2.0
 
 _log = logging.getLogger("forebay_epp")
 
@@ -156,6 +157,8 @@ class Operator:
         self._traffic = traffic
         self._snapshot = snapshot
         self._put: Put | None = None
+        self._began_at = time.monotonic()  # to run the program that is kept
+        self._begun = asyncio.Event()
         self._disk_failures: dict[str, int] = {}
         self._last_good = LastGood(control.state_path, pool, self._disk_failures)
         self._last_good.load()
@@ -219,10 +222,15 @@ class Operator:
             surviving.cancel()
 
     async def _survive(self) -> None:
-        """After a while, note that this process has not crashed on the program it started on."""
-        await asyncio.sleep(SURVIVED_SECONDS)
-        self._last_good.survived()
-        await asyncio.to_thread(self._last_good.write)
+        """Note of each program that this process has lived with it for a while."""
+        while True:
+            self._begun.clear()
+            began_at = self._began_at
+            await asyncio.sleep(began_at + SURVIVED_SECONDS - time.monotonic())
+            if began_at == self._began_at:
+                self._last_good.survived()
+                await self._last_good.save(DISK_SECONDS)
+                await self._begun.wait()
 
     async def _apply(self, accepted: Accepted) -> None:
         """Put a program into force and onto the disk, in this order.
@@ -231,12 +239,15 @@ class Operator:
         """
         if self._put is None:
             raise AssertionError("programs come while running")
+        applied = accepted.applied
+        await self._last_good.attempt(applied.sha256, DISK_SECONDS)
         try:
             await self._put(accepted.plan, accepted.endpoints)
         except Exception:
             self._traffic.plan_reloaded(ok=False)
             raise
-        applied = accepted.applied
+        finally:
+            self._last_good.attempted()
         if accepted.plan is not None:
             self._last_good.keep(
                 Stored(
@@ -247,13 +258,18 @@ class Operator:
                 ),
                 self._programs.highest_epoch,
             )
-            await asyncio.to_thread(self._last_good.write)
+            self._began_at = time.monotonic()
+            self._begun.set()
+        await self._last_good.save(DISK_SECONDS)
         self._traffic.plan_reloaded(ok=True)
         self.ready.set()
 
     async def leave(self) -> None:
-        """Say goodbye to the operator."""
-        await self._client.leave(GOODBYE_SECONDS)
+        """Say goodbye to the operator; to end in order is not to crash."""
+        self._last_good.survived()
+        await asyncio.gather(
+            self._client.leave(GOODBYE_SECONDS), self._last_good.save(GOODBYE_SECONDS)
+        )
 
     def state(self) -> ControlState:
         """Return what the metrics page shows of the control channel."""

@@ -41,9 +41,10 @@ def test_nothing_is_assumed_for_what_is_not_said():
         plan_codec.parse_snapshot(pb.Snapshot())
 
     assert {path for path, _ in error.value.problems} >= {
-        *("bands", "limits.maxRequests", "limits.maxBytes", "limits.maxBodyBytes"),
-        *("plan.saturation.mode", "saturation.kvCacheUsageThreshold", "plan.unmatched.action"),
-        *("unmatched.band", "noEndpointsTtlSeconds"),
+        *("plan.bands", "plan.limits.maxRequests", "plan.limits.maxBytes"),
+        *("plan.limits.maxBodyBytes", "plan.saturation.kvCacheUsageThreshold"),
+        *("plan.saturation.mode", "plan.unmatched.action", "plan.unmatched.band"),
+        "plan.noEndpointsTtlSeconds",
     }
 
 

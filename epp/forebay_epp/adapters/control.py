@@ -33,6 +33,8 @@ SILENCE_SECONDS = 30.0
 MIN_BACKOFF_SECONDS = 0.2
 MAX_BACKOFF_SECONDS = 10.0
 MAX_RETRY_AFTER_SECONDS = 60.0
+CONNECT_MILLISECONDS = 5_000
+GOODBYE_SECONDS = 1.0
 MAX_MESSAGE_BYTES = 4 << 20
 
 _log = logging.getLogger("forebay_epp")
@@ -101,32 +103,37 @@ class ControlClient:
         self._stats = stats
         self._stats_seconds = stats_seconds
         self._said = ""
-        self._leaving = asyncio.Event()
+        self._judging = asyncio.Lock()
+        self._tasks: set[asyncio.Task[pb.FromPicker]] = set()
+        self._stream: _Stream | None = None
+        self._leaving = False
         self._left = asyncio.Event()
         self.connected = False
         self.disconnected_since = time.monotonic()
         self.answers: dict[str, int] = {"ack": 0, "nack": 0}
 
     async def run(self) -> None:
-        """Dial for ever."""
+        """Dial until told to leave."""
         backoff = MIN_BACKOFF_SECONDS
-        while True:
+        while not self._leaving:
             for address in await self._addresses():
                 served, wait = await self._once(address)
                 if served:
                     backoff = MIN_BACKOFF_SECONDS
-                if self._leaving.is_set():
-                    self._left.set()
-                    await asyncio.Event().wait()
+                if self._leaving:
+                    break
                 if wait is not None:
                     await asyncio.sleep(wait)
-            await asyncio.sleep(random.uniform(0, backoff))  # noqa: S311  # spreads load
-            backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
+            else:
+                await asyncio.sleep(random.uniform(0, backoff))  # noqa: S311  # spreads load
+                backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
+        self._left.set()
 
     async def leave(self, timeout_seconds: float) -> None:
         """Say goodbye: this picker is not to be expected any more."""
-        self._leaving.set()
-        if self.connected:
+        self._leaving = True
+        if self._stream is not None:
+            self._stream.leave()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._left.wait(), timeout_seconds)
 
@@ -158,6 +165,9 @@ class ControlClient:
             ("grpc.keepalive_time_ms", 20_000),
             ("grpc.keepalive_timeout_ms", 10_000),
             ("grpc.http2.max_pings_without_data", 0),
+            # The first one bounds connecting, which 20 s by default would outlast a short outage.
+            ("grpc.min_reconnect_backoff_ms", CONNECT_MILLISECONDS),
+            ("grpc.initial_reconnect_backoff_ms", CONNECT_MILLISECONDS),
         ]
         if self._dial.ca_path is None:
             return grpc.aio.insecure_channel(address, options)
@@ -179,14 +189,19 @@ class ControlClient:
         return (("authorization", f"Bearer {token}"),)
 
     async def _once(self, address: str) -> tuple[bool, float | None]:
-        """Serve one stream; return whether it was one, and how long the operator asks to wait."""
+        """Serve one stream; return whether it was one, and how long the operator asks to wait.
+
+        Whatever goes wrong costs this stream and nothing else: requests are served on.
+        """
         stream = _Stream(self)
         try:
             channel = self._channel(address)
             try:
                 call = rpc.ControlStub(channel).Connect(metadata=self._metadata())  # type: ignore[no-untyped-call]  # generated
+                self._stream = stream
                 await stream.serve(call)
             finally:
+                self._stream = None
                 await channel.close(None)
         except NotReadyError as error:
             self._say(str(error))
@@ -194,17 +209,19 @@ class ControlClient:
             self._say(f"{address}: {error.code().name}: {error.details()}")
         except (TimeoutError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
             self._say(f"{address}: {error}")
+        except Exception as error:
+            self._say(f"{address}: {type(error).__name__}", error)
         finally:
             if self.connected:
                 self.connected = False
                 self.disconnected_since = time.monotonic()
         return stream.served, stream.retry_after
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str, error: Exception | None = None) -> None:
         """Log why there is no connection, once per reason."""
         if text != self._said:
             self._said = text
-            _log.warning("no control connection: %s", text)
+            _log.warning("no control connection: %s", text, exc_info=error)
 
     def hello(self) -> pb.FromPicker:
         """Say who we are and what we run."""
@@ -224,7 +241,20 @@ class ControlClient:
         )
 
     async def answer(self, program: pb.Program) -> pb.FromPicker:
-        """Judge a program, put it into force if it is good, and say so."""
+        """Judge a program, put it into force if it is good, and say so.
+
+        A stream that ends meanwhile does not leave it half done.
+        """
+        task = asyncio.create_task(self._answer(program))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
+    async def _answer(self, program: pb.Program) -> pb.FromPicker:
+        async with self._judging:
+            return await self._judged(program)
+
+    async def _judged(self, program: pb.Program) -> pb.FromPicker:
         began = time.monotonic()
         verdict = self._programs.judge(program)
         if isinstance(verdict, Accepted):
@@ -261,35 +291,39 @@ class ControlClient:
         """How often stats are sent."""
         return self._stats_seconds
 
-    @property
-    def leaving(self) -> asyncio.Event:
-        """Set when it is time to say goodbye."""
-        return self._leaving
-
 
 class _Stream:
-    """One stream: a reader that answers programs, a writer that reports."""
+    """One stream: a reader, one that answers programs, and a writer that also reports."""
 
     def __init__(self, client: ControlClient) -> None:
         self._client = client
         self._heard_at = time.monotonic()
-        self._answers: asyncio.Queue[pb.FromPicker] = asyncio.Queue()
+        self._programs: asyncio.Queue[pb.Program] = asyncio.Queue()
+        self._outbox: asyncio.Queue[pb.FromPicker] = asyncio.Queue()
         self.served = False
         self.retry_after: float | None = None
+
+    def leave(self) -> None:
+        """Say goodbye and end."""
+        self._outbox.put_nowait(pb.FromPicker(bye=pb.Bye()))
 
     async def serve(self, call: Any) -> None:
         """Talk until either side ends it."""
         await call.write(self._client.hello())
         reading = asyncio.create_task(self._read(call))
+        answering = asyncio.create_task(self._answer())
         writing = asyncio.create_task(self._write(call))
+        tasks = (reading, answering, writing)
         try:
-            done, _ = await asyncio.wait((reading, writing), return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
+            if writing.done():  # we have said goodbye; the operator ends the stream
+                await asyncio.wait((reading,), timeout=GOODBYE_SECONDS)
         finally:
-            for task in (reading, writing):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(reading, writing, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             call.cancel()
 
     async def _read(self, call: Any) -> None:
@@ -302,7 +336,7 @@ class _Stream:
                 case "program":
                     self._client.opened()
                     self.served = True
-                    self._answers.put_nowait(await self._client.answer(message.program))
+                    self._programs.put_nowait(message.program)
                 case "not_leader":
                     return
                 case "close":
@@ -313,40 +347,47 @@ class _Stream:
                 case _:
                     self._client.opened()
 
+    async def _answer(self) -> None:
+        while True:
+            program = await self._programs.get()
+            self._outbox.put_nowait(await self._client.answer(program))
+
     async def _write(self, call: Any) -> None:
         """Send answers at once, and between them pings and the newest stats."""
         began = time.monotonic()
         ping_at, stats_at = began + PING_SECONDS, began + self._client.stats_seconds
-        leaving = asyncio.create_task(self._client.leaving.wait())
-        try:
-            while True:
-                now = time.monotonic()
-                if now - self._heard_at > SILENCE_SECONDS:
-                    raise TimeoutError(f"nothing heard for {SILENCE_SECONDS:.0f} s")
-                answer = asyncio.create_task(self._answers.get())
-                await asyncio.wait(
-                    (answer, leaving),
-                    timeout=max(0.0, min(ping_at, stats_at) - now),
-                    return_when=asyncio.FIRST_COMPLETED,
+        while True:
+            now = time.monotonic()
+            if now - self._heard_at > SILENCE_SECONDS:
+                raise TimeoutError(f"nothing heard for {SILENCE_SECONDS:.0f} s")
+            try:
+                message = await asyncio.wait_for(
+                    self._outbox.get(), max(0.0, min(ping_at, stats_at) - now)
                 )
-                if answer.done():
-                    await call.write(answer.result())
-                    continue
-                answer.cancel()
-                if leaving.done():
-                    await call.write(pb.FromPicker(bye=pb.Bye()))
+            except TimeoutError:
+                pass
+            else:
+                await call.write(message)
+                if message.HasField("bye"):
                     await call.done_writing()
                     return
-                now = time.monotonic()
-                if now >= ping_at:
-                    ping_at = now + PING_SECONDS
-                    await call.write(pb.FromPicker(ping=pb.Ping()))
-                if now >= stats_at:
-                    stats_at = now + self._client.stats_seconds
-                    if self._client.connected:
-                        await call.write(await self._client.report())
-        finally:
-            leaving.cancel()
+            now = time.monotonic()
+            if now >= ping_at:
+                ping_at = now + PING_SECONDS
+                await call.write(pb.FromPicker(ping=pb.Ping()))
+            if now >= stats_at:
+                stats_at = now + self._client.stats_seconds
+                await self._report(call)
+
+    async def _report(self, call: Any) -> None:
+        if not self._client.connected:
+            return
+        try:
+            report = await self._client.report()
+        except TimeoutError:  # the data plane is busy; the next report counts
+            _log.warning("no report: the data plane did not answer in time")
+            return
+        await call.write(report)
 
 
 def _read(flag: str, path: Path) -> bytes:

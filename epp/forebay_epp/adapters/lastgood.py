@@ -1,21 +1,27 @@
 """The last program that was applied, on disk: a restarted picker serves before any operator is up.
 
 Whatever is wrong with the file, it is told of and ignored; the next source counts. A program under
-which the process has crashed three times in a row within a minute of its start is set aside
-(quarantined) and the one before it is used. What a program means is codec/control.py's business.
+which the process has crashed three times in a row, each time within a minute, is set aside
+(quarantined) and the one before it is used. A disk that hangs holds up nothing for longer than a
+moment. What a program means is codec/control.py's business.
 """
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import hashlib
 import json
 import logging
 import os
+import threading
 from base64 import b64decode, b64encode
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 FILE = "last-known-good.json"
@@ -23,6 +29,7 @@ FORMAT = 1
 MAX_FILE_BYTES = 8 << 20
 CRASHES = 3
 MAX_QUARANTINED = 16
+MAX_NUMBER = (1 << 63) - 1
 
 _log = logging.getLogger("forebay_epp")
 
@@ -42,14 +49,18 @@ class State:
     """What the file holds.
 
     Attributes:
-        starts: how often in a row the process has started on `programs[0]` and not lived through
-            its first minute.
+        starts: how often in a row the process has begun to run `programs[0]` and has not lived
+            with it for a minute, this time included.
+        attempted: hash of the program that is being put into force; empty when none is.
+        attempts: how often in a row the process has ended over that.
         programs: the newest first, at most two.
         quarantined: hashes of programs that are not to be used.
     """
 
     highest_epoch: int = 0
     starts: int = 0
+    attempted: bytes = b""
+    attempts: int = 0
     programs: list[Stored] = field(default_factory=list)
     quarantined: list[bytes] = field(default_factory=list)
 
@@ -68,6 +79,8 @@ class LastGood:
         self._pool = pool
         self._failures = failures
         self.state = State()
+        self._saving: asyncio.Task[None] | None = None
+        self._unsaved = self._sync = False
 
     def load(self) -> None:
         """Read the file, count this start, and set aside what has crashed too often."""
@@ -80,24 +93,43 @@ class LastGood:
         except OSError as error:
             self._fail("unreadable", error)
             return
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             self._fail("corrupt", error)
             return
         state = self.state
-        if state.programs:
-            if state.starts >= CRASHES:
-                bad = state.programs.pop(0)
-                state.quarantined = [bad.sha256, *state.quarantined][:MAX_QUARANTINED]
-                state.starts = 0
-                _log.error(
-                    "a program under which this process kept ending is set aside",
-                    extra={"epoch": bad.epoch, "revision": bad.revision},
-                )
+        if state.attempts >= CRASHES:
+            self._set_aside(state.attempted)
+        if state.programs and state.starts >= CRASHES:
+            self._set_aside(state.programs.pop(0).sha256)
+            state.starts = 0
+        if state.programs and not state.attempted:  # else that one is to blame
             state.starts += 1
-            self.write()
+        if state.attempts >= CRASHES:
+            state.attempted, state.attempts = b"", 0
+        # Without fsync: this is about crashes of the process, and it must not keep it waiting.
+        self._replace(self._folder, _pack(self._pool, state), sync=False)
+
+    def _set_aside(self, sha256: bytes) -> None:
+        state = self.state
+        state.quarantined = [sha256, *state.quarantined][:MAX_QUARANTINED]
+        _log.error(
+            "a program under which this process kept ending is set aside",
+            extra={"sha256": sha256.hex()},
+        )
+
+    async def attempt(self, sha256: bytes, patience_seconds: float) -> None:
+        """Note that a program is about to be put into force: it may end the process."""
+        state = self.state
+        state.attempts = state.attempts + 1 if sha256 == state.attempted else 1
+        state.attempted = sha256
+        await self.save(patience_seconds, sync=False)
+
+    def attempted(self) -> None:
+        """Note that the process has lived through that, with or without success."""
+        self.state.attempted, self.state.attempts = b"", 0
 
     def keep(self, program: Stored, highest_epoch: int) -> None:
-        """Make a program the newest one in memory; `write` puts it on the disk."""
+        """Make a program the newest one in memory; `save` puts it on the disk."""
         state = self.state
         state.highest_epoch = max(state.highest_epoch, highest_epoch)
         if state.programs and state.programs[0].sha256 == program.sha256:
@@ -107,27 +139,49 @@ class LastGood:
             state.starts = 1
 
     def survived(self) -> None:
-        """Note that the process has lived long enough on this program."""
+        """Note that the process has lived long enough on this program, or ends in order."""
         self.state.starts = 0
 
-    def write(self) -> None:
-        """Replace the file in one step; an error costs the warm start and nothing else."""
+    async def save(self, patience_seconds: float, *, sync: bool = True) -> None:
+        """Put what is in memory on the disk; an error costs the warm start and nothing else.
+
+        Returns when it is there, or when the patience is at its end; writing then goes on. Without
+        `sync` it outlasts the process, but perhaps not the machine.
+        """
         if self._folder is None:
             return
-        new = self._folder / f"{FILE}.new"
+        self._unsaved, self._sync = True, self._sync or sync
+        if self._saving is None or self._saving.done():
+            self._saving = asyncio.create_task(self._save(self._folder))
+        done, _ = await asyncio.wait((self._saving,), timeout=patience_seconds)
+        if not done:
+            self._fail("slow", f"not written within {patience_seconds:g} s")
+
+    async def _save(self, folder: Path) -> None:
+        """Write until what is on the disk is what is in memory; one write at a time."""
+        while self._unsaved:
+            data, sync = _pack(self._pool, self.state), self._sync
+            self._unsaved = self._sync = False
+            await _in_thread(functools.partial(self._replace, folder, data, sync=sync))
+
+    def _replace(self, folder: Path, data: bytes, *, sync: bool) -> None:
+        """Replace the file in one step."""
+        new = folder / f"{FILE}.new"
         try:
-            data = _pack(self._pool, self.state)
-            descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            new.replace(self._folder / FILE)
-            folder = os.open(self._folder, os.O_RDONLY)
             try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+                descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+                with os.fdopen(descriptor, "wb") as stream:
+                    stream.write(data)
+                    stream.flush()
+                    if sync:
+                        os.fsync(stream.fileno())
+                new.replace(folder / FILE)
+            except OSError:
+                with suppress(OSError):
+                    new.unlink()  # half a file would take room that the next one needs
+                raise
+            if sync:
+                _sync_folder(folder)
         except OSError as error:
             self._fail("unwritable", error)
 
@@ -143,12 +197,14 @@ class LastGood:
         if data["pool"] != self._pool:
             raise ValueError(f"is of pool {data['pool']!r}")
         return State(
-            highest_epoch=int(data["highestEpoch"]),
-            starts=int(data["starts"]),
+            highest_epoch=_number(data["highestEpoch"]),
+            starts=_number(data["starts"]),
+            attempted=bytes.fromhex(data["attempted"]),
+            attempts=_number(data["attempts"]),
             programs=[
                 Stored(
-                    int(program["epoch"]),
-                    int(program["revision"]),
+                    _number(program["epoch"]),
+                    _number(program["revision"]),
                     bytes.fromhex(program["sha256"]),
                     b64decode(program["snapshot"]),
                 )
@@ -157,9 +213,41 @@ class LastGood:
             quarantined=[bytes.fromhex(text) for text in data["quarantined"]],
         )
 
-    def _fail(self, reason: str, error: Exception) -> None:
+    def _fail(self, reason: str, error: Exception | str) -> None:
         self._failures[reason] = self._failures.get(reason, 0) + 1
         _log.error("--state-path: %s: %s", reason, error, extra={"folder": str(self._folder)})
+
+
+def _number(value: object) -> int:
+    if not isinstance(value, int) or not 0 <= value <= MAX_NUMBER:
+        raise ValueError(f"{value!r} is not a whole number of 0 to 2^63 - 1")
+    return value
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+async def _in_thread(work: Callable[[], None]) -> None:
+    """Run in a thread that no exit of the process waits for, unlike those of asyncio.to_thread."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def finish() -> None:
+        if not done.done():
+            done.set_result(None)
+
+    def run() -> None:
+        work()
+        with suppress(RuntimeError):  # the loop may be gone
+            loop.call_soon_threadsafe(finish)
+
+    threading.Thread(target=run, name="last-good", daemon=True).start()
+    await done
 
 
 def _pack(pool: str, state: State) -> bytes:
@@ -169,6 +257,8 @@ def _pack(pool: str, state: State) -> bytes:
             "pool": pool,
             "highestEpoch": state.highest_epoch,
             "starts": state.starts,
+            "attempted": state.attempted.hex(),
+            "attempts": state.attempts,
             "programs": [
                 {
                     "epoch": program.epoch,

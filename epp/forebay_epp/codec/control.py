@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError
@@ -122,7 +123,9 @@ class Programs:
             text = f"has {len(program.snapshot)} bytes, more than {MAX_SNAPSHOT_BYTES}"
             return Refused(Code.TOO_LARGE, (("snapshot", text),))
         if program.sha256 in self.quarantined:
-            text = "this program is quarantined: the endpoint picker has crashed under it"
+            text = (
+                "the endpoint picker has crashed under this program: change it, or delete the pod"
+            )
             return Refused(Code.INTERNAL, (("snapshot", text),))
         return self.read(Applied(version, program.sha256, program.snapshot))
 
@@ -134,7 +137,7 @@ class Programs:
             snapshot = pb.Snapshot.FromString(applied.snapshot)
         except DecodeError:
             return Refused(Code.INVALID, (("snapshot", "is not a Snapshot message"),))
-        unknown = list(_unknown(snapshot, ""))[:MAX_ERRORS]
+        unknown = list(islice(_unknown(snapshot, ""), MAX_ERRORS))
         if unknown:
             text = "is not known to this release of the endpoint picker: update it"
             return Refused(Code.UNSUPPORTED, tuple((path, text) for path in unknown))

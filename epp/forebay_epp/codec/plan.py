@@ -58,7 +58,7 @@ def parse_snapshot(message: pb.Snapshot) -> tuple[Plan, tuple[Endpoint, ...]]:
     try:
         plan.validate()
     except PlanError as error:
-        problems.extend(error.problems)
+        problems.extend((f"plan.{path}", what) for path, what in error.problems)
     if problems:
         raise PlanError(problems)
     return plan, endpoints
