@@ -55,7 +55,7 @@ def random_snapshot(lots: random.Random, addresses: list[str]) -> pb.Snapshot:
             priority=priority,
             fairness=lots.choice(("FCFS", "RoundRobin")),
             ordering="FCFS",
-            ttl_seconds=lots.choice((0.5, 2, 60)),
+            ttl_seconds=lots.choice((0.05, 2, 60)),
             max_requests=lots.choice((5, 50, 1000)),
             max_bytes=lots.choice((4_000, 1 << 20)),
             flow_max_requests=lots.choice((3, 1000)),
@@ -81,7 +81,7 @@ def random_snapshot(lots: random.Random, addresses: list[str]) -> pb.Snapshot:
                 kv_cache_usage_threshold=0.95,
             ),
             unmatched=pb.Unmatched(action="Queue", band=lots.choice(names)),
-            no_endpoints_ttl_seconds=lots.choice((1, 30)),
+            no_endpoints_ttl_seconds=lots.choice((0.05, 30)),
         ),
         endpoints=pb.Endpoints(
             endpoints=[
