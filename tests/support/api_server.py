@@ -36,6 +36,7 @@ PROVIDERS = {
     "etcd": "etcd-server",
     "etcdctl": "etcd-client",
     "go": "golang 1.24 or newer",
+    "faketime": "faketime",
 }
 
 
