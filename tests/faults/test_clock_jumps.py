@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import sys
+from typing import TYPE_CHECKING
 
 import pytest
 from control_driver import Driver
@@ -16,8 +17,10 @@ from ext_proc_peer import until
 from ext_proc_queue import Waiting
 from wall_clock import WallClock
 
-from forebay_control.v1 import control_pb2 as pb
 from forebay_operator import planning, resources
+
+if TYPE_CHECKING:
+    from forebay_control.v1 import control_pb2 as pb
 
 WAIT_SECONDS = 60
 # The other replica's clock jumps the other way. An API server's first certificate is not valid in
