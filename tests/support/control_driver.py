@@ -19,37 +19,44 @@ WAIT_SECONDS = 30
 
 
 class Driver:
-    """Programs the pickers that dial `port`, in plaintext."""
+    """Programs the pickers that dial `port`: believing everybody in plaintext, unless told whom.
 
-    def __init__(self, epoch: int = 1) -> None:
+    A leader that hears of a higher epoch takes the next one, as a folder's operator does.
+    """
+
+    def __init__(self, epoch: int = 1, authorize=believe, credentials=None) -> None:
+        self._authorize, self._credentials = authorize, credentials
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
         self.port = self._do(self._start(epoch))
 
     async def _start(self, epoch: int) -> int:
-        self._server = ControlServer(believe, lambda _: None, lambda _: None)
-        self._server.lead(epoch)
-        return await self._server.serve("127.0.0.1:0", None)
+        self.server = ControlServer(self._authorize, lambda _: None, self._heal)
+        self.server.lead(epoch)
+        return await self.server.serve("127.0.0.1:0", self._credentials)
+
+    def _heal(self, seen: int) -> None:
+        self.server.lead(seen + 1)
 
     def _do(self, work):
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(WAIT_SECONDS)
 
+    def ask(self, question):
+        """Have the server's thread answer."""
+
+        async def answer():
+            return question(self.server)
+
+        return self._do(answer())
+
     def program(self, pool: str, snapshot: pb.Snapshot) -> None:
         """Have the pool's pickers run this."""
-
-        async def program() -> None:
-            self._server.program(pool, snapshot)
-
-        self._do(program())
+        self.ask(lambda server: server.program(pool, snapshot))
 
     def pickers(self, pool: str) -> list:
         """The pickers that are connected, and how they stand."""
-
-        async def pickers() -> list:
-            return self._server.pickers(pool, self._server.connected(pool))
-
-        return self._do(pickers())
+        return self.ask(lambda server: server.pickers(pool, server.connected(pool)))
 
     def programmed(self, pool: str) -> bool:
         """Whether a picker is connected and all of them run what was said last."""
@@ -62,7 +69,7 @@ class Driver:
         until(lambda: self.programmed(pool), WAIT_SECONDS)
 
     def stop(self) -> None:
-        self._do(self._server.stop())
+        self._do(self.server.stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(WAIT_SECONDS)
         self._loop.close()

@@ -1,0 +1,334 @@
+"""A real endpoint picker process and an operator that sends it anything, or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from contextlib import suppress
+
+import grpc
+import pytest
+from control_peers import POOL, Puppet, program, snapshot
+from control_plane import PickerProcess, Process
+from ext_proc_peer import until
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from forebay_control.v1 import control_pb2 as pb
+from forebay_epp.adapters.lastgood import CRASHES, FILE
+from forebay_epp.codec.control import MAX_SNAPSHOT_BYTES
+
+WAIT_SECONDS = 60
+NOBODY = 1  # a port on which nobody listens
+
+
+@pytest.fixture
+def puppet():
+    puppet = Puppet()
+    yield puppet
+    puppet.stop()
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start the picker, also again; it ends with the test."""
+    started: list[PickerProcess] = []
+
+    def begin(port: int, *flags: str) -> PickerProcess:
+        for before in started:
+            assert not before.running
+        started.append(PickerProcess(tmp_path, "epp-0", "chat", port, None, *flags))
+        return started[-1]
+
+    yield begin
+    for picker in started:
+        picker.end()
+
+
+def healthy(picker: PickerProcess) -> bool:
+    """Whether the probe of a kubelet would succeed now."""
+    assert picker.running, picker.log[-3000:]
+    with grpc.insecure_channel(f"127.0.0.1:{picker.health}") as channel, suppress(grpc.RpcError):
+        check = health_pb2_grpc.HealthStub(channel).Check
+        answer = check(health_pb2.HealthCheckRequest(), timeout=5)
+        return answer.status == health_pb2.HealthCheckResponse.SERVING
+    return False
+
+
+def until_healthy(picker: PickerProcess) -> None:
+    until(lambda: healthy(picker), WAIT_SECONDS)
+
+
+def ended(process: Process) -> int:
+    return process.process.wait(WAIT_SECONDS)
+
+
+def programmed(start, puppet, *snapshots: pb.Snapshot, epoch: int = 5) -> PickerProcess:
+    """A picker that runs these, the last one in force."""
+    picker = start(puppet.port)
+    puppet.next("hello", seconds=WAIT_SECONDS)
+    for revision, made in enumerate(snapshots or (snapshot(),), start=1):
+        answer = puppet.answer(program(made, epoch, revision, nonce=revision))
+        assert isinstance(answer, pb.Ack), answer
+    until_healthy(picker)
+    return picker
+
+
+def test_a_first_program_is_put_into_force(start, puppet):
+    """Before it the picker is unready, after it what runs is what was sent."""
+    picker = start(puppet.port)
+    hello = puppet.next("hello", seconds=WAIT_SECONDS)
+    assert not healthy(picker)
+    sent = program(snapshot())
+    ack = puppet.answer(sent)
+
+    assert (hello.pool, hello.pod_name, hello.HasField("applied")) == (POOL, "epp-0", False)
+    assert (ack.version, ack.sha256) == (sent.version, sent.sha256)
+    until_healthy(picker)
+    assert picker.version == (5, 1)
+    assert picker.program() == ("Live", sent.sha256.hex())
+
+
+def invalid() -> pb.Snapshot:
+    made = snapshot(31.0)
+    made.plan.bands[1].fairness = "Coin"
+    return made
+
+
+def unsupported() -> pb.Snapshot:
+    made = snapshot(31.0)
+    made.plan.bands[0].MergeFromString(b"\xf8\x3e\x01")
+    return made
+
+
+def unhashed() -> pb.Program:
+    made = program(snapshot(31.0), 6, 1)
+    made.sha256 = b"?" * 32
+    return made
+
+
+BAD = {  # those of epoch 6 last: it fences off the others
+    "old epoch": (program(snapshot(31.0), 4, 9), "StaleEpoch", "version"),
+    "old revision": (program(snapshot(31.0), 5, 0), "StaleEpoch", "version"),
+    "other hash": (program(snapshot(31.0), 5, 1), "HashConflict", "sha256"),
+    "invalid": (program(invalid(), 6, 1), "Invalid", "plan.bands[1].fairness"),
+    "unsupported": (program(unsupported(), 6, 1), "Unsupported", "plan.bands[0].field 1007"),
+    "oversize": (program(b"\0" * (MAX_SNAPSHOT_BYTES + 1), 6, 1), "TooLarge", "snapshot"),
+    "wrong hash": (unhashed(), "Invalid", "sha256"),
+    "other pool": (program(snapshot(31.0, "default/x"), 6, 1), "Invalid", "plan.pool"),
+    "garbage": (program(b"\xff\xff\xff", 6, 1), "Invalid", "snapshot"),
+    "nothing": (pb.Program(nonce=1, version=pb.Version(epoch=6)), "Invalid", "sha256"),
+}
+
+
+def test_no_bad_program_changes_what_is_served(start, puppet):
+    """T34: each is refused with its path, the one in force stays, and a good one is taken later."""
+    picker = programmed(start, puppet)
+    before = (picker.version, picker.program(), picker.queues()["bands"])
+    for name, (bad, code, path) in BAD.items():
+        nack = puppet.answer(bad)
+        assert isinstance(nack, pb.Nack), name
+        assert (nack.code, nack.errors[0].path) == (code, path), name
+        assert (nack.still_running.version.epoch, nack.still_running.version.revision) == (5, 1)
+        assert (picker.version, picker.program(), picker.queues()["bands"]) == before, name
+    assert healthy(picker)
+    assert picker.metric("forebay_programs_total", answer="nack") == len(BAD)
+
+    assert isinstance(puppet.answer(program(snapshot(32.0), 7, 1)), pb.Ack)
+    assert picker.version == (7, 1)
+
+
+def test_a_message_that_is_larger_than_any_may_be_costs_the_stream_only(start, puppet):
+    """The picker dials again and says what it runs."""
+    picker = programmed(start, puppet)
+    puppet.send(program=program(b"\0" * (5 << 20), 6, 1))
+    hello = puppet.next("hello", seconds=WAIT_SECONDS)
+
+    assert (hello.applied.version.epoch, hello.applied.version.revision) == (5, 1)
+    assert hello.highest_epoch == 5
+    assert healthy(picker)
+
+
+def test_the_same_program_again_is_acknowledged_again(start, puppet):
+    """Its first acknowledgement may have been lost."""
+    programmed(start, puppet)
+    again = program(snapshot(), 5, 1, nonce=9)
+
+    assert isinstance(puppet.answer(again), pb.Ack)
+
+
+def test_a_picker_starts_on_its_last_program_without_any_operator(start, puppet):
+    """And says so; it serves for ever like that."""
+    picker = programmed(start, puppet, snapshot(), snapshot(31.0))
+    picker.kill()
+    picker = start(NOBODY)
+
+    until_healthy(picker)
+    assert picker.version == (5, 2)
+    assert picker.program() == ("File", program(snapshot(31.0)).sha256.hex())
+    assert not picker.connected
+
+
+def test_a_restarted_picker_says_what_it_runs(start, puppet):
+    """The operator need not send it again; a lower epoch is refused as before."""
+    picker = programmed(start, puppet)
+    picker.kill()
+    start(puppet.port)
+    hello = puppet.next("hello", seconds=WAIT_SECONDS)
+
+    assert (hello.applied.source, hello.applied.version.epoch) == ("File", 5)
+    assert puppet.answer(program(snapshot(31.0), 4, 1)).code == "StaleEpoch"
+
+
+def test_a_picker_that_was_never_programmed_waits_and_then_serves_defaults(start):
+    """It is unready until the bootstrap timeout, and never silent about it."""
+    picker = start(NOBODY, "--bootstrap-timeout=3s")
+    until(lambda: picker.page("/metrics") is not None, WAIT_SECONDS)
+    assert not healthy(picker)
+    until_healthy(picker)
+
+    assert picker.program()[0] == "Defaults"
+    assert picker.version == (0, 0)
+    assert "--bootstrap-timeout" in picker.log
+
+
+DAMAGE = {
+    "truncated": lambda data: data[: len(data) // 2],
+    "bit flip in the body": lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:],
+    "other pool's": lambda data: resigned(data.replace(b"default/chat", b"default/talk")),
+    "absurd epoch": lambda data: resigned(data.replace(b'"epoch": 5', b'"epoch": 1%d' % 2**64)),
+    "other plan": lambda data: resigned(data.replace(b'"sha256": "', b'"sha256": "00')),
+}
+
+
+def resigned(data: bytes) -> bytes:
+    """The file with a checksum that fits."""
+    body = data.partition(b"\n")[2]
+    return hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_told_of_and_the_next_source_counts(start, puppet, damage):
+    """T35: the picker starts, is programmed by the operator, and mends the file."""
+    picker = programmed(start, puppet)
+    picker.kill()
+    file = picker.state / FILE
+    damaged = DAMAGE[damage](file.read_bytes())
+    assert damaged != file.read_bytes()
+    file.write_bytes(damaged)
+    picker = start(puppet.port)
+    hello = puppet.next("hello", seconds=WAIT_SECONDS)
+    assert not hello.HasField("applied")
+    failures = picker.metric("forebay_last_good_failures_total")
+
+    assert isinstance(puppet.answer(program(snapshot(31.0), 5, 2)), pb.Ack)
+    until_healthy(picker)
+    assert failures == 1
+    picker.kill()
+    picker = start(NOBODY)
+    until_healthy(picker)
+    assert picker.version == (5, 2)
+
+
+def test_a_file_of_a_future_epoch_is_used_and_tells_the_operator(start, puppet):
+    """T35: the operator has lost its Lease; what was in force stays until it has caught up."""
+    picker = programmed(start, puppet, epoch=900)
+    picker.kill()
+    picker = start(puppet.port)
+    hello = puppet.next("hello", seconds=WAIT_SECONDS)
+
+    assert (hello.highest_epoch, hello.applied.version.epoch) == (900, 900)
+    assert puppet.answer(program(snapshot(31.0), 5, 1)).highest_epoch == 900
+    assert isinstance(puppet.answer(program(snapshot(31.0), 901, 1)), pb.Ack)
+    assert picker.version == (901, 1)
+
+
+def test_a_state_folder_that_cannot_be_written_costs_the_warm_start_only(start, puppet, tmp_path):
+    """T35: a folder stands in the place of the file, which fails for root too."""
+    (tmp_path / "epp-0" / "state" / FILE).mkdir(parents=True)
+    picker = programmed(start, puppet)
+
+    assert picker.version == (5, 1)
+    assert picker.metric("forebay_last_good_failures_total", reason="unwritable") >= 1
+
+
+def test_a_disk_that_hangs_costs_the_warm_start_only(start, puppet, tmp_path):
+    """Programs are applied and acknowledged, reports go on, and the process ends when told.
+
+    Opening a pipe that nobody reads hangs as such a disk does.
+    """
+    (tmp_path / "epp-0" / "state").mkdir(parents=True)
+    os.mkfifo(tmp_path / "epp-0" / "state" / f"{FILE}.new")
+    picker = programmed(start, puppet, snapshot(), snapshot(31.0))
+
+    assert picker.version == (5, 2)
+    assert puppet.next("stats", seconds=WAIT_SECONDS).endpoints == 0
+    assert picker.metric("forebay_last_good_failures_total", reason="slow") >= 1
+    assert picker.stop(WAIT_SECONDS) == 0
+
+
+def test_a_program_under_which_the_picker_crashes_is_set_aside(start, puppet):
+    """The one before it is used, and the operator hears why this one is refused."""
+    bad = snapshot(31.0)
+    picker = programmed(start, puppet, snapshot(), bad)
+    picker.kill()
+    for _ in range(CRASHES - 1):
+        picker = start(NOBODY)
+        until_healthy(picker)
+        assert picker.version == (5, 2)
+        picker.kill()
+    picker = start(puppet.port)
+    puppet.next("hello", seconds=WAIT_SECONDS)
+    until_healthy(picker)
+    assert picker.version == (5, 1)
+
+    nack = puppet.answer(program(bad, 5, 2))
+    assert (nack.code, "crashed" in nack.errors[0].message) == ("Internal", True)
+    assert isinstance(puppet.answer(program(snapshot(32.0), 5, 3)), pb.Ack)
+
+
+def test_restarts_in_order_are_no_crashes(start, puppet):
+    """However fast they come."""
+    picker = programmed(start, puppet)
+    for _ in range(CRASHES + 1):
+        assert picker.stop(WAIT_SECONDS) == 0
+        picker = start(NOBODY)
+        until_healthy(picker)
+        assert picker.version == (5, 1)
+
+
+# --- the end of a stream
+
+
+def test_a_picker_that_ends_says_goodbye(start, puppet):
+    """The operator does not expect it any more."""
+    picker = programmed(start, puppet)
+    picker.process.send_signal(signal.SIGTERM)
+
+    assert puppet.next("bye", seconds=WAIT_SECONDS) == pb.Bye()
+    assert ended(picker) == 0
+
+
+def test_an_operator_that_closes_is_dialled_again(start, puppet):
+    """After the time it asks for; what is in force stays."""
+    picker = programmed(start, puppet)
+    puppet.send(close=pb.Close(retry_after_seconds=0.5))
+
+    assert puppet.next("hello", seconds=WAIT_SECONDS).applied.version.epoch == 5
+    assert healthy(picker)
+
+
+def test_an_operator_that_is_gone_is_found_again(start, puppet):
+    """On its port, by the same picker, which serves all the time."""
+    picker = programmed(start, puppet)
+    puppet.stop()
+    until(lambda: not picker.connected, WAIT_SECONDS)
+    assert healthy(picker)
+    again = Puppet(puppet.port)
+    try:
+        assert again.next("hello", seconds=WAIT_SECONDS).applied.version.epoch == 5
+        until(lambda: picker.connected, WAIT_SECONDS)
+        assert "Traceback" not in picker.log
+        assert "Task was destroyed" not in picker.log
+    finally:
+        again.stop()
