@@ -43,8 +43,8 @@ PING_SECONDS = 10.0
 WRITE_SECONDS = 10.0  # until a picker has read what is sent to it
 MAX_MESSAGE_BYTES = 4 << 20
 MAX_RECEIVED_BYTES = 1 << 20
-MAX_STREAMS = 4000
-MAX_CONNECTIONS = 1500
+MAX_CONNECTIONS = 500  # 0.1 MB each with TLS, of somebody unknown too
+MAX_STREAMS = 1000
 MAX_STREAMS_PER_POD = 2
 CLOSE_SECONDS = 3.0
 LOG_SECONDS = 1.0
@@ -166,11 +166,11 @@ class ControlServer(rpc.ControlServicer):
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", MAX_RECEIVED_BYTES),
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.max_concurrent_streams", 8),
+                ("grpc.max_concurrent_streams", MAX_STREAMS_PER_POD),
                 ("grpc.max_metadata_size", 32 << 10),
                 ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
                 ("grpc.server_handshake_timeout_ms", 10_000),
-                ("grpc.max_connection_idle_ms", 60_000),
+                ("grpc.max_connection_idle_ms", 15_000),
                 ("grpc.keepalive_time_ms", 20_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),

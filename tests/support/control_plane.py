@@ -11,6 +11,7 @@ import ipaddress
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,10 +19,12 @@ import sys
 import threading
 from collections import Counter
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -31,10 +34,9 @@ from ext_proc_peer import until
 from prometheus_client.parser import text_string_to_metric_families
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from api_server import ApiServer
 
+QUICKSTART = Path(__file__).parents[2] / "crds" / "examples" / "quickstart"
 NAME = "forebay-operator"
 AUDIENCE = "forebay-control"
 START_SECONDS = 60
@@ -216,6 +218,39 @@ class Operator(Process):
     @property
     def epoch(self) -> float:
         return self.metric("forebay_leader_epoch")
+
+
+class FolderOperator(Process):
+    """`python -m forebay_operator --manifests` on the quickstart's, which can be edited."""
+
+    def __init__(self, folder: Path, control_port: int | None = None) -> None:
+        self.manifests = folder / "manifests"
+        if not self.manifests.exists():
+            shutil.copytree(QUICKSTART, self.manifests)
+        self.control_port, http = control_port or free_port(), free_port()
+        command = [
+            *(sys.executable, "-P", "-m", "forebay_operator", f"--manifests={self.manifests}"),
+            *("--control-client-auth=none", "--control-bind-address=127.0.0.1"),
+            *("--http-bind-address=127.0.0.1", f"--control-port={self.control_port}"),
+            f"--http-port={http}",
+        ]
+        super().__init__(command, folder / "operator.log", http)
+        until(lambda: self.page("/readyz") == "ok\n", START_SECONDS)
+
+    def edit(self, ttl: str) -> None:
+        """Change the policy, as somebody with an editor does."""
+        file = self.manifests / "policy.yaml"
+        policy = yaml.safe_load(file.read_text())
+        policy["spec"]["noEndpoints"] = {"ttl": ttl}
+        new = file.with_suffix(".new")
+        new.write_text(yaml.safe_dump(policy))
+        new.replace(file)
+
+    def peak_rss_mb(self) -> float:
+        """The most memory it ever had."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e6
 
 
 class PickerPod:

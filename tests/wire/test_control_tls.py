@@ -1,0 +1,331 @@
+"""T37: TLS of the control channel, with files that are wrong, old, or changed while streams live.
+
+Whose a token is a fake tells here; tests/cluster asks a real API server.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import ssl
+from types import SimpleNamespace
+
+import grpc
+import pytest
+from control_driver import Driver
+from control_peers import POOL, Peer, snapshot
+from control_plane import AUDIENCE, NAME, Authority, PickerProcess
+from cryptography import x509
+from ext_proc_peer import until
+
+from forebay_operator import metrics, tls
+from forebay_operator.trust import CertificateTrust, TokenTrust
+
+WAIT_SECONDS = 60
+POOLS = {POOL: {"uid-0": "epp-0"}}
+POD = SimpleNamespace(name="epp-0", namespace="default", uid="uid-0", token=lambda: "good")
+SPIFFE = "spiffe://cluster.local/ns/default/sa/epp"
+
+
+async def review(token: str, audience: str) -> dict:
+    """What an API server says of the only token there is."""
+    assert audience == AUDIENCE
+    if token != "good":  # noqa: S105  # not a secret
+        return {"authenticated": False, "error": "unknown"}
+    extra = {
+        "authentication.kubernetes.io/pod-uid": [POD.uid],
+        "authentication.kubernetes.io/pod-name": [POD.name],
+    }
+    user = {"username": "system:serviceaccount:default:epp", "extra": extra}
+    return {"authenticated": True, "audiences": [audience], "user": user}
+
+
+@pytest.fixture
+def authority(tmp_path):
+    return Authority(tmp_path / "ca")
+
+
+@pytest.fixture
+def serve():
+    """Serve with the certificate of a folder; with `mtls` pickers have to show one too."""
+    drivers: list[Driver] = []
+
+    def begin(folder, *, mtls: bool = False) -> Driver:
+        trust = CertificateTrust(POOLS.get) if mtls else TokenTrust(review, POOLS.get, AUDIENCE)
+        credentials = tls.server_credentials(folder, require_client_certificate=mtls)
+        drivers.append(Driver(5, trust, credentials))
+        drivers[-1].program(POOL, snapshot())
+        return drivers[-1]
+
+    yield begin
+    for driver in drivers:
+        driver.stop()
+
+
+@pytest.fixture
+def dial():
+    """Dial as a picker that trusts an authority and says hello."""
+    peers: list[Peer] = []
+
+    def begin(driver, ca, *, leaf=None, token="good", server_name=NAME, **hello) -> Peer:  # noqa: S107
+        pair = (None, None)
+        if leaf is not None:
+            pair = ((leaf / "tls.key").read_bytes(), (leaf / "tls.crt").read_bytes())
+        credentials = grpc.ssl_channel_credentials(ca.read_bytes(), *pair)
+        peer = Peer(driver.port, credentials, token=token, server_name=server_name)
+        peers.append(peer)
+        return peer.hello(**hello)
+
+    yield begin
+    for peer in peers:
+        peer.close()
+
+
+def refusals(reason: str) -> float:
+    return metrics.REFUSALS.labels(reason)._value.get()
+
+
+def served_serial(driver: Driver) -> int:
+    """The serial number of the certificate that a new connection is shown."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    with (
+        socket.create_connection(("127.0.0.1", driver.port), 10) as plain,
+        context.wrap_socket(plain) as connection,
+    ):
+        return x509.load_der_x509_certificate(connection.getpeercert(True)).serial_number
+
+
+def test_a_picker_that_trusts_the_authority_is_programmed(authority, serve, dial):
+    """The server's name and the token are right."""
+    driver = serve(authority.leaf("operator"))
+
+    assert dial(driver, authority.path).program().version.epoch == 5
+
+
+@pytest.mark.parametrize("wrong", ["expired", "other authority", "other name"])
+def test_a_picker_refuses_an_operator_that_is_not_the_one(authority, serve, tmp_path, wrong):
+    """A real process: it says why, tells nobody its token, and serves on what it has."""
+    leaf = {
+        "expired": lambda: authority.leaf("operator", days=-1),
+        "other authority": lambda: Authority(tmp_path / "other").leaf("operator"),
+        "other name": lambda: authority.leaf("operator", dns="somebody-else"),
+    }[wrong]()
+    shutil.rmtree(tmp_path / "tls", ignore_errors=True)
+    driver = serve(leaf)
+    picker = PickerProcess(
+        tmp_path, POD, "chat", driver.port, authority.path, "--bootstrap-timeout=1s"
+    )
+    try:
+        until(lambda: "no control connection" in picker.log, WAIT_SECONDS)
+        until(lambda: picker.serving, WAIT_SECONDS)
+        assert driver.ask(lambda server: server._open) == 0
+        assert "Traceback" not in picker.log
+        assert picker.program()[0] == "Defaults"
+    finally:
+        picker.end()
+
+
+def test_a_picker_in_plaintext_gets_nowhere(authority, serve):
+    """There is no way around TLS where there is a certificate."""
+    driver = serve(authority.leaf("operator"))
+    peer = Peer(driver.port, token="good").hello()  # noqa: S106
+
+    assert peer.ended()[0] is grpc.StatusCode.UNAVAILABLE
+    assert driver.ask(lambda server: server._open) == 0
+    peer.close()
+
+
+@pytest.mark.parametrize(
+    ("token", "hello", "code", "reason"),
+    [
+        (None, {}, grpc.StatusCode.UNAUTHENTICATED, "no_token"),
+        ("bad", {}, grpc.StatusCode.UNAUTHENTICATED, "token"),
+        ("good", {"pod_uid": "uid-1"}, grpc.StatusCode.PERMISSION_DENIED, "other_pod"),
+        ("good", {"pool": "other/chat"}, grpc.StatusCode.PERMISSION_DENIED, "other_namespace"),
+        ("good", {"pool": "default/talk"}, grpc.StatusCode.UNAVAILABLE, "no_pool"),
+    ],
+)
+def test_who_cannot_prove_to_be_a_picker_of_the_pool(
+    authority, serve, dial, token, hello, code, reason
+):
+    """Is refused, and where the operator's people look is counted why."""
+    driver, before = serve(authority.leaf("operator")), refusals(reason)
+
+    assert dial(driver, authority.path, token=token, **hello).ended()[0] is code
+    assert refusals(reason) == before + 1
+
+
+def test_a_new_certificate_is_served_without_a_restart(authority, serve, dial):
+    """Streams that live stay and are programmed on."""
+    folder = authority.leaf("operator")
+    driver = serve(folder)
+    live = dial(driver, authority.path)
+    live.ack(live.program())
+    before = served_serial(driver)
+    authority.leaf("operator")
+    until(lambda: served_serial(driver) != before)
+
+    driver.program(POOL, snapshot(31.0))
+    assert live.program().version.revision == 2
+    assert dial(driver, authority.path).program().version.revision == 2
+
+
+@pytest.mark.parametrize("wrong", ["other key", "rubbish", "missing"])
+def test_a_certificate_that_cannot_be_used_leaves_the_one_before(
+    authority, serve, dial, tmp_path, wrong
+):
+    """A rotation that is half done must not end all handshakes."""
+    folder = authority.leaf("operator")
+    driver = serve(folder)
+    before = served_serial(driver)
+    match wrong:
+        case "other key":
+            other = Authority(tmp_path / "other").leaf("operator")
+            shutil.copy(other / "tls.key", folder / "tls.key")
+        case "rubbish":
+            (folder / "tls.crt").write_bytes(b"-----BEGIN CERTIFICATE-----\nrubbish")
+        case "missing":
+            (folder / "tls.crt").unlink()
+
+    assert served_serial(driver) == before
+    assert dial(driver, authority.path).program().version.epoch == 5
+    authority.leaf("operator")
+    until(lambda: served_serial(driver) != before)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("tls.crt", b"rubbish"), ("tls.key", b"-----BEGIN rubbish"), ("tls.key", None)],
+)
+def test_an_operator_does_not_start_with_files_that_it_cannot_use(authority, file, content):
+    """The error names the folder or the file."""
+    folder = authority.leaf("operator")
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_bytes(content)
+
+    with pytest.raises((OSError, ValueError), match=r"operator"):
+        tls.server_credentials(folder, require_client_certificate=False)
+
+
+def test_a_picker_reads_its_authorities_anew_with_each_dial(authority, serve, tmp_path):
+    """The authority is replaced: the process finds the new one without a restart."""
+    bundle = tmp_path / "bundle.crt"
+    shutil.copy(authority.path, bundle)
+    old = serve(authority.leaf("operator"))
+    picker = PickerProcess(tmp_path, POD, "chat", old.port, bundle)
+    try:
+        until(lambda: old.programmed(POOL), WAIT_SECONDS)
+        new_authority = Authority(tmp_path / "new", "new")
+        folder = authority.folder / "operator"
+        for file in new_authority.leaf("operator").iterdir():
+            shutil.copy(file, folder / file.name)
+        bundle.write_bytes(authority.path.read_bytes() + new_authority.path.read_bytes())
+        assert picker.connected
+        drop(old)
+        until(lambda: old.programmed(POOL), WAIT_SECONDS)
+        bundle.write_bytes(new_authority.path.read_bytes())
+        drop(old)
+        until(lambda: old.programmed(POOL), WAIT_SECONDS)
+    finally:
+        picker.end()
+
+
+def drop(driver: Driver) -> None:
+    """End all streams of the pool, and wait until they are gone."""
+
+    def end(server) -> None:
+        for stream in server._all():
+            server._end(stream)
+
+    before = driver.ask(lambda server: server._all())
+    driver.ask(end)
+    until(lambda: not set(before) & set(driver.ask(lambda server: server._all())))
+
+
+def test_a_rotated_token_is_read_anew_with_each_dial(authority, serve, tmp_path):
+    """The kubelet replaces it every few minutes."""
+    driver = serve(authority.leaf("operator"))
+    picker = PickerProcess(
+        tmp_path,
+        SimpleNamespace(name="epp-0", namespace="default", uid="uid-0", token=lambda: "old"),
+        "chat",
+        driver.port,
+        authority.path,
+    )
+    try:
+        until(lambda: "UNAUTHENTICATED" in picker.log, WAIT_SECONDS)
+        picker.token_path.write_text("good")
+        until(lambda: driver.programmed(POOL), WAIT_SECONDS)
+    finally:
+        picker.end()
+
+
+# --- certificates of pickers
+
+
+def test_a_picker_with_a_service_account_s_certificate(authority, serve, dial):
+    """No token is needed."""
+    driver = serve(authority.leaf("operator"), mtls=True)
+    leaf = authority.leaf("epp", uri=SPIFFE)
+
+    assert dial(driver, authority.path, leaf=leaf, token=None).program().version.epoch == 5
+
+
+def test_a_real_picker_with_a_certificate(authority, serve, tmp_path):
+    """It shows the one in --control-cert-path."""
+    driver = serve(authority.leaf("operator"), mtls=True)
+    leaf = authority.leaf("epp", uri=SPIFFE)
+    flag = f"--control-cert-path={leaf}"
+    picker = PickerProcess(tmp_path, POD, "chat", driver.port, authority.path, flag)
+    try:
+        until(lambda: driver.programmed(POOL), WAIT_SECONDS)
+    finally:
+        picker.end()
+
+
+@pytest.mark.parametrize("wrong", ["none", "other authority", "expired"])
+def test_a_handshake_without_a_good_certificate_fails(authority, serve, dial, tmp_path, wrong):
+    """Before anything is said."""
+    driver = serve(authority.leaf("operator"), mtls=True)
+    leaf = {
+        "none": lambda: None,
+        "other authority": lambda: Authority(tmp_path / "other").leaf("epp", uri=SPIFFE),
+        "expired": lambda: authority.leaf("epp", uri=SPIFFE, days=-1),
+    }[wrong]()
+
+    assert dial(driver, authority.path, leaf=leaf).ended()[0] is grpc.StatusCode.UNAVAILABLE
+    assert driver.ask(lambda server: server._open) == 0
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        (None, "certificate"),
+        ("spiffe://cluster.local/epp", "certificate"),
+        ("spiffe://cluster.local/ns/other/sa/epp", "other_pod"),
+    ],
+)
+def test_a_good_certificate_of_somebody_else(authority, serve, dial, uri, reason):
+    """TLS is content, trust is not."""
+    driver, before = serve(authority.leaf("operator"), mtls=True), refusals(reason)
+    leaf = authority.leaf("somebody", uri=uri)
+    dial(driver, authority.path, leaf=leaf).ended()
+
+    assert refusals(reason) == before + 1
+
+
+def test_the_authority_of_pickers_can_be_replaced(authority, serve, dial, tmp_path):
+    """Old and new ones are trusted for as long as both stand in the file."""
+    folder = authority.leaf("operator")
+    driver = serve(folder, mtls=True)
+    new = Authority(tmp_path / "new", "new")
+    new_leaf = new.leaf("epp", uri=SPIFFE)
+    assert dial(driver, authority.path, leaf=new_leaf).ended()[0] is grpc.StatusCode.UNAVAILABLE
+
+    (folder / "ca.crt").write_bytes(authority.path.read_bytes() + new.path.read_bytes())
+    assert dial(driver, authority.path, leaf=new_leaf).program().version.epoch == 5
+    old_leaf = authority.leaf("epp", uri=SPIFFE)
+    assert dial(driver, authority.path, leaf=old_leaf).program().version.epoch == 5
