@@ -112,7 +112,7 @@ def test_requests_that_wait_have_their_whole_ttl_when_the_clock_jumps(driver, tm
     try:
         driver.put(POOL, snapshot(0))
         until(lambda: picker.serving, WAIT_SECONDS)
-        with Waiting(picker.grpc) as waiting:
+        with Waiting(driver.thread, picker.grpc) as waiting:
             for number in range(100):
                 waiting.enqueue(number)
             for jump, (offset, _) in enumerate(JUMPS):

@@ -177,7 +177,7 @@ def test_requests_keep_their_turn_while_their_policy_is_deleted_and_made_again(d
     )
     driver.put(POOL, planned(chat))
     until(lambda: picker.serving, START_SECONDS)
-    with Waiting(picker.grpc) as waiting:
+    with Waiting(driver.thread, picker.grpc) as waiting:
         for number in range(WAITERS):
             waiting.enqueue(number, "abc"[number % 3])
         for _ in range(CYCLES):

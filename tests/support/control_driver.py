@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from typing import TYPE_CHECKING
 
 from ext_proc_peer import until
+from loop_thread import LoopThread
 
 from forebay_operator.conditions import PickerState
 from forebay_operator.control import ControlServer
@@ -19,17 +18,15 @@ WAIT_SECONDS = 30
 
 
 class Driver:
-    """Programs the pickers that dial `port`: believing everybody in plaintext, unless told whom.
+    """Programs the pickers that dial `port`, from `thread`; believes everybody unless told whom.
 
     A leader that hears of a higher epoch takes the next one, as a folder's operator does.
     """
 
     def __init__(self, epoch: int = 1, authorize=believe, credentials=None) -> None:
         self._authorize, self._credentials = authorize, credentials
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
-        self._thread.start()
-        self.port = self._do(self._start(epoch))
+        self.thread = LoopThread()
+        self.port = self.thread.do(self._start(epoch))
 
     async def _start(self, epoch: int) -> int:
         self.server = ControlServer(self._authorize, lambda _: None, self._heal)
@@ -39,16 +36,13 @@ class Driver:
     def _heal(self, seen: int) -> None:
         self.server.lead(seen + 1)
 
-    def _do(self, work):
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(WAIT_SECONDS)
-
     def ask(self, question):
         """Have the server's thread answer."""
 
         async def answer():
             return question(self.server)
 
-        return self._do(answer())
+        return self.thread.do(answer())
 
     def program(self, pool: str, snapshot: pb.Snapshot) -> None:
         """Have the pool's pickers run this."""
@@ -69,7 +63,5 @@ class Driver:
         until(lambda: self.programmed(pool), WAIT_SECONDS)
 
     def stop(self) -> None:
-        self._do(self.server.stop())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(WAIT_SECONDS)
-        self._loop.close()
+        self.thread.do(self.server.stop())
+        self.thread.stop()

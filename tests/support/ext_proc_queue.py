@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,8 @@ from forebay_extproc.v3 import external_processor_pb2 as pb
 
 if TYPE_CHECKING:
     from typing import Self
+
+    from loop_thread import LoopThread
 
 WAIT_SECONDS = 60
 CONFIG = pb.ProtocolConfiguration(
@@ -33,32 +34,28 @@ class Waiting:
 
     To such a proxy a picker says when a request has been queued, so that the order is known.
 
+    Args:
+        thread: where they run.
+        grpc_port: the picker's.
+
     Attributes:
         order: requests as they were dispatched.
         refused: outcome and seconds in the queue of those that were refused.
     """
 
-    def __init__(self, grpc_port: int) -> None:
+    def __init__(self, thread: LoopThread, grpc_port: int) -> None:
+        self._thread = thread
         self._target = f"127.0.0.1:{grpc_port}"
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
         self._tasks: list[asyncio.Task[None]] = []
         self.order: list[int] = []
         self.refused: dict[int, tuple[str, float]] = {}
 
     def __enter__(self) -> Self:
-        self._thread.start()
-        self._do(self._open())
+        self._thread.do(self._open())
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._do(self._channel.close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(WAIT_SECONDS)
-        self._loop.close()
-
-    def _do(self, work):
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(2 * WAIT_SECONDS)
+        self._thread.do(self._close())
 
     async def _open(self) -> None:
         self._channel = grpc.aio.insecure_channel(self._target)
@@ -68,9 +65,15 @@ class Waiting:
             response_deserializer=pb.ProcessingResponse.FromString,
         )
 
+    async def _close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._channel.close()
+
     def enqueue(self, number: int, model: str = "m") -> None:
         """Send a request and wait until it is queued."""
-        self._do(self._enqueue(number, model))
+        self._thread.do(self._enqueue(number, model))
 
     async def _enqueue(self, number: int, model: str) -> None:
         call = self._process()
@@ -112,5 +115,5 @@ class Waiting:
         async def finish() -> None:
             await asyncio.wait_for(asyncio.gather(*self._tasks), WAIT_SECONDS)
 
-        self._do(finish())
+        self._thread.do(finish())
         return self.order

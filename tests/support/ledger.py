@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import threading
 from collections import Counter, defaultdict
 from contextlib import suppress
 from typing import TYPE_CHECKING
+
+from loop_thread import LoopThread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,26 +63,19 @@ class Traffic:
     def __init__(self, servers: int = 3, service_seconds: float = 0.04) -> None:
         self._number = servers
         self._service_seconds = service_seconds
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread = LoopThread()
         self._servers: list[asyncio.Server] = []
         self._http = 0
         self.addresses: list[str] = []
         self.ledger = Ledger()
 
     def __enter__(self) -> Self:
-        self._thread.start()
-        self._do(self._start()).result()
+        self._thread.do(self._start())
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._do(self._stop()).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    def _do(self, work) -> Future:
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        self._thread.do(self._stop())
+        self._thread.stop()
 
     async def _start(self) -> None:
         for _ in range(self._number):
@@ -92,10 +86,6 @@ class Traffic:
     async def _stop(self) -> None:
         for server in self._servers:
             server.close()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -112,7 +102,7 @@ class Traffic:
     ) -> Future[None]:
         """Send requests for the models that `model` names; the future ends with the last answer."""
         self._http = http
-        return self._do(self._run(requests, per_second, model))
+        return self._thread.submit(self._run(requests, per_second, model))
 
     async def _run(self, requests: int, per_second: float, model: Callable[[int], str]) -> None:
         loop = asyncio.get_running_loop()
