@@ -327,6 +327,7 @@ class Reconciler:
         key = (entry.kind, entry.metadata.uid)
         before = entry.status
         stamped = conditions.with_times(pending.status, before, now_text())
+        began_at = self._clock()
         try:
             written = await self._reporter.write(entry, stamped)
         except ApiError as error:
@@ -350,7 +351,7 @@ class Reconciler:
         if written is None:
             entry.status = stamped
         else:
-            self.touch(self._store.put(entry.kind, written, now))
+            self.touch(self._store.put(entry.kind, written, now, began_at))
         changes = conditions.transitions(pending.status, before)
         if changes:
             with suppress(ApiError):  # an Event that is lost is no reason to hold up a status

@@ -99,14 +99,14 @@ class Store:
         """Take an object as it is now.
 
         An event may be late: it counts only if its version is newer, and not after the object's
-        end. A LIST is the truth about everything seen before it began: where it holds less than
-        was known, etcd was restored from a backup.
+        end. An answer is the truth about everything seen before it was asked for: where its
+        version is older, etcd was restored from a backup.
 
         Args:
             kind: of the object.
             manifest: the object.
             now: the moment.
-            began_at: when the LIST that holds it began.
+            began_at: when the request began, a LIST or a write, that this is the answer to.
 
         Returns:
             the namespaces to plan again; none where nothing has changed that planning looks at.
