@@ -17,13 +17,17 @@ from functools import partial
 from itertools import pairwise
 from threading import Event
 
-from control_plane import Forwarder, History, check_log, free_port
+import pytest
+from control_plane import Forwarder, History, apply, check_log, free_port, model
 from ext_proc_peer import until
+from ext_proc_queue import Waiting
+from loop_thread import LoopThread
 
 # Enough to see what is not rare; before a release: 50.
 KILLS = int(os.environ.get("FOREBAY_KILLS", "10"))
 CRASHES, CRASHES_SECONDS = 20, 60
 FROZEN_SECONDS = 30
+WAITERS = 100
 WAIT_SECONDS = 120
 UNKNOWN = ("", "")
 
@@ -37,26 +41,45 @@ def seconds_until(claim) -> float:
     return time.monotonic() - began
 
 
-def test_pickers_converge_after_the_operator_is_killed_between_their_acknowledgements(stage):
-    """T4: two of four have a new program, the operator is killed; all end with that program."""
+@pytest.fixture
+def thread():
+    """A loop for clients of endpoint pickers."""
+    thread = LoopThread()
+    yield thread
+    thread.stop()
+
+
+def test_pickers_converge_after_the_operator_is_killed_between_their_acknowledgements(
+    stage, thread
+):
+    """T4: two of four have a new program, the operator is killed; all end with that program.
+
+    Requests that wait meanwhile keep their turn.
+    """
     lots = random.Random(4)
     port = free_port()
     operator = stage.operator(control_port=port)
     stage.edit(0)
     pickers = stage.pickers(4, port)
     until(lambda: stage.settled(pickers), WAIT_SECONDS)
-    history = History(pickers)
-    took = []
+    first, history, took = pickers[0], History(pickers), []
     try:
-        for kill in range(1, KILLS + 1):
-            lots.shuffle(pickers)
-            wanted = kill_between(stage, operator, kill, pickers[:2], pickers[2:])
-            operator = stage.operator(control_port=port)
-            took.append(seconds_until(partial(all_run, pickers, wanted)))
-            until(lambda: stage.settled(pickers), WAIT_SECONDS)
+        with Waiting(thread, first.grpc) as waiting:
+            for number in range(WAITERS):
+                waiting.enqueue(number)
+            for kill in range(1, KILLS + 1):
+                lots.shuffle(pickers)
+                wanted = kill_between(stage, operator, kill, pickers[:2], pickers[2:])
+                operator = stage.operator(control_port=port)
+                took.append(seconds_until(partial(all_run, pickers, wanted)))
+                until(lambda: stage.settled(pickers), WAIT_SECONDS)
+            stage.serve()
+            assert waiting.serve_all() == list(range(WAITERS))
+        until(first.idle)
     finally:
         history.end()
     _log.info("%s kills, converged after %.1f s at most", KILLS, max(took))
+    assert first.outcomes() == {"Dispatched": WAITERS}
     history.check()
     for process in (operator, *pickers):
         check_log(process.log)
@@ -128,47 +151,54 @@ def status_writes(stage, restarts: list[dt.datetime]) -> list[int]:
 
 
 def test_a_leader_that_was_frozen_gives_up_when_it_wakes(stage):
-    """T9: frozen for 30 s, a policy is edited meanwhile; the old leader sets nothing back."""
+    """T9: frozen for 30 s, a policy is edited meanwhile; the old leader sets nothing back.
+
+    Then the other one is frozen.
+    """
     ports = [free_port(), free_port()]
-    old = stage.operator("operator-0", control_port=ports[0])
+    replicas = [stage.operator("operator-0", control_port=ports[0])]
     stage.edit(0)
-    until(lambda: old.epoch > 0, WAIT_SECONDS)
-    new = stage.operator("operator-1", control_port=ports[1])
+    until(lambda: replicas[0].epoch > 0, WAIT_SECONDS)
+    replicas.append(stage.operator("operator-1", control_port=ports[1]))
     services = [Forwarder(*ports), Forwarder(*ports)]
     pickers = stage.pickers(2, *(service.port for service in services))
     history = History(pickers)
     try:
-        until(lambda: stage.settled(pickers), WAIT_SECONDS)
-        assert new.epoch == 0
-        frozen = time.monotonic()
-        old.freeze()
-        # One picker goes to the new leader, the other stays with the frozen one.
-        services[0].targets = [ports[1]]
-        services[0].cut()
-        services[0].heal()
-        stage.edit(1)
-        taken_over = seconds_until(lambda: new.epoch > 0)
-        stage.edit(2)
-        until(lambda: pickers[0].version[0] == new.epoch, WAIT_SECONDS)
-        Event().wait(frozen + FROZEN_SECONDS - time.monotonic())
-        old.thaw()
-        gave_up = seconds_until(lambda: old.page("/metrics") and old.epoch == 0)
-        until(lambda: stage.settled(pickers), WAIT_SECONDS)
-        seen = []
-        for _ in range(10):
-            found = stage.cluster.get("fcp", "chat", "-n", stage.namespace)
-            seen.append(found["status"]["programmedGeneration"] == found["metadata"]["generation"])
+        for number, (old, new) in enumerate((replicas, reversed(replicas))):
+            until(lambda: stage.settled(pickers), WAIT_SECONDS)
+            freeze(stage, 10 * number, old, new, pickers, services[0])
     finally:
         history.end()
         for service in services:
             service.close()
+    history.check()
+    for process in (*replicas, *pickers):
+        check_log(process.log)
+
+
+def freeze(stage, edit, old, new, pickers, service) -> None:
+    """Freeze the leader for a while; the first picker goes to the new one, the other stays."""
+    assert (old.epoch > 0, new.epoch) == (True, 0)
+    frozen = time.monotonic()
+    old.freeze()
+    targets, service.targets = service.targets, [new.control_port]
+    service.cut()
+    service.heal()
+    stage.edit(edit + 1)
+    taken_over = seconds_until(lambda: new.epoch > 0)
+    stage.edit(edit + 2)
+    until(lambda: pickers[0].version[0] == new.epoch, WAIT_SECONDS)
+    Event().wait(frozen + FROZEN_SECONDS - time.monotonic())
+    old.thaw()
+    gave_up = seconds_until(lambda: old.page("/metrics") and old.epoch == 0)
+    until(lambda: stage.settled(pickers), WAIT_SECONDS)
+    for _ in range(10):
+        found = stage.cluster.get("fcp", "chat", "-n", stage.namespace)
+        assert found["status"]["programmedGeneration"] == found["metadata"]["generation"]
+    service.targets = targets
     _log.info("taken over after %.1f s, given up after %.2f s", taken_over, gave_up)
     assert gave_up < 10
-    assert all(seen)
-    assert pickers[1].version[0] == new.epoch
-    history.check()
-    for process in (old, new, *pickers):
-        check_log(process.log)
+    assert {picker.version[0] for picker in pickers} == {new.epoch}
 
 
 def test_a_lease_that_is_deleted_leaves_no_picker_behind(stage):
@@ -203,14 +233,23 @@ def delete_lease(stage) -> None:
     stage.cluster.kubectl("delete", "lease", "forebay-operator", "-n", stage.namespace)
 
 
-def test_a_backup_of_etcd_that_is_restored_is_in_force(stage):
-    """T10: Lease and policies are set back under a running operator; pickers follow the policies.
+def write_much(stage) -> None:
+    """Have the API server's versions grow."""
+    kind = {"apiVersion": "v1", "kind": "ConfigMap"}
+    notes = [{**kind, "metadata": {"name": f"note-{number}"}} for number in range(1000)]
+    apply(stage.cluster, stage.namespace, *notes)
 
-    Their versions go on although the epoch in the restored Lease is an old one.
+
+def test_a_backup_of_etcd_that_is_restored_is_in_force(stage):
+    """T10: Lease, policies and models are set back under a running operator; pickers follow.
+
+    Their versions go on although the epoch in the restored Lease is an old one, and although the
+    versions of the restored objects are far behind what the operator has seen.
     """
     port = free_port()
     operator = stage.operator(control_port=port)
     stage.edit(0)
+    apply(stage.cluster, stage.namespace, model("llama", "chat", "llama"))
     pickers = stage.pickers(2, port)
     history = History(pickers)
     try:
@@ -222,6 +261,9 @@ def test_a_backup_of_etcd_that_is_restored_is_in_force(stage):
             stage.edit(number)
             operator = stage.operator(control_port=port)
             until(lambda: stage.settled(pickers), WAIT_SECONDS)
+        stage.cluster.kubectl("delete", "inferencemodel", "llama", "-n", stage.namespace)
+        write_much(stage)
+        until(lambda: stage.settled(pickers), WAIT_SECONDS)
         before = pickers[0].version
         stage.cluster.restore(stage.folder / "backup")
         healed = seconds_until(

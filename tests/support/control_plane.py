@@ -33,6 +33,8 @@ from envoy_process import free_port
 from ext_proc_peer import until
 from prometheus_client.parser import text_string_to_metric_families
 
+from forebay_operator.resources import POOL_LABEL
+
 if TYPE_CHECKING:
     from api_server import ApiServer
 
@@ -524,9 +526,30 @@ class Stage:
         return pickers
 
     def edit(self, number: int) -> None:
-        """Apply policy `chat` with something in it that is different for each number."""
-        chat = policy("chat", "chat", limits={"maxRequests": 1000 + number})
+        """Apply policy `chat` with something in it that is different for each number.
+
+        With it requests wait for a server for an hour, and then are served one after the other.
+        """
+        chat = policy(
+            "chat",
+            "chat",
+            limits={"maxRequests": 1000 + number},
+            saturation={"mode": "Concurrency", "maxConcurrency": 1},
+            noEndpoints={"ttl": "1h"},
+        )
         apply(self.cluster, self.namespace, chat)
+
+    def serve(self) -> None:
+        """Give the pool a server."""
+        server = {
+            "apiVersion": "discovery.k8s.io/v1",
+            "kind": "EndpointSlice",
+            "metadata": {"name": "chat", "labels": {POOL_LABEL: "chat"}},
+            "addressType": "IPv4",
+            "endpoints": [{"addresses": ["10.0.0.1"]}],
+            "ports": [{"name": "http", "port": 8000}],
+        }
+        apply(self.cluster, self.namespace, server)
 
     def lease(self) -> dict | None:
         """The operators' Lease."""
