@@ -242,37 +242,8 @@ class EndpointPicker:
     async def _put(self, plan: Plan | None, endpoints: tuple[Endpoint, ...]) -> None:
         """Put plan and endpoints into force in one step; without a plan, the one in force stays."""
         plan = plan or self._controller.plan
-        await self._have_taken(self._taker(plan, endpoints))
+        await hand_over(self._loop.post, self._taker(plan, endpoints), FINISH_SECONDS)
         self._aim_scraper(plan, endpoints)
-
-    async def _have_taken(self, take: Callable[[float], None]) -> None:
-        """Have the data-plane thread do something, or, if it is late, not do it at all.
-
-        Raises:
-            TimeoutError: it has not begun in time and will not.
-        """
-        running = asyncio.get_running_loop()
-        taken: asyncio.Future[None] = running.create_future()
-        undecided = [None]  # who pops it decides: the thread to begin, or this one to give up
-
-        def begin(now: float) -> None:
-            try:
-                undecided.pop()
-            except IndexError:
-                return
-            take(now)
-            running.call_soon_threadsafe(lambda: None if taken.done() else taken.set_result(None))
-
-        self._loop.post(begin)
-        done, _ = await asyncio.wait((taken,), timeout=FINISH_SECONDS)
-        if done:
-            return
-        try:
-            undecided.pop()
-        except IndexError:
-            await taken
-        else:
-            raise TimeoutError("the data plane is busy")
 
     def _taker(self, plan: Plan, endpoints: tuple[Endpoint, ...]) -> Callable[[float], None]:
         def take(now: float) -> None:
@@ -312,6 +283,38 @@ class EndpointPicker:
         except OSError as error:
             address = _address(settings.bind_address, settings.metrics_port)
             raise StartError(f"--metrics-port: cannot bind {address}: {error.strerror}") from error
+
+
+async def hand_over(
+    post: Callable[[Callable[[float], None]], None],
+    call: Callable[[float], None],
+    patience_seconds: float,
+) -> None:
+    """Have another thread do something, or, if it is late, not do it at all.
+
+    Raises:
+        TimeoutError: it has not begun in time, and will not.
+    """
+    running = asyncio.get_running_loop()
+    done: asyncio.Future[None] = running.create_future()
+    undecided = [None]  # who pops it decides: the thread to begin, or this one to give up
+
+    def begin(now: float) -> None:
+        try:
+            undecided.pop()
+        except IndexError:
+            return
+        call(now)
+        running.call_soon_threadsafe(lambda: None if done.done() else done.set_result(None))
+
+    post(begin)
+    await asyncio.wait((done,), timeout=patience_seconds)
+    try:
+        undecided.pop()
+    except IndexError:
+        await done
+    else:
+        raise TimeoutError("the data plane is busy")
 
 
 def _address(host: str, port: int) -> str:

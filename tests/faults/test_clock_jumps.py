@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
 from control_driver import Driver
-from control_plane import History, PickerProcess, Process, check_log, free_port, policy, pool
+from control_plane import FolderOperator, History, PickerProcess, check_log, free_port, policy, pool
 from ext_proc_peer import until
 from ext_proc_queue import Waiting
 from wall_clock import WallClock
@@ -141,20 +140,6 @@ def test_requests_that_wait_have_their_whole_ttl_when_the_clock_jumps(driver, tm
     check_log(picker.log)
 
 
-class FolderOperator(Process):
-    """`python -m forebay_operator` on a folder."""
-
-    def __init__(self, folder, manifests, control_port, env) -> None:
-        http = free_port()
-        flags = (
-            *("--manifests", str(manifests), "--control-client-auth=none"),
-            *("--control-bind-address=127.0.0.1", f"--control-port={control_port}"),
-            *("--http-bind-address=127.0.0.1", f"--http-port={http}"),
-        )
-        command = [sys.executable, "-P", "-m", "forebay_operator", *flags]
-        super().__init__(command, folder / "operator.log", http, env)
-
-
 def test_an_operator_of_a_folder_programs_pickers_after_its_clock_was_set_back(tmp_path):
     """Its epoch comes from the wall clock, and is above what pickers have seen all the same."""
     clock = WallClock(tmp_path / "clock")
@@ -168,7 +153,7 @@ def test_an_operator_of_a_folder_programs_pickers_after_its_clock_was_set_back(t
 
     write(0)
     port = free_port()
-    operator = FolderOperator(tmp_path, manifests, port, clock.env)
+    operator = FolderOperator(tmp_path, port, manifests=manifests, env=clock.env)
     picker = PickerProcess(tmp_path, "epp-0", "chat", port)
     history = History([picker])
     try:
@@ -177,7 +162,7 @@ def test_an_operator_of_a_folder_programs_pickers_after_its_clock_was_set_back(t
         operator.kill()
         clock.jump("-1d")
         write(1)
-        operator = FolderOperator(tmp_path, manifests, port, clock.env)
+        operator = FolderOperator(tmp_path, port, manifests=manifests, env=clock.env)
         until(lambda: picker.version > before and picker.program() != first, WAIT_SECONDS)
     finally:
         history.end()

@@ -223,10 +223,17 @@ class Operator(Process):
 
 
 class FolderOperator(Process):
-    """`python -m forebay_operator --manifests` on the quickstart's, which can be edited."""
+    """`python -m forebay_operator` on a folder: by default the quickstart's, to be edited."""
 
-    def __init__(self, folder: Path, control_port: int | None = None) -> None:
-        self.manifests = folder / "manifests"
+    def __init__(
+        self,
+        folder: Path,
+        control_port: int | None = None,
+        *,
+        manifests: Path | None = None,
+        env: dict[str, str] | None = None,
+    ) -> None:
+        self.manifests = manifests or folder / "manifests"
         if not self.manifests.exists():
             shutil.copytree(QUICKSTART, self.manifests)
         self.control_port, http = control_port or free_port(), free_port()
@@ -236,7 +243,7 @@ class FolderOperator(Process):
             *("--http-bind-address=127.0.0.1", f"--control-port={self.control_port}"),
             f"--http-port={http}",
         ]
-        super().__init__(command, folder / "operator.log", http)
+        super().__init__(command, folder / "operator.log", http, env)
         until(lambda: self.page("/readyz") == "ok\n", START_SECONDS)
 
     def edit(self, ttl: str) -> None:
