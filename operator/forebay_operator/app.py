@@ -22,7 +22,7 @@ from forebay_operator.folder import FolderOperator
 from forebay_operator.reconcile import Reconciler
 from forebay_operator.store import Store
 from forebay_operator.trust import CertificateTrust, TokenTrust, believe
-from forebay_operator.watching import Watching
+from forebay_operator.watching import DeafError, Watching
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -123,7 +123,11 @@ class ClusterOperator:
         )
         self._reconciler = Reconciler(self._store, self._control, ClusterReporter(self._cluster))
         self._watching = Watching(
-            self._cluster, self._store, self._reconciler.touch, settings.namespaces
+            self._cluster,
+            self._store,
+            self._reconciler.touch,
+            settings.namespaces,
+            settings.sweep_interval_seconds,
         )
         instance = settings.identity or uuid.uuid4().hex
         self._elector = Elector(
@@ -134,7 +138,6 @@ class ClusterOperator:
             self._lead,
         )
         self._stop = asyncio.Event()
-        self._status = 0
 
     def _trust(self) -> Any:
         def expected(pool: str) -> Any:
@@ -165,56 +168,53 @@ class ClusterOperator:
 
     async def run(self) -> int:
         """Run until a signal, or until something that has to run has ended."""
-        self._own_signals()
-        runner = await self._listen()
-        kopf_ready, kopf_stop = asyncio.Event(), asyncio.Event()
-        tasks: list[asyncio.Task[Any]] = []
-
-        def start(work: Coroutine[Any, Any, Any], name: str) -> None:
-            tasks.append(asyncio.create_task(work, name=name))
-
-        try:
-            if await self._filled():
-                self._reconciler.touch(set(self._store.namespaces()))
-                start(self._reconciler.run_planning(), "planning")
-                start(self._reconciler.run_reporting(), "reporting")
-                start(self._watching.run_sweeps(), "sweeps")
-                start(self._elector.run(), "election")
-                start(self._signals_after(kopf_ready), "signals")
-                start(self._watching.run_watches(kopf_ready, kopf_stop), "watches")
-                gc.collect()
-                gc.freeze()
-                await self._until_stopped(tasks)
-        finally:
-            self._own_signals()
-            await self._control.stop()
-            with suppress(TimeoutError, ApiError):
-                await asyncio.wait_for(self._elector.release(), FINISH_SECONDS)
-            kopf_stop.set()
-            for task in tasks[:-1]:
-                task.cancel()
-            if tasks:
-                _, late = await asyncio.wait(tasks, timeout=FINISH_SECONDS)
-                for task in late:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-            await runner.cleanup()
-            await self._cluster.close()
-        return self._status
-
-    def _own_signals(self) -> None:
         running = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             running.add_signal_handler(number, self._stop.set)
+        runner = await self._listen()
+        tasks: list[asyncio.Task[Any]] = []
 
-    async def _signals_after(self, ready: asyncio.Event) -> None:
-        """Take the signals back from kopf, which installs handlers when it starts.
+        def start(work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+            tasks.append(asyncio.create_task(work, name=name))
+            return tasks[-1]
 
-        Pickers are told and the lease is given up before the watches end.
-        """
-        await ready.wait()
-        self._own_signals()
-        await self._stop.wait()
+        try:
+            stopping = start(self._stop.wait(), "signals")
+            start(self._reconciler.run_reporting(), "reporting")  # the sign of life of /livez
+            filling = start(self._watching.fill(), "first lists")
+            if await self._first(tasks) is filling:
+                tasks.remove(filling)
+                # All of it before anybody is programmed: a part would program the lack of the rest.
+                await self._reconciler.plan_touched()
+                start(self._reconciler.run_planning(), "planning")
+                start(self._watching.run_sweeps(), "sweeps")
+                start(self._watching.run_discovery(), "discovery")
+                start(self._watching.run_watches(), "watches")
+                start(self._elector.run(), "election")
+                gc.collect()
+                gc.freeze()
+                await self._first(tasks)
+            return 0 if stopping.done() else 1
+        finally:
+            await self._control.stop()
+            with suppress(TimeoutError, ApiError):
+                await asyncio.wait_for(self._elector.release(), FINISH_SECONDS)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=FINISH_SECONDS)
+            await runner.cleanup()
+            await self._cluster.close()
+
+    async def _first(self, tasks: list[asyncio.Task[Any]]) -> asyncio.Task[Any]:
+        """Wait for the first of the tasks to end, and log how if it failed."""
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            error = task.exception()
+            if isinstance(error, DeafError):
+                _log.critical("%s", error)
+            elif error is not None:
+                _log.critical("%s has ended: %s", task.get_name(), error, exc_info=error)
+        return min(done, key=tasks.index)
 
     async def _listen(self) -> Any:
         settings = self._settings
@@ -234,7 +234,7 @@ class ClusterOperator:
                 settings.http_port,
                 self._reconciler,
                 self._store,
-                lambda: self._watching.synced,
+                lambda: self._watching.waits_for,
             )
         except OSError as error:
             raise StartError(f"--http-port {settings.http_port}: {error.strerror}") from error
@@ -245,27 +245,3 @@ class ClusterOperator:
             raise StartError(f"--control-port: cannot bind {address}: in use?") from error
         _log.info("listening", extra={"control_port": port, "http_port": settings.http_port})
         return runner
-
-    async def _filled(self) -> bool:
-        """Wait for the first LISTs; return whether no signal came before."""
-        filling = asyncio.create_task(self._watching.fill())
-        stopping = asyncio.create_task(self._stop.wait())
-        await asyncio.wait((filling, stopping), return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        if not filling.done():
-            filling.cancel()
-            return False
-        filling.result()
-        return True
-
-    async def _until_stopped(self, tasks: list[asyncio.Task[Any]]) -> None:
-        """Wait for a signal; whatever else ends first has failed."""
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if self._stop.is_set():
-            return
-        for task in done:
-            error = task.exception()
-            if error is None and task.get_name() in ("signals", "watches"):
-                continue  # kopf took the signal
-            _log.critical("%s has ended: %s", task.get_name(), error, exc_info=error)
-            self._status = 1

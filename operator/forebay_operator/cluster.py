@@ -81,13 +81,17 @@ class Cluster:
             ApiError: status 404 where the kind's CRD does not exist.
         """
         found: list[dict[str, Any]] = []
-        token = ""
+        query = {"limit": str(PAGE_OBJECTS)}
+        if kind.label:
+            query["labelSelector"] = kind.label
         while True:
-            query = {"limit": str(PAGE_OBJECTS), **({"continue": token} if token else {})}
             page = await self.request("GET", _path(kind, namespace), query=query)
+            if not str(page.get("kind", "")).endswith("List"):
+                # What is not there is gone: a proxy's page must not be taken for an empty list.
+                raise ApiError(0, f"no list but {str(page)[:100]} came as answer")
             found += page.get("items") or []
-            token = (page.get("metadata") or {}).get("continue") or ""
-            if not token:
+            query["continue"] = (page.get("metadata") or {}).get("continue") or ""
+            if not query["continue"]:
                 return found
 
     async def apply_status(
@@ -216,12 +220,19 @@ class Cluster:
         """Return a session with credentials that are recent, or new ones."""
         now = time.monotonic()
         if self._info is None or fresh or now - self._login_at > LOGIN_SECONDS:
-            info = self._get_login()
+            try:
+                info = self._get_login()
+                tls = info.as_ssl_context()
+            except ApiError:
+                raise
+            except Exception as error:
+                # Files that are being renewed may be read half; the next request finds them whole.
+                raise ApiError(0, f"the credentials cannot be read: {error!r}") from error
             self._login_at = now
             if self._session is None or _anonymous(info) != _anonymous(self._info):
                 await self.close()
                 self._session = aiohttp.ClientSession(
-                    connector=aiohttp.TCPConnector(ssl=info.as_ssl_context(), limit=32),
+                    connector=aiohttp.TCPConnector(ssl=tls, limit=32),
                     timeout=aiohttp.ClientTimeout(total=REQUEST_SECONDS, sock_connect=10.0),
                     headers={"user-agent": FIELD_MANAGER},
                 )

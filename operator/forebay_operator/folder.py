@@ -199,7 +199,7 @@ class FolderOperator:
         self._control.lead(int(time.time()))
         self._reconciler.reporting = True
         self._runner = await pages.serve(
-            http_host, http_port, self._reconciler, self._store, lambda: True
+            http_host, http_port, self._reconciler, self._store, lambda: ""
         )
         return await self._control.serve(join(control_host, control_port), None)
 

@@ -1,11 +1,16 @@
-"""Every kopf decorator there is: the index of what the operator reacts to.
+"""Every kopf decorator there is, the index of what the operator reacts to, and how kopf is run.
 
 Only `on.event`: kopf's other handlers write annotations or finalizers on objects that are not ours
-(facts/reliability.md 1.4). Handlers note what they are told and return; planning happens elsewhere.
+(facts/reliability.md 1.4). Handlers pass on what they are told; nothing else happens here.
 """
 
 from __future__ import annotations
 
+import asyncio
+import random
+import threading
+from concurrent.futures import Future
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import kopf
@@ -14,9 +19,60 @@ from forebay_operator import cluster
 from forebay_operator.resources import KINDS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from forebay_operator.resources import Kind
+
+MAX_BACKOFF_SECONDS = 30.0
+
+
+class Watches:
+    """A kopf operator in a thread with a loop of its own: when it ends it cancels all tasks there.
+
+    Args:
+        on_event: called in that thread with every event.
+        namespaces: which are watched; none means all.
+    """
+
+    def __init__(
+        self, on_event: Callable[[Kind, Any], None], namespaces: tuple[str, ...] = ()
+    ) -> None:
+        self._registry = registry(on_event)
+        self._namespaces = namespaces
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        self._ended: Future[None] = Future()
+
+    def start(self) -> asyncio.Future[None]:
+        """Begin; the future is done when it has ended, with the error if it was one."""
+        ended = asyncio.wrap_future(self._ended)
+        # A daemon: a thread that hangs does not keep the process from ending.
+        threading.Thread(target=self._run, name="watches", daemon=True).start()
+        return ended
+
+    def stop(self) -> None:
+        """End soon."""
+        with suppress(RuntimeError):  # it has ended
+            self._loop.call_soon_threadsafe(self._stop.set)
+
+    def _run(self) -> None:
+        try:
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+                runner.run(
+                    kopf.operator(
+                        registry=self._registry,
+                        settings=_settings(),
+                        standalone=True,
+                        clusterwide=not self._namespaces,
+                        namespaces=self._namespaces,
+                        stop_flag=self._stop,
+                    )
+                )
+        except BaseException as error:
+            cancelled = isinstance(error, asyncio.CancelledError)
+            self._ended.set_exception(RuntimeError("cancelled") if cancelled else error)
+        else:
+            self._ended.set_result(None)
 
 
 def registry(on_event: Callable[[Kind, Any], None]) -> kopf.OperatorRegistry:
@@ -38,3 +94,32 @@ def _watch(found: kopf.OperatorRegistry, kind: Kind, on_event: Callable[[Kind, A
     )
     async def event(event: Any, **_: Any) -> None:
         on_event(kind, event)
+
+
+def _settings() -> kopf.OperatorSettings:
+    """Return kopf's settings; the reasons are in facts/reliability.md 1.3."""
+    settings = kopf.OperatorSettings()
+    settings.posting.enabled = False
+    settings.persistence.finalizer = "forebay.dev/none"  # none is ever added: only on.event is used
+    settings.scanning.disabled = True  # watching.py finds CRDs, without a right to look at them
+    settings.watching.server_timeout = 300
+    settings.watching.client_timeout = 330
+    settings.watching.connect_timeout = 10
+    settings.watching.chunk_size = 500
+    for kind in KINDS:
+        if kind.label:
+            settings.watching.label_selectors[kind.group, kind.version, kind.plural] = kind.label
+    settings.networking.request_timeout = 30
+    settings.networking.error_backoffs = _Backoffs()
+    settings.process.ultimate_exiting_timeout = None  # it would kill the process, not the thread
+    return settings
+
+
+class _Backoffs:
+    """Endless delays in seconds with jitter: a watch that gives up would be deaf for ever."""
+
+    def __iter__(self) -> Iterator[float]:
+        delay = 0.5
+        while True:
+            yield random.uniform(0.5, 1.0) * delay  # noqa: S311  # jitter
+            delay = min(2 * delay, MAX_BACKOFF_SECONDS)

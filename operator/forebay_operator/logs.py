@@ -16,6 +16,8 @@ def configure(verbosity: int) -> None:
             event; that is shown from 2 on, as information.
     """
     handler = logging.StreamHandler(sys.stderr)
+    if verbosity < 2:
+        handler.addFilter(_without_kopf_tracebacks)
     handler.setFormatter(
         JsonFormatter(
             "{asctime}{levelname}{name}{message}",
@@ -36,3 +38,10 @@ def configure(verbosity: int) -> None:
     logging.getLogger("forebay_operator").setLevel(own_level)
     # Each of its tasks that ends with the process is an error in kopf's eyes.
     logging.getLogger("kopf").setLevel(logging.INFO if verbosity > 1 else logging.ERROR)
+
+
+def _without_kopf_tracebacks(record: logging.LogRecord) -> bool:
+    """Let one line do for a watch that has failed: it is begun anew."""
+    if record.name.startswith("kopf"):
+        record.exc_info = record.exc_text = None
+    return True

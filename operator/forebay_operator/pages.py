@@ -18,12 +18,19 @@ STUCK_SECONDS = 60.0
 
 
 async def serve(
-    address: str, port: int, reconciler: Reconciler, store: Store, ready: Callable[[], bool]
+    address: str, port: int, reconciler: Reconciler, store: Store, waits_for: Callable[[], str]
 ) -> web.AppRunner:
     """Serve until the runner is cleaned up.
 
     Liveness fails only when the loops stand still, never because an API server is away: restarts
-    would not bring it back.
+    would not bring it back. Every replica that knows the cluster is ready, whether it leads or not.
+
+    Args:
+        address: to listen on.
+        port: to listen on.
+        reconciler: what is planned and how it stands.
+        store: what is known.
+        waits_for: says why the store is not filled yet, nothing when it is.
 
     Raises:
         OSError: the address cannot be bound.
@@ -36,9 +43,10 @@ async def serve(
         )
 
     async def readyz(_: web.Request) -> web.Response:
-        return (
-            web.Response(text="ok\n") if ready() else web.Response(text="not synced\n", status=503)
-        )
+        reason = waits_for()
+        if reason:
+            return web.Response(text=f"waits for {reason}\n", status=503)
+        return web.Response(text="ok\n")
 
     async def metrics(request: web.Request) -> web.Response:
         data, kind = exposition.choose_encoder(request.headers.get("accept", ""))

@@ -9,6 +9,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
+from forebay_operator.resources.fields import Seconds
+
 CLIENT_AUTHS = ("token", "certificate", "none")
 AUDIENCE = "forebay-control"
 
@@ -31,6 +35,7 @@ class Settings:
     lease_namespace: str
     lease_name: str
     identity: str
+    sweep_interval_seconds: float
     verbosity: int
 
 
@@ -38,6 +43,15 @@ def _port(text: str) -> int:
     if text.isdecimal() and int(text) <= 65535:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a port of 0 to 65535")
+
+
+def _duration(text: str) -> float:
+    try:
+        return float(TypeAdapter(Seconds).validate_python(text))
+    except ValidationError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a duration such as 60s or 5m, of at most 1h"
+        ) from None
 
 
 def _ip(text: str) -> str:
@@ -99,6 +113,12 @@ def parse(arguments: list[str] | None = None) -> Settings:
         help="what stays the same when this replica's container is started again "
         "(default: $POD_UID)",
     )
+    add(
+        "--sweep-interval",
+        type=_duration,
+        default=60.0,
+        help="between LISTs of everything, which correct what watches missed (default: 60s)",
+    )
     add("-v", "--verbosity", type=int, default=1, help="0 warnings, 1 changes, 2 everything")
     given = parser.parse_args(arguments)
     _check(parser, given)
@@ -115,6 +135,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
         lease_namespace=given.lease_namespace,
         lease_name=given.lease_name,
         identity=given.identity,
+        sweep_interval_seconds=given.sweep_interval,
         verbosity=given.verbosity,
     )
 

@@ -54,13 +54,11 @@ class Swept:
 
     Attributes:
         changed: namespaces to plan again.
-        missed: how many corrections there were: what a working watch would have delivered.
-        held: the LIST would have wiped out the kind, so nothing was removed.
+        corrected: uids of what was wrong; a working watch delivers these as well.
     """
 
     changed: set[str] = field(default_factory=set)
-    missed: int = 0
-    held: bool = False
+    corrected: set[str] = field(default_factory=set)
 
 
 class Store:
@@ -70,7 +68,7 @@ class Store:
         self._entries: dict[tuple[Kind, str], Entry] = {}
         self._by_name: dict[tuple[Kind, str, str], str] = {}
         self._by_namespace: dict[str, dict[tuple[Kind, str], Entry]] = {}
-        self._removed: OrderedDict[str, float] = OrderedDict()
+        self._removed: OrderedDict[str, tuple[str, float]] = OrderedDict()
         self._empty_since: dict[Kind, float] = {}
 
     def namespaces(self) -> list[str]:
@@ -90,6 +88,11 @@ class Store:
         uid = self._by_name.get((kind, namespace, name))
         return None if uid is None else self._entries.get((kind, uid))
 
+    @property
+    def held(self) -> set[Kind]:
+        """The kinds whose last LIST would have wiped them out, so that nothing was removed."""
+        return set(self._empty_since)
+
     def __len__(self) -> int:
         return len(self._entries)
 
@@ -98,9 +101,9 @@ class Store:
     ) -> set[str]:
         """Take an object as it is now.
 
-        An event may be late: it counts only if its version is newer, and not after the object's
-        end. An answer is the truth about everything seen before it was asked for: where its
-        version is older, etcd was restored from a backup.
+        An event may be late: it counts only if its version is newer than what was known, the
+        object's end included. An answer is the truth about everything seen before it was asked
+        for: where its version is older, etcd was restored from a backup.
 
         Args:
             kind: of the object.
@@ -112,12 +115,16 @@ class Store:
             the namespaces to plan again; none where nothing has changed that planning looks at.
         """
         metadata = _metadata(manifest)
-        if metadata is None or self._removed.get(metadata.uid, -math.inf) > began_at:
+        if metadata is None:
+            return set()
+        version = str(manifest.get("metadata", {}).get("resourceVersion", ""))
+        removed_version, removed_at = self._removed.get(metadata.uid, ("", -math.inf))
+        # It comes back, with a newer version, when a label brings it back into what is watched.
+        if removed_at > began_at and not _older(removed_version, version):
             return set()
         self._removed.pop(metadata.uid, None)
         key = (kind, metadata.uid)
         before = self._entries.get(key)
-        version = str(manifest.get("metadata", {}).get("resourceVersion", ""))
         if (
             before is not None
             and before.seen_at >= began_at
@@ -137,12 +144,23 @@ class Store:
             changed.add(metadata.namespace)
         return changed
 
-    def remove(self, kind: Kind, uid: str, now: float) -> set[str]:
-        """Forget an object for ever; return the namespaces to plan again."""
-        self._removed[uid] = now
+    def remove(self, kind: Kind, uid: str, now: float, version: str = "") -> set[str]:
+        """Forget an object, also what is told of it later but was so before.
+
+        Args:
+            kind: of the object.
+            uid: of the object.
+            now: the moment.
+            version: the resourceVersion of its end; without one only a LIST can bring it back.
+
+        Returns:
+            the namespaces to plan again.
+        """
+        entry = self._entries.pop((kind, uid), None)
+        self._removed[uid] = (version, now)
+        self._removed.move_to_end(uid)
         while len(self._removed) > MAX_REMEMBERED:
             self._removed.popitem(last=False)
-        entry = self._entries.pop((kind, uid), None)
         if entry is None:
             return set()
         metadata = entry.metadata
@@ -172,7 +190,7 @@ class Store:
             known = self._entries.get((kind, uid))
             if changed := self.put(kind, manifest, now, began_at):
                 swept.changed |= changed
-                swept.missed += 1
+                swept.corrected.add(uid)
             elif known is not None:
                 known.seen_at = now
         mine = [(uid, entry) for (other, uid), entry in self._entries.items() if other == kind]
@@ -180,12 +198,11 @@ class Store:
         if gone and len(gone) == len(mine):
             since = self._empty_since.setdefault(kind, now)
             if now - since < EMPTY_SECONDS:
-                swept.held = True
                 return swept
         self._empty_since.pop(kind, None)
         for uid in gone:
             swept.changed |= self.remove(kind, uid, now)
-            swept.missed += 1
+            swept.corrected.add(uid)
         return swept
 
 

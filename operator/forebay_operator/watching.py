@@ -2,7 +2,8 @@
 
 A first LIST of every kind fills the store, watches deliver what changes, and once a minute (and
 whenever kopf lists anew, which is a sign of a gap) a LIST corrects what the watches missed. If two
-sweeps in a row find such corrections the watches are deaf and the process has to start again.
+sweeps in a row find changes that no watch delivers, the watches are deaf and the process has to
+start again. How kopf is run is handlers.py's business.
 """
 
 from __future__ import annotations
@@ -14,25 +15,28 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-import kopf
-
 from forebay_operator import cluster as api
 from forebay_operator import handlers, metrics
-from forebay_operator.resources import KINDS, POOL_LABEL, EndpointSlice
+from forebay_operator.resources import KINDS, InferencePool, InferencePoolV1Alpha2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from forebay_operator.cluster import Cluster
     from forebay_operator.resources import Kind
     from forebay_operator.store import Store
 
-SWEEP_SECONDS = 60.0
-HELD_SECONDS = 11.0
+HELD_SECONDS = 14.0  # with jitter still more than store.EMPTY_SECONDS
 GAP_SECONDS = 1.0
+MIN_SWEEP_SECONDS = 5.0  # between sweeps, however often kopf lists
+DISCOVERY_SECONDS = 10.0
 MAX_BACKOFF_SECONDS = 30.0
+STEADY_SECONDS = 60.0
 DEAF_SWEEPS = 2
 DELIVERY_SECONDS = 5.0  # what is younger may still be on its way
+END_SECONDS = 10.0
+
+_POOLS = [kind for kind in KINDS if kind.model in (InferencePool, InferencePoolV1Alpha2)]
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +53,11 @@ class Watching:
         store: what is filled.
         touch: called with the namespaces that have changed.
         namespaces: which are watched; none means all.
+        sweep_seconds: between LISTs of everything.
         clock: monotonic seconds.
+
+    Attributes:
+        waits_for: why the store is not filled yet; empty when it is.
     """
 
     def __init__(
@@ -58,17 +66,22 @@ class Watching:
         store: Store,
         touch: Callable[[set[str]], None],
         namespaces: tuple[str, ...] = (),
+        sweep_seconds: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cluster = cluster
         self._store = store
         self._touch = touch
         self._namespaces = namespaces
+        self._sweep_seconds = sweep_seconds
         self._clock = clock
         self._gap = asyncio.Event()
-        self._watching_since: float | None = None
+        self._listed_by_kopf_until = 0.0
+        self._absent: set[Kind] = set()
+        self._begin_anew = asyncio.Event()
+        self._undelivered: set[str] = set()
         self._deaf = 0
-        self.synced = False
+        self.waits_for = "the first LIST"
 
     # --- events
 
@@ -77,37 +90,40 @@ class Watching:
         metrics.EVENTS.labels(kind.kind).inc()
         now = self._clock()
         manifest = event["object"]
+        metadata = manifest.get("metadata", {})
+        uid = str(metadata.get("uid", ""))
+        self._undelivered.discard(uid)
         if event["type"] == "DELETED":
-            uid = str(manifest.get("metadata", {}).get("uid", ""))
-            self._touch(self._store.remove(kind, uid, now))
+            version = str(metadata.get("resourceVersion", ""))
+            self._touch(self._store.remove(kind, uid, now, version))
             return
-        if event["type"] is None and self._watching_since is not None:
+        if event["type"] is None and now > self._listed_by_kopf_until:
             self._gap.set()
         self._touch(self._store.put(kind, dict(manifest), now))
 
     # --- lists
 
     async def fill(self) -> None:
-        """List every kind until all have been listed once."""
+        """List every kind until that succeeds for all of them and the needed ones exist."""
         backoff = 0.5
-        missing = list(KINDS)
-        while missing:
-            failed = []
-            for kind in missing:
-                try:
-                    await self._list(kind)
-                except api.ApiError as error:
-                    failed.append(kind)
-                    _log.error(
-                        "cannot list yet",
-                        extra={"kind": f"{kind.plural}.{kind.group}", "error": str(error)},
-                    )
-            missing = failed
-            if missing:
-                await asyncio.sleep(random.uniform(0.5, 1.0) * backoff)  # noqa: S311  # jitter
-                backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
-        self.synced = True
-        metrics.SWEPT_AT.set_to_current_time()
+        while True:
+            failures = await self._list_all()
+            self.waits_for = "; ".join([*self._uninstalled(), *failures])
+            if not self.waits_for:
+                metrics.SWEPT_AT.set_to_current_time()
+                return
+            _log.warning("not ready", extra={"waits_for": self.waits_for})
+            await asyncio.sleep(_jittered(backoff))
+            backoff = min(2 * backoff, DISCOVERY_SECONDS)
+
+    def _uninstalled(self) -> list[str]:
+        """Name the CRDs without which nothing works; a pool may be of either group."""
+        needed = [[kind] for kind in KINDS if kind.required] + [_POOLS]
+        return [
+            f"the CRD {' or '.join(map(_name, kinds))} to be installed"
+            for kinds in needed
+            if self._absent.issuperset(kinds)
+        ]
 
     async def run_sweeps(self) -> None:
         """Correct the store from time to time, for ever.
@@ -115,116 +131,142 @@ class Watching:
         Raises:
             DeafError: watches do not deliver.
         """
-        wait = SWEEP_SECONDS
+        wait = self._sweep_seconds
+        swept_at = self._clock()
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(
-                    self._gap.wait(),
-                    random.uniform(0.8, 1.0) * wait,  # noqa: S311  # jitter
-                )
-                await asyncio.sleep(GAP_SECONDS)  # the rest of that LIST
+                await asyncio.wait_for(self._gap.wait(), _jittered(wait))
+                # The rest of that LIST comes too.
+                pause = max(GAP_SECONDS, swept_at + MIN_SWEEP_SECONDS - self._clock())
+                await asyncio.sleep(pause)
             gap = self._gap.is_set()
             self._gap.clear()
-            wait = SWEEP_SECONDS
-            missed = 0
-            for kind in KINDS:
-                try:
-                    found, held = await self._list(kind)
-                except api.ApiError as error:
-                    metrics.SWEEPS.labels("error").inc()
-                    _log.warning(
-                        "sweep failed",
-                        extra={"kind": f"{kind.plural}.{kind.group}", "error": str(error)},
-                    )
-                    continue
-                missed += found
-                if held:
-                    wait = HELD_SECONDS
-            metrics.SWEPT_AT.set_to_current_time()
-            metrics.SWEEPS.labels("corrected" if missed else "clean").inc()
-            self._listen(missed=missed, gap=gap)
+            self._undelivered.clear()
+            held_before = self._store.held
+            failures = await self._list_all()
+            swept_at = self._clock()
+            for failure in failures:
+                _log.warning("sweep failed", extra={"error": failure})
+            held = self._store.held
+            for kind in held - held_before:
+                _log.error(
+                    "a LIST holds none of the objects that were there; waiting for a second one",
+                    extra={"kind": _name(kind)},
+                )
+            wait = HELD_SECONDS if held else self._sweep_seconds
+            if not failures:
+                metrics.SWEPT_AT.set_to_current_time()
+            corrected = "corrected" if self._undelivered else "clean"
+            metrics.SWEEPS.labels("error" if failures else "held" if held else corrected).inc()
+            if self._undelivered and not gap:
+                await asyncio.sleep(DELIVERY_SECONDS)
+            self._listen(gap=gap or self._gap.is_set())
 
-    def _listen(self, *, missed: int, gap: bool) -> None:
+    def _listen(self, *, gap: bool) -> None:
         """Count sweeps that found what watches should have delivered."""
-        if not missed or gap:
+        if not self._undelivered or gap:
             self._deaf = 0
             return
         self._deaf += 1
-        _log.warning("watches missed changes", extra={"changes": missed, "sweeps": self._deaf})
+        _log.warning(
+            "watches missed changes",
+            extra={"changes": len(self._undelivered), "sweeps": self._deaf},
+        )
         if self._deaf >= DEAF_SWEEPS:
             raise DeafError(f"{DEAF_SWEEPS} sweeps in a row found changes no watch delivered")
 
-    async def _list(self, kind: Kind) -> tuple[int, bool]:
-        """Sweep one kind; return what the watches missed, and whether a wipe was held back."""
+    async def run_discovery(self) -> None:
+        """Look for kinds whose CRDs were missing, for ever.
+
+        This asks for what we may read, and so works without the right to look at CRDs.
+        """
+        while True:
+            await asyncio.sleep(_jittered(DISCOVERY_SECONDS))
+            for kind in sorted(self._absent, key=_name):
+                with suppress(api.ApiError):
+                    await self._list(kind)
+
+    async def _list_all(self) -> list[str]:
+        """Sweep every kind; return what went wrong."""
+        failures: dict[str, None] = {}
+        for kind in KINDS:
+            try:
+                await self._list(kind)
+            except api.ApiError as error:
+                failures[f"{_name(kind)}: {error}" if error.status else str(error)] = None
+        return list(failures)
+
+    async def _list(self, kind: Kind) -> None:
+        """Sweep one kind."""
         manifests: list[dict[str, Any]] = []
         began_at = self._clock()
         try:
             for namespace in self._namespaces or (None,):
                 manifests += await self._cluster.list(kind, namespace)
         except api.ApiError as error:
-            if error.status == 404 and kind.group and not kind.required:
-                return 0, False  # the CRD is not installed; what was known of it stays
-            raise
-        if kind.model is EndpointSlice:
-            manifests = [m for m in manifests if POOL_LABEL in (m["metadata"].get("labels") or {})]
+            if error.status != 404 or not kind.group:
+                raise
+            if kind not in self._absent:
+                _log.info("the CRD is not installed", extra={"kind": _name(kind)})
+            self._absent.add(kind)  # what was known of it stays
+            return
+        if kind in self._absent:
+            _log.info("the CRD is installed now", extra={"kind": _name(kind)})
+            self._absent.discard(kind)
+            self._begin_anew.set()
         swept = self._store.sweep(kind, manifests, began_at, self._clock())
-        if swept.held:
-            _log.error(
-                "a LIST holds none of the objects that were there; waiting for a second one",
-                extra={"kind": f"{kind.plural}.{kind.group}"},
-            )
+        self._undelivered |= swept.corrected
         self._touch(swept.changed)
-        return swept.missed, swept.held
 
     # --- watches
 
-    async def run_watches(self, ready: asyncio.Event, stop: asyncio.Event) -> None:
-        """Be a kopf operator until `stop`."""
-        registry = handlers.registry(self.on_event)
-        settings = _settings(scanning=not self._namespaces)
-        with suppress(asyncio.CancelledError):
-            await asyncio.gather(
-                self._started(ready),
-                kopf.operator(
-                    registry=registry,
-                    settings=settings,
-                    standalone=True,
-                    clusterwide=not self._namespaces,
-                    namespaces=self._namespaces,
-                    ready_flag=ready,
-                    stop_flag=stop,
-                ),
-            )
+    async def run_watches(self) -> None:
+        """Keep kopf running, for ever.
 
-    async def _started(self, ready: asyncio.Event) -> None:
-        await ready.wait()
-        await asyncio.sleep(DELIVERY_SECONDS)  # kopf's own first LIST comes as events of type None
-        self._watching_since = self._clock()
+        It ends when a watch fails for good or a CRD goes; then it begins anew, and also when a CRD
+        has come, since it finds out about kinds at its start only.
 
+        Raises:
+            DeafError: it does not end when it is told to.
+        """
+        running = asyncio.get_running_loop()
 
-def _settings(*, scanning: bool) -> kopf.OperatorSettings:
-    """Return kopf's settings; the reasons are in facts/reliability.md 1.3."""
-    settings = kopf.OperatorSettings()
-    settings.posting.enabled = False
-    settings.persistence.finalizer = "forebay.dev/none"  # none is ever added: only on.event is used
-    settings.scanning.disabled = not scanning
-    settings.watching.server_timeout = 300
-    settings.watching.client_timeout = 330
-    settings.watching.connect_timeout = 10
-    settings.watching.chunk_size = 500
-    selectors = settings.watching.label_selectors
-    selectors["discovery.k8s.io", "v1", "endpointslices"] = POOL_LABEL
-    settings.networking.request_timeout = 30
-    settings.networking.error_backoffs = _Backoffs()
-    settings.process.ultimate_exiting_timeout = 20
-    return settings
+        def on_event(kind: Kind, event: Any) -> None:
+            with suppress(RuntimeError):  # this loop has ended
+                running.call_soon_threadsafe(self.on_event, kind, event)
 
-
-class _Backoffs:
-    """Endless delays in seconds with jitter: a watch that gives up would be deaf for ever."""
-
-    def __iter__(self) -> Iterator[float]:
-        delay = 0.5
+        backoff = 0.5
         while True:
-            yield random.uniform(0.5, 1.0) * delay  # noqa: S311  # jitter
-            delay = min(2 * delay, MAX_BACKOFF_SECONDS)
+            self._begin_anew.clear()
+            began_at = self._clock()
+            self._listed_by_kopf_until = began_at + DELIVERY_SECONDS
+            # What has changed between our LIST and its own is found by a sweep.
+            settled = running.call_later(DELIVERY_SECONDS, self._gap.set)
+            watches = handlers.Watches(on_event, self._namespaces)
+            anew = asyncio.create_task(self._begin_anew.wait())
+            ended = watches.start()
+            try:
+                await asyncio.wait((anew, ended), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                settled.cancel()
+                anew.cancel()
+                watches.stop()
+                await asyncio.wait((ended,), timeout=END_SECONDS)
+                error = ended.exception() if ended.done() else None
+            if not ended.done():
+                raise DeafError("the watches do not end")
+            if self._begin_anew.is_set():
+                continue
+            _log.warning("watches ended, beginning anew", extra={"error": str(error)[:500]})
+            if self._clock() - began_at > STEADY_SECONDS:
+                backoff = 0.5
+            await asyncio.sleep(_jittered(backoff))
+            backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
+
+
+def _name(kind: Kind) -> str:
+    return f"{kind.plural}.{kind.group}" if kind.group else kind.plural
+
+
+def _jittered(seconds: float) -> float:
+    return random.uniform(0.8, 1.0) * seconds  # noqa: S311  # spreads load, hides nothing

@@ -67,7 +67,8 @@ class Kind:
     """A kind of object that is read, where its API is, and the class that reads it.
 
     `required`: without its CRD nothing works. `ours_to_report`: its status is written.
-    `in_files`: it means something in a folder of manifests too.
+    `in_files`: it means something in a folder of manifests too. `label`: only objects that have it
+    mean something.
     """
 
     group: str
@@ -78,6 +79,7 @@ class Kind:
     required: bool = False
     ours_to_report: bool = False
     in_files: bool = True
+    label: str = ""
 
     @property
     def api_version(self) -> str:
@@ -117,7 +119,14 @@ KINDS: tuple[Kind, ...] = (
     MODEL,
     Kind("inference.networking.x-k8s.io", *_OBJECTIVE),
     Kind("llm-d.ai", *_OBJECTIVE),
-    Kind("discovery.k8s.io", "v1", "EndpointSlice", "endpointslices", EndpointSlice),
+    Kind(
+        "discovery.k8s.io",
+        "v1",
+        "EndpointSlice",
+        "endpointslices",
+        EndpointSlice,
+        label=POOL_LABEL,
+    ),
     Kind("", "v1", "Pod", "pods", Pod, in_files=False),
     Kind("", "v1", "Service", "services", Service, in_files=False),
 )

@@ -277,7 +277,7 @@ class Metadata(Foreign):
 
     name: ObjectName
     namespace: Namespace = "default"
-    labels: Labels = Field(default_factory=dict)
+    labels: dict[str, Label] = Field(default_factory=dict)
     annotations: dict[str, str] = Field(default_factory=dict)
     uid: Annotated[str, Field(max_length=128)] = ""
     generation: int = 0
