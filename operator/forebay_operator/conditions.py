@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from forebay_control.v1 import control_pb2 as pb
 
 CONTROLLER_NAME = "forebay.dev/operator"
+PLAN_HELD = "PlanHeld"
 MAX_NAMED = 5
 MAX_MESSAGE = 1024
 
@@ -58,7 +59,8 @@ class Attachment:
 
     `refused` is the reason and message why it does not count there, if it does not. `pickers` is
     None where the pool does not exist. `service` is the one behind which they should be; None:
-    the pool names none; "": there are no Services.
+    the pool names none; "": there are no Services. `held_by` is the invalid policy for whose sake
+    the pool's endpoint pickers keep the plan they have.
     """
 
     pool: str
@@ -68,6 +70,7 @@ class Attachment:
     service: str | None = None
     notes: tuple[str, ...] = ()
     endpoints: int = 0
+    held_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +130,13 @@ def model_status(subject: Subject, attachment: Attachment) -> dict[str, Any]:
         accepted = _condition("Accepted", "True", "Accepted", "")
     conditions = [accepted, _programmed(subject, [attachment], attachment.pickers or ())]
     return {"conditions": [{**c, "observedGeneration": subject.generation} for c in conditions]}
+
+
+def was_in_force(status: Mapping[str, Any]) -> bool:
+    """Say whether a policy's status shows that endpoint pickers have run some generation of it."""
+    return bool(status.get("programmedGeneration")) or any(
+        condition.get("reason") == PLAN_HELD for condition in status.get("conditions") or ()
+    )
 
 
 def with_times(status: dict[str, Any], before: Mapping[str, Any], now: str) -> dict[str, Any]:
@@ -223,6 +233,8 @@ def _accepted(subject: Subject, attachments: Sequence[Attachment]) -> dict[str, 
 
 
 def _resolved(attachments: Sequence[Attachment]) -> dict[str, Any]:
+    if not attachments:
+        return _condition("ResolvedRefs", "Unknown", "Invalid", "no target is named: see Accepted")
     missing = [attachment.pool for attachment in attachments if attachment.pickers is None]
     if missing:
         message = (
@@ -252,6 +264,13 @@ def _programmed(
         return false(reason, "has no effect: see Accepted")
     if all(attachment.pickers is None for attachment in counting):
         return false("TargetNotFound", "has no effect while its pool does not exist")
+    held = next((attachment.held_by for attachment in counting if attachment.held_by), "")
+    if held:
+        message = (
+            f"FlowControlPolicy {held} is not valid: until it is mended, endpoint pickers keep the "
+            "plan they have, and the operator does not know which that is"
+        )
+        return _condition("Programmed", "Unknown", PLAN_HELD, message)
     rejected = [picker for picker in pickers if picker.state is PickerState.REJECTED]
     if rejected:
         named = "; ".join(f"{picker.name}: {picker.error}" for picker in rejected[:MAX_NAMED])
@@ -268,8 +287,8 @@ def _programmed(
     behind = [picker.name for picker in pickers if not _programs(subject, picker)]
     if behind:
         return false("Pending", f"waits for {_listed(behind)} to acknowledge")
-    idle = [attachment for attachment in counting if attachment.pickers == []]
-    if not pickers and idle:
+    idle = [a for a in counting if a.pickers is not None and not a.pickers]
+    if idle:
         return false("NoEndpointPickers", _no_pickers(idle[0]))
     return _condition(
         "Programmed",
@@ -299,6 +318,9 @@ def _degraded(
     if subject.problems and subject.valid_generation is not None:
         message = f"generation {subject.valid_generation} is in force, not the latest"
         return _condition("Degraded", "True", "LastValidInForce", message)
+    if subject.problems and any(attachment.held_by for attachment in attachments):
+        message = "endpoint pickers keep the plan they have; the operator knows no valid generation"
+        return _condition("Degraded", "True", PLAN_HELD, message)
     stale = [picker.name for picker in pickers if picker.state is PickerState.STALE]
     if stale:
         message = f"{_listed(stale)} cannot be reached and may run an older program"

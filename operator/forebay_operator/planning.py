@@ -65,38 +65,50 @@ class Planned:
     """What the pool's endpoint pickers are told, and what is wrong with the resources.
 
     `policy` is the one in force, if any; `pickers` are the pods that are to be programmed, by uid.
+    `held_by` is the policy for whose sake the plan is left out, so that pickers keep theirs.
     """
 
     snapshot: pb.Snapshot
     problems: tuple[Problem, ...] = ()
     policy: FlowControlPolicy | None = None
     pickers: dict[str, str] = field(default_factory=dict)
+    held_by: str = ""
 
 
 def pools(resources: Iterable[Resource]) -> list[AnyPool]:
-    """Return the pools among the resources, by name."""
-    found = [r for r in resources if isinstance(r, InferencePool | InferencePoolV1Alpha2)]
-    return sorted(found, key=lambda pool: (pool.metadata.namespace, pool.metadata.name))
+    """Return the pools among the resources, by name; of two with one name the v1."""
+    found: dict[tuple[str, str], AnyPool] = {}
+    for resource in resources:
+        name = (resource.metadata.namespace, resource.metadata.name)
+        if isinstance(resource, InferencePool) or (
+            isinstance(resource, InferencePoolV1Alpha2) and name not in found
+        ):
+            found[name] = resource
+    return [found[name] for name in sorted(found)]
 
 
-def plan(pool: AnyPool, resources: Iterable[Resource], *, hold: bool = False) -> Planned:
+def plan(pool: AnyPool, resources: Iterable[Resource], unread: Iterable[Metadata] = ()) -> Planned:
     """Plan one pool.
 
-    Policies and models of other namespaces have no effect. Of two policies for the pool, and of
-    two models with the same name, the oldest counts (GEP-713): by creation time, then by name.
+    Policies and models of other namespaces, or about to be deleted, have no effect. Of two policies
+    for the pool, and of two models with the same name, the oldest counts (GEP-713): by creation
+    time, then by name.
     A reference means the pool by its name alone: a pool that moves from the group x-k8s.io to
     k8s.io takes its models along. Resources of other pools are not looked at.
 
     Args:
         pool: the pool.
         resources: everything there is.
-        hold: leave the plan out, so that endpoint pickers keep theirs and take the endpoints: for
-            a policy that is not valid and whose last valid generation nobody here has seen.
+        unread: policies for the pool that are not valid now, were in force, and whose last valid
+            generation nobody here has seen. Where one of them would count, the plan is left out,
+            so that endpoint pickers keep theirs and take the endpoints.
     """
     problems: list[Problem] = []
-    everything = [
-        resource for resource in resources if resource.metadata.namespace == pool.metadata.namespace
-    ]
+    # What comes out must not depend on the order in which objects became known.
+    everything = sorted(
+        (r for r in resources if r.metadata.namespace == pool.metadata.namespace),
+        key=lambda r: _age(r.metadata),
+    )
     policy = _policy(pool, everything, problems)
     spec = policy.spec if policy else _NO_POLICY
     bands = _bands(spec)
@@ -127,15 +139,19 @@ def plan(pool: AnyPool, resources: Iterable[Resource], *, hold: bool = False) ->
         pool_uid=pool.metadata.uid,
         sources=[_source(resource) for resource in origins],
     )
-    if hold:
+    oldest = min(unread, key=_age, default=None)
+    held_by = ""
+    if oldest and (policy is None or _age(oldest) < _age(policy.metadata)):
+        held_by = oldest.name
         snapshot.ClearField("plan")
+        snapshot.ClearField("sources")
     if (size_bytes := snapshot.ByteSize()) > MAX_SNAPSHOT_BYTES:
         message = (
             f"its plan has {size_bytes} bytes and endpoint pickers take {MAX_SNAPSHOT_BYTES}: "
             "have fewer InferenceModels, or shorter names; the plan before stays in force"
         )
         problems.append(_problem("InferencePool", pool.metadata, "TooLarge", message))
-    return Planned(snapshot, tuple(problems), policy, _pickers(pool, everything))
+    return Planned(snapshot, tuple(problems), policy, _pickers(pool, everything), held_by)
 
 
 def fits(planned: Planned) -> bool:
@@ -201,8 +217,9 @@ def _key(part: pb.Band | pb.Model | pb.Target | pb.Objective | pb.Source | pb.En
     return part.address if isinstance(part, pb.Endpoint) else part.name
 
 
-def _age(metadata: Metadata) -> tuple[dt.datetime, str, str]:
-    return metadata.creation_timestamp or _NEVER, metadata.namespace, metadata.name
+def _age(metadata: Metadata) -> tuple[dt.datetime, str, str, str]:
+    created = metadata.creation_timestamp or _NEVER
+    return created, metadata.namespace, metadata.name, metadata.uid
 
 
 def _policy(
@@ -212,10 +229,9 @@ def _policy(
         policy
         for policy in resources
         if isinstance(policy, FlowControlPolicy)
-        and policy.metadata.namespace == pool.metadata.namespace
+        and not policy.metadata.deletion_timestamp
         and any(ref.name == pool.metadata.name for ref in policy.spec.target_refs)
     ]
-    candidates.sort(key=lambda policy: _age(policy.metadata))
     for loser in candidates[1:]:
         message = (
             f"FlowControlPolicy {candidates[0].metadata.name} is older and already for "
@@ -272,10 +288,9 @@ def _models(
         model
         for model in resources
         if isinstance(model, InferenceModel)
-        and model.metadata.namespace == pool.metadata.namespace
+        and not model.metadata.deletion_timestamp
         and model.spec.pool_ref.name == pool.metadata.name
     ]
-    mine.sort(key=lambda model: _age(model.metadata))
     override = {model.name: model.criticality for model in spec.models}
     taken: dict[str, InferenceModel] = {}
     for model in mine:
@@ -300,6 +315,17 @@ def _models(
     if len(models) > MAX_MODELS:
         message = f"has {len(models)} models; those beyond {MAX_MODELS} are treated as unmatched"
         problems.append(_problem("InferencePool", pool.metadata, "TooManyModels", message))
+        problems.extend(
+            _problem(
+                "InferenceModel",
+                model.metadata,
+                "TooManyModels",
+                f"InferencePool {pool.metadata.name} has {MAX_MODELS} older models already; "
+                "delete some of them",
+                pool.metadata.name,
+            )
+            for model in list(taken.values())[MAX_MODELS:]
+        )
     return models[:MAX_MODELS], list(taken.values())[:MAX_MODELS]
 
 
@@ -315,9 +341,7 @@ def _objectives(
             and resource.spec.pool_ref.name == pool.metadata.name
         ):
             # The same name in the groups llm-d.ai and x-k8s.io: the oldest counts.
-            other = mine.get(resource.metadata.name)
-            if other is None or _age(resource.metadata) < _age(other.metadata):
-                mine[resource.metadata.name] = resource
+            mine.setdefault(resource.metadata.name, resource)
     if len(mine) > MAX_OBJECTIVES:
         message = f"has {len(mine)} objectives; those beyond {MAX_OBJECTIVES} have no effect"
         problems.append(_problem("InferencePool", pool.metadata, "TooManyObjectives", message))

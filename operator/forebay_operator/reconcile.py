@@ -64,8 +64,9 @@ class _Pending:
     status: dict[str, Any]
     meaning: bool
     noticed_at: float
-    due_at: float
-    backoff_seconds: float = 1.0
+    due_at: float = 0.0
+    retry_at: float = 0.0
+    backoff_seconds: float = 0.5
     writing: bool = False
 
 
@@ -102,6 +103,8 @@ class Reconciler:
         self._report_wake = asyncio.Event()
         self._pending: dict[tuple[Any, str], _Pending] = {}
         self._written_at: dict[tuple[Any, str], float] = {}
+        self._paused_until = 0.0
+        self._looked_at = clock()
         self._numbers = NUMBERS_PER_SECOND
         self._numbers_at = clock()
         self._writes: set[asyncio.Task[None]] = set()
@@ -143,14 +146,15 @@ class Reconciler:
             while (now := self._clock()) < min(deadline, self._touched_at + QUIET_SECONDS):  # noqa: ASYNC110  # quiet is the absence of events
                 await asyncio.sleep(min(deadline, self._touched_at + QUIET_SECONDS) - now)
             self._wake.clear()
-            dirty, self._dirty = self._dirty, set()
-            for namespace in sorted(dirty):
-                try:
-                    self.plan(namespace)
-                except Exception:
-                    _log.exception("planning failed", extra={"namespace": namespace})
-                await asyncio.sleep(0)
+            await self.plan_touched()
             self.alive_at = self._clock()
+
+    async def plan_touched(self) -> None:
+        """Plan the namespaces that have been touched."""
+        dirty, self._dirty = self._dirty, set()
+        for namespace in sorted(dirty):
+            self.plan(namespace)
+            await asyncio.sleep(0)
 
     def plan(self, namespace: str) -> None:
         """Plan the pools of a namespace and program their pickers."""
@@ -169,8 +173,14 @@ class Reconciler:
                         extra={"pool": name},
                     )
             for name, pool in pools.items():
-                hold = any(_holds(entry, pool.metadata.name) for entry in entries)
-                planned = planning.plan(pool, resources, hold=hold)
+                unread = [
+                    entry.metadata for entry in entries if _is_unread(entry, pool.metadata.name)
+                ]
+                try:
+                    planned = planning.plan(pool, resources, unread)
+                except Exception:  # one pool that cannot be planned must not stop the others
+                    _log.exception("planning failed", extra={"pool": name})
+                    continue
                 self._planned[name] = (pool, planned)
                 self._control.retain(name, self.expected(name) or ())
                 if planning.fits(planned):
@@ -182,29 +192,37 @@ class Reconciler:
 
     async def run_reporting(self) -> None:
         """Write statuses that differ, for ever."""
-        looked_at = self._clock()
         while True:
             timeout = TICK_SECONDS if self._pending else 1.0
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._report_wake.wait(), timeout)
             self._report_wake.clear()
-            now = self._clock()
-            self.alive_at = now
-            if not self.reporting:
-                continue
-            if now - looked_at >= LOOK_SECONDS:
-                looked_at = now
-                self._unreported.update(self._store.namespaces())
-            namespaces, self._unreported = self._unreported, set()
-            for namespace in sorted(namespaces):
-                try:
-                    self._look(namespace, now)
-                except Exception:
-                    _log.exception("statuses failed", extra={"namespace": namespace})
-                await asyncio.sleep(0)
-            self._write_due(self._clock())
+            self.alive_at = self._clock()
+            if self.reporting:
+                await self.report()
             if self._pending:  # at most one look per tick, however many acknowledgements come
                 await asyncio.sleep(TICK_SECONDS / 2)
+
+    async def report(self) -> None:
+        """Look at what has changed and start the writes that are due."""
+        for namespace in self._to_look_at():
+            try:
+                self._look(namespace, self._clock())
+            except Exception:  # one namespace that cannot be reported on must not stop the others
+                _log.exception("statuses failed", extra={"namespace": namespace})
+            await asyncio.sleep(0)
+        self._write_due(self._clock())
+
+    def _to_look_at(self) -> list[str]:
+        """Return the namespaces of which something has changed; now and then all of them."""
+        now = self._clock()
+        if now - self._looked_at >= LOOK_SECONDS:
+            self._looked_at = now
+            self._unreported.update(self._store.namespaces())
+            for key in [key for key in self._written_at if self._store.get(*key) is None]:
+                del self._written_at[key]
+        namespaces, self._unreported = self._unreported, set()
+        return sorted(namespaces)
 
     def statuses(self, namespace: str) -> Iterator[tuple[Entry, dict[str, Any]]]:
         """Return what the status of each object of a namespace should be."""
@@ -227,10 +245,12 @@ class Reconciler:
                     self._attachment(entry, *target, namespace) for target in _targets(entry)
                 ]
                 yield entry, conditions.policy_status(subject, attachments)
-            elif entry.kind.model is InferenceModel and isinstance(entry.resource, InferenceModel):
+            elif isinstance(entry.resource, InferenceModel):
                 reference = entry.resource.spec.pool_ref
                 attachment = self._attachment(entry, reference.name, reference.group, namespace)
                 yield entry, conditions.model_status(subject, attachment)
+            else:
+                yield entry, conditions.model_status(subject, Attachment("", "", None))
 
     def _attachment(self, entry: Entry, pool: str, group: str, namespace: str) -> Attachment:
         name = f"{namespace}/{pool}"
@@ -259,6 +279,7 @@ class Reconciler:
             service="" if self._standalone else resource.picker_service,
             notes=tuple(notes),
             endpoints=endpoints,
+            held_by=planned.held_by,
         )
 
     def _look(self, namespace: str, now: float) -> None:
@@ -266,27 +287,27 @@ class Reconciler:
         for entry, status in self.statuses(namespace):
             key = (entry.kind, entry.metadata.uid)
             pending = self._pending.get(key)
+            if pending is not None and pending.writing:
+                continue  # it is looked at again when that is done
             difference = conditions.differs(status, entry.status)
             if not difference:
-                if pending is not None and not pending.writing:
-                    del self._pending[key]
+                self._pending.pop(key, None)
                 continue
             meaning = difference == "meaning"
-            if pending is None or (meaning and not pending.meaning):
-                due_at = now + self._patience(entry, status, now, meaning=meaning)
-                self._pending[key] = _Pending(status, meaning, now, due_at)
-            elif not pending.writing:
-                pending.status = status
-                if meaning and pending.backoff_seconds == 1.0:
-                    patience = self._patience(entry, status, now, meaning=True)
-                    pending.due_at = max(now, pending.noticed_at + patience)
+            if pending is None:
+                pending = self._pending[key] = _Pending(status, meaning, now)
+            elif pending.meaning != meaning:
+                pending.meaning, pending.noticed_at = meaning, now
+            pending.status = status
+            patience = self._patience(entry, status, now, meaning=meaning)
+            pending.due_at = now + patience if not meaning else pending.noticed_at + patience
 
     def _patience(
         self, entry: Entry, status: dict[str, Any], now: float, *, meaning: bool
     ) -> float:
         """Return how long a difference may wait for a better status before it is written."""
         if not meaning:
-            written_at = self._written_at.get((entry.kind, entry.metadata.uid), now)
+            written_at = self._written_at.setdefault((entry.kind, entry.metadata.uid), now)
             return max(0.0, written_at + NUMBERS_SECONDS - now)
         if not conditions.unsettled(status):
             return SETTLE_SECONDS
@@ -304,10 +325,12 @@ class Reconciler:
             NUMBERS_PER_SECOND, self._numbers + (now - self._numbers_at) * NUMBERS_PER_SECOND
         )
         self._numbers_at = now
+        if now < self._paused_until:
+            return
         for (kind, uid), pending in list(self._pending.items()):
             if len(self._writes) >= MAX_WRITES:
                 return
-            if pending.writing or pending.due_at > now:
+            if pending.writing or max(pending.due_at, pending.retry_at) > now:
                 continue
             entry = self._store.get(kind, uid)
             if entry is None:
@@ -330,19 +353,8 @@ class Reconciler:
         began_at = self._clock()
         try:
             written = await self._reporter.write(entry, stamped)
-        except ApiError as error:
-            metrics.STATUS_WRITES.labels(entry.kind.kind, "error").inc()
-            if error.status in (404, 409):  # deleted, or another object under its name
-                self._pending.pop(key, None)
-                return
-            wait = max(pending.backoff_seconds, error.retry_after_seconds)
-            pending.backoff_seconds = min(2 * pending.backoff_seconds, MAX_BACKOFF_SECONDS)
-            pending.due_at = self._clock() + wait
-            pending.writing = False
-            _log.warning(
-                "status not written; trying again",
-                extra={"kind": entry.kind.kind, "object": entry.metadata.name, "error": str(error)},
-            )
+        except Exception as error:
+            self._not_written(entry, pending, error)
             return
         metrics.STATUS_WRITES.labels(entry.kind.kind, "ok").inc()
         self._pending.pop(key, None)
@@ -352,11 +364,34 @@ class Reconciler:
             entry.status = stamped
         else:
             self.touch(self._store.put(entry.kind, written, now, began_at))
+        self._unreported.add(entry.metadata.namespace)
         changes = conditions.transitions(pending.status, before)
         if changes:
-            with suppress(ApiError):  # an Event that is lost is no reason to hold up a status
+            try:
                 await self._reporter.announce(entry, changes)
-        self._unreported.add(entry.metadata.namespace)
+            except ApiError as error:  # what it says stands in the status as well
+                _log.info("event not posted", extra={"error": str(error)})
+
+    def _not_written(self, entry: Entry, pending: _Pending, error: Exception) -> None:
+        """Try again later: what has been deleted meanwhile is gone from the store by then."""
+        metrics.STATUS_WRITES.labels(entry.kind.kind, "error").inc()
+        now = self._clock()
+        pending.retry_at = now + pending.backoff_seconds
+        pending.backoff_seconds = min(2 * pending.backoff_seconds, MAX_BACKOFF_SECONDS)
+        pending.writing = False
+        level, trace = logging.WARNING, None
+        if not isinstance(error, ApiError):
+            level, trace = logging.ERROR, error
+        elif error.status in (404, 409):  # deleted, or another object under its name
+            level = logging.INFO
+        elif error.retry_after_seconds:  # the server has too much to do, whoever asks
+            self._paused_until = max(self._paused_until, now + error.retry_after_seconds)
+        _log.log(
+            level,
+            "status not written; trying again",
+            extra={"kind": entry.kind.kind, "object": entry.metadata.name, "error": str(error)},
+            exc_info=trace,
+        )
 
     def forget_pending(self) -> None:
         """Stop writing: somebody else leads."""
@@ -385,14 +420,16 @@ def _targets(entry: Entry) -> list[tuple[str, str]]:
     ]
 
 
-def _holds(entry: Entry, pool: str) -> bool:
+def _is_unread(entry: Entry, pool: str) -> bool:
     """Say whether an invalid policy may be in force for a pool although we never saw it valid.
 
-    Its first generation cannot be; a later one may have replaced a valid one while we were down.
+    A later generation than the first may have replaced a valid one while we were down, and the
+    first may have been valid for an older operator.
     """
     return (
         entry.kind.model is FlowControlPolicy
         and entry.resource is None
-        and entry.metadata.generation > 1
+        and not entry.metadata.deletion_timestamp
+        and (entry.metadata.generation > 1 or conditions.was_in_force(entry.status))
         and any(name == pool for name, _ in _targets(entry))
     )
