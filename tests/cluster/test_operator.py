@@ -1,0 +1,447 @@
+"""The operator on a real API server, with real endpoint pickers; every part is a process.
+
+One operator for all tests, with the rights of operator/rbac and no others; a namespace per test.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+
+import operator_account
+import pytest
+import yaml
+from control_plane import Authority, model, policy, pool, service
+from ext_proc_peer import channel, until
+from operator_site import (
+    CRDS,
+    SECONDS,
+    RestartableOperator,
+    Site,
+    answer,
+    endpoints,
+    install,
+    make_namespace,
+    send,
+    waiting,
+)
+
+POOLS = "inferencepools.inference.networking.k8s.io"
+# What a request for an unknown model gets shows which policy is in force: 404 or 413, at once.
+REJECTS = {"unmatched": {"action": "Reject"}}
+SMALL = {"limits": {"maxBodyBytes": 100}}
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    return Authority(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture(scope="module")
+def operator(cluster, authority, tmp_path_factory):
+    """One operator for all namespaces, with its ClusterRole."""
+    install(cluster)
+    folder = tmp_path_factory.mktemp("operator")
+    home = make_namespace(cluster, f"home-{secrets.token_hex(4)}")
+    kubeconfig = operator_account.cluster_wide(cluster, home, folder)
+    operator = RestartableOperator(
+        cluster, folder, authority.leaf("op"), lease_namespace=home, kubeconfig=kubeconfig
+    )
+    try:
+        operator.until_leading()
+        yield operator
+        assert operator.process.stop() == 0, operator.process.log[-3000:]
+        assert "Traceback" not in operator.process.log
+    finally:
+        operator.process.end()
+        cluster.kubectl("delete", "clusterrolebinding", f"forebay-operator-{home}")
+        cluster.kubectl("delete", "namespace", home, "--wait=false")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def still(cluster, operator, authority, tmp_path_factory):
+    """A site on which nothing happens."""
+    namespace = make_namespace(cluster, f"still-{secrets.token_hex(4)}")
+    folder = tmp_path_factory.mktemp("still")
+    found = Site(cluster, namespace, operator.control_port, authority.path, folder)
+    found.pool()
+    found.picker()
+    found.apply(policy("still", "chat"))
+    found.until_programmed("still")
+    yield found
+    found.end()
+    cluster.kubectl("delete", "namespace", namespace, "--wait=false")
+
+
+@pytest.fixture
+def site(cluster, namespace, operator, authority, tmp_path):
+    found = Site(cluster, namespace, operator.control_port, authority.path, tmp_path)
+    yield found
+    found.end()
+
+
+def table(site) -> dict[str, str]:
+    """The row of `kubectl get fcp`."""
+    header, row = site.cluster.kubectl("get", "fcp", "-n", site.namespace).stdout.splitlines()
+    return dict(zip(header.split(), row.split(), strict=True))
+
+
+# --- what people apply
+
+
+def test_kubectl_apply_changes_what_running_pickers_do(site):
+    """The quickstart's YAML, then an edit of it: an unknown model's request waits, then is 404."""
+    site.apply(service())
+    for name in ("pool", "models", "policy"):
+        file = CRDS / "examples" / "quickstart" / f"{name}.yaml"
+        site.cluster.kubectl("apply", "-n", site.namespace, "-f", str(file))
+    site.apply(pool("chat"))
+    pickers = site.pickers(2)
+    site.until_programmed("chat")
+    with channel(f"127.0.0.1:{pickers[0].grpc}") as open_channel:
+        _kept = send(open_channel)
+        until(
+            lambda: waiting(pickers[0]) == {"Critical": 0, "Standard": 1, "Sheddable": 0}, SECONDS
+        )
+
+    site.cluster.kubectl(
+        *("patch", "fcp", "chat", "-n", site.namespace, "--type=merge"),
+        *("-p", json.dumps({"spec": REJECTS})),
+    )
+
+    site.until_programmed("chat")
+    assert [answer(picker) for picker in pickers] == [404, 404]
+    row = table(site)
+    assert (row["ACCEPTED"], row["PROGRAMMED"], row["EPPS"]) == ("True", "True", "2/2")
+    found = site.object("chat")
+    assert found["status"]["programmedGeneration"] == found["metadata"]["generation"] == 2
+    for name in ("chat", "summary", "batch"):
+        site.until(name, "Programmed", "True", "Programmed", "inferencemodel")
+        assert site.condition(name, "Accepted", "inferencemodel") == ("True", "Accepted")
+
+
+def test_the_oldest_of_two_policies_counts_until_it_is_deleted(site):
+    """The younger one's status names it; that it has the smaller name does not matter."""
+    site.pool()
+    picker = site.picker()
+    site.apply(policy("z-old", "chat", **SMALL))
+    made_at = int(time.time())
+    until(lambda: time.time() >= made_at + 2, SECONDS)  # ages are in whole seconds
+    site.apply(policy("a-young", "chat", **REJECTS))
+
+    site.until("a-young", "Accepted", "False", "Conflicted")
+    site.until_programmed("z-old")
+    assert "z-old" in site.message("a-young", "Accepted")
+    assert site.condition("a-young", "Programmed") == ("False", "Conflicted")
+    assert answer(picker) == 413
+    (ancestor,) = site.status("a-young")["ancestors"]
+    assert ancestor["ancestorRef"]["name"] == "chat"
+    assert ancestor["controllerName"] == "forebay.dev/operator"
+    assert [(c["type"], c["status"], c["reason"]) for c in ancestor["conditions"]] == [
+        ("Accepted", "False", "Conflicted")
+    ]
+
+    site.delete("fcp", "z-old")
+
+    site.until_programmed("a-young")
+    assert site.condition("a-young", "Accepted") == ("True", "Accepted")
+    assert answer(picker) == 404
+    (ancestor,) = site.status("a-young")["ancestors"]
+    assert ancestor["conditions"][0]["status"] == "True"
+
+
+def test_a_pool_may_come_later_and_go(site):
+    """Its pickers keep what they run when it goes, and the status says that it is not there."""
+    site.apply(policy("p", "chat", **REJECTS), service())
+    site.until("p", "ResolvedRefs", "False", "TargetNotFound")
+    site.until("p", "Programmed", "False", "TargetNotFound")
+    assert "chat" in site.message("p", "ResolvedRefs")
+    assert site.condition("p", "Accepted") == ("True", "Accepted")
+
+    site.pool()
+    picker = site.picker()
+    site.until_programmed("p")
+    site.until("p", "ResolvedRefs", "True", "ResolvedRefs")
+
+    site.delete(POOLS, "chat")
+
+    site.until("p", "ResolvedRefs", "False", "TargetNotFound")
+    assert answer(picker) == 404
+
+    site.pool()
+    site.until_programmed("p")
+
+
+def test_deleting_all_policies_is_honoured(site):
+    """A watch that says so is no accident of a LIST: the pool gets the defaults."""
+    site.pool()
+    picker = site.picker()
+    site.apply(policy("p", "chat", **REJECTS))
+    site.until_programmed("p")
+    before = picker.version
+
+    site.delete("fcp")
+
+    until(lambda: picker.version > before, SECONDS)
+    with channel(f"127.0.0.1:{picker.grpc}") as open_channel:
+        _kept = send(open_channel)
+        until(lambda: waiting(picker)["Standard"] == 1, SECONDS)
+
+
+def test_a_model_name_belongs_to_the_oldest_model(site):
+    """The other one says so, and counts when the oldest goes."""
+    site.pool()
+    picker = site.picker()
+    kind = "inferencemodel"
+    site.apply(model("a", "chat", "llama", "Critical"), model("b", "chat", "llama", "Sheddable"))
+    site.until("b", "Accepted", "False", "ModelNameInUse", kind)
+    site.until("a", "Programmed", "True", "Programmed", kind)
+    assert "InferenceModel a" in site.message("b", "Accepted", kind)
+    assert site.condition("b", "Programmed", kind) == ("False", "ModelNameInUse")
+
+    site.delete(kind, "a")
+
+    site.until("b", "Programmed", "True", "Programmed", kind)
+    assert site.condition("b", "Accepted", kind) == ("True", "Accepted")
+    with channel(f"127.0.0.1:{picker.grpc}") as open_channel:
+        _kept = send(open_channel, b'{"model": "llama"}')
+        until(lambda: waiting(picker)["Sheddable"] == 1, SECONDS)
+
+
+@pytest.mark.parametrize("group", ["inference.networking.x-k8s.io", "llm-d.ai"])
+def test_an_objective_decides_the_band_where_the_policy_trusts_the_header(site, group):
+    """Its priority is below that of Standard, so the band is Sheddable; without trust Standard."""
+    site.pool()
+    picker = site.picker()
+    objective = {
+        "apiVersion": f"{group}/v1alpha2",
+        "kind": "InferenceObjective",
+        "metadata": {"name": "night"},
+        "spec": {"priority": -5, "poolRef": {"name": "chat"}},
+    }
+    site.apply(policy("p", "chat", trust={"objectiveHeader": True}), objective)
+    site.until_programmed("p")
+    header = {"x-gateway-inference-objective": "night"}
+    with channel(f"127.0.0.1:{picker.grpc}") as open_channel:
+        _kept = [send(open_channel, **header)]
+        until(lambda: waiting(picker)["Sheddable"] == 1, SECONDS)
+
+        site.apply(policy("p", "chat", trust={"objectiveHeader": False}))
+        site.until_programmed("p")
+        _kept.append(send(open_channel, **header))
+        until(lambda: waiting(picker)["Standard"] == 1, SECONDS)
+
+
+# --- what the schema cannot catch
+
+
+@pytest.fixture
+def loose_schema(cluster):
+    """The CRD as an older release might have had it: any spec is stored."""
+    name = "flowcontrolpolicies.forebay.dev"
+    crd = yaml.safe_load((CRDS / "forebay.dev_flowcontrolpolicies.yaml").read_text())
+    properties = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
+    properties["spec"] = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    trial = json.dumps(policy("trial", "chat", limits={"maxRequests": 0}))
+
+    def loose() -> bool:
+        command = ("create", "--dry-run=server", "-f", "-")
+        return cluster.kubectl(*command, input=trial, check=False).returncode == 0
+
+    cluster.apply(yaml.safe_dump(crd), "--force-conflicts")
+    until(loose, SECONDS)
+    yield
+    install(cluster, name)
+    until(lambda: not loose(), SECONDS)
+
+
+@pytest.mark.usefixtures("loose_schema")
+def test_an_invalid_generation_leaves_the_last_valid_one_in_force(site, operator):
+    """Also over a restart of the operator, which has never seen that one; and then it is mended."""
+    site.pool()
+    site.apply(pool("other", service="epp-other"), service("epp-other"))
+    picker, other = site.picker(), site.picker("other", "epp-other")
+    site.apply(policy("p", "chat", **SMALL), policy("q", "other", **SMALL))
+    site.until_programmed("p")
+    site.until_programmed("q")
+
+    site.apply(policy("p", "chat", limits={"maxRequests": 0}), policy("q", "other", **REJECTS))
+
+    site.until("p", "Accepted", "False", "Invalid")
+    site.until_programmed("q")
+    assert answer(other) == 404
+    assert "spec.limits.maxRequests" in site.message("p", "Accepted")
+    assert "Generation 1" in site.message("p", "Accepted")
+    assert site.condition("p", "Programmed") == ("False", "Invalid")
+    assert site.condition("p", "Degraded") == ("True", "LastValidInForce")
+    found = site.object("p")
+    assert (found["status"]["programmedGeneration"], found["metadata"]["generation"]) == (1, 2)
+    site.apply(model("m", "chat", "llama"))
+    site.until("m", "Programmed", "True", "Programmed", "inferencemodel")
+    assert answer(picker) == 413
+
+    operator.restart()
+
+    site.until("p", "Degraded", "True", "PlanHeld")
+    site.until("m", "Programmed", "Unknown", "PlanHeld", "inferencemodel")
+    site.server("server", "10.0.0.7")
+    until(lambda: endpoints(picker) == ["10.0.0.7:8000"], SECONDS)  # not everything is held
+    site.until_programmed("q")
+    assert answer(picker) == 413
+
+    site.apply(policy("p", "chat", **REJECTS))
+
+    site.until_programmed("p")
+    site.until("m", "Programmed", "True", "Programmed", "inferencemodel")
+    assert answer(picker) == 404
+    assert site.condition("p", "Degraded") == ("False", "AsExpected")
+
+
+# --- pods
+
+
+def test_endpoints_and_pickers_come_and_go(site):
+    """What is ready is an endpoint; the counts follow the pods behind the Service."""
+    site.pool()
+    site.apply(policy("p", "chat"))
+    site.until("p", "Programmed", "False", "NoEndpointPickers")
+    first = site.picker()
+    site.until_programmed("p")
+    a, b = site.server("a", "10.0.0.1"), site.server("b", "10.0.0.2")
+    until(lambda: endpoints(first) == ["10.0.0.1:8000", "10.0.0.2:8000"], SECONDS)
+    a.run("10.0.0.1", ready=False)
+    until(lambda: endpoints(first) == ["10.0.0.2:8000"], SECONDS)
+    b.delete()
+    until(lambda: endpoints(first) == [], SECONDS)
+
+    second = site.picker()
+    until(lambda: site.status("p")["endpointPickers"]["ready"] == "2/2", SECONDS)
+    second.freeze()
+    site.until("p", "Programmed", "False", "Stale")
+    assert site.message("p", "Programmed").startswith("no connection from epp-1;")
+    counts = site.status("p")["endpointPickers"]
+    assert {name: counts[name] for name in ("desired", "stale", "rejected")} == {
+        "desired": 2,
+        "stale": 1,
+        "rejected": 0,
+    }
+    second.thaw()
+    site.until("p", "Programmed", "True", "Programmed")
+
+    second.kill()
+    site.pods[1].delete()
+    until(lambda: site.status("p")["endpointPickers"]["ready"] == "1/1", SECONDS)
+    site.until("p", "Programmed", "True", "Programmed")
+
+
+# --- what is written
+
+
+def test_only_statuses_are_written_and_only_their_own_parts(site):
+    """No annotation, no finalizer, and somebody else's condition on the same object survives."""
+    site.pool()
+    site.picker()
+    site.apply(policy("p", "chat"), model("m", "chat", "llama"))
+    site.until_programmed("p")
+    foreign = {
+        "type": "Checked",
+        "status": "True",
+        "reason": "ByPeople",
+        "message": "",
+        "lastTransitionTime": "2026-01-01T00:00:00Z",
+    }
+    site.cluster.kubectl(
+        *("apply", "--server-side", "--subresource=status", "--field-manager=people"),
+        *("-n", site.namespace, "-f", "-"),
+        input=json.dumps(
+            {
+                "apiVersion": "forebay.dev/v1alpha1",
+                "kind": "FlowControlPolicy",
+                "metadata": {"name": "p"},
+                "status": {"conditions": [foreign]},
+            }
+        ),
+    )
+    site.apply(policy("p", "chat", **REJECTS))
+    site.until_programmed("p")
+    assert site.condition("p", "Checked") == ("True", "ByPeople")
+
+    for kind, name in (("fcp", "p"), ("inferencemodel", "m"), (POOLS, "chat")):
+        command = ("get", kind, name, "-n", site.namespace, "-o", "json", "--show-managed-fields")
+        metadata = json.loads(site.cluster.kubectl(*command).stdout)["metadata"]
+        ours = [f for f in metadata["managedFields"] if f["manager"] == "forebay-operator"]
+        assert [f["subresource"] for f in ours] == ([] if kind == POOLS else ["status"]), kind
+        assert all(list(f["fieldsV1"]) == ["f:status"] for f in ours)
+        assert "finalizers" not in metadata
+        assert "annotations" not in metadata
+    assert (
+        "annotations"
+        not in site.pods[0].cluster.get("pod", site.pods[0].name, "-n", site.namespace)["metadata"]
+    )
+
+
+def events(site, name: str) -> list[tuple[str, str]]:
+    """(reason, first word of the message) of the Events about a policy."""
+    found = site.cluster.get(
+        "events", "-n", site.namespace, "--field-selector", f"involvedObject.name={name}"
+    )
+    return sorted((e["reason"], e["message"].partition(":")[0]) for e in found["items"])
+
+
+def test_events_tell_of_transitions_only(site):
+    """Edits that succeed are none."""
+    site.pool()
+    site.picker()
+    site.server("server", "10.0.0.1")
+    site.apply(policy("p", "chat"))
+    site.until_programmed("p")
+    first = [("Accepted", "Accepted=True"), ("Programmed", "Programmed=True")]
+    until(lambda: events(site, "p")[:2] == first, SECONDS)
+    for ttl in ("1s", "2s", "3s", "4s"):
+        site.apply(policy("p", "chat", noEndpoints={"ttl": ttl}))
+        site.until_programmed("p")
+    site.delete(POOLS, "chat")
+    site.until("p", "ResolvedRefs", "False", "TargetNotFound")
+    gone = [("TargetNotFound", "Programmed=False"), ("TargetNotFound", "ResolvedRefs=False")]
+    until(lambda: events(site, "p") == first + gone, SECONDS)
+
+
+def test_nothing_is_written_about_what_stands_still(site, still):
+    """For 35 s, while numbers that move all the time are written at most every 30 s.
+
+    Of what has stood still since the first test the status was written twice, without and with
+    the first numbers, although the operator has been started again meanwhile.
+    """
+    site.pool()
+    picker = site.picker()
+    site.apply(policy("p", "chat"))
+    site.until_programmed("p")
+    before = written(site)
+    began_at = time.monotonic()
+    streams = []
+    with channel(f"127.0.0.1:{picker.grpc}") as open_channel:
+
+        def one_more_each_second() -> bool:
+            if time.monotonic() - began_at >= len(streams):
+                streams.append(send(open_channel))
+            return time.monotonic() - began_at > 35
+
+        until(one_more_each_second, SECONDS)
+        assert len(streams) > 30
+        assert 1 <= written(site) - before <= 2
+        assert site.status("p")["queued"] > 0
+    assert still.status("still")["pools"][0]["queues"]
+    assert written(still) <= 2
+
+
+def written(site) -> int:
+    """How often statuses of policies were written, by the API server's audit log."""
+    return sum(
+        entry["verb"] == "patch"
+        and entry["objectRef"].get("subresource") == "status"
+        and entry["objectRef"].get("resource") == "flowcontrolpolicies"
+        and entry["objectRef"].get("namespace") == site.namespace
+        for entry in map(json.loads, (site.cluster.dir / "audit.log").read_text().splitlines())
+        if "objectRef" in entry
+    )

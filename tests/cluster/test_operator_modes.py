@@ -1,0 +1,180 @@
+"""How an operator starts and stands by: late CRDs, one namespace only, several replicas.
+
+On a cluster of its own, because CRDs that are not there yet are not there for anybody.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+import api_server
+import operator_account
+import pytest
+from control_plane import (
+    Authority,
+    Operator,
+    PickerPod,
+    PickerProcess,
+    model,
+    policy,
+)
+from ext_proc_peer import until
+from operator_site import SECONDS, RestartableOperator, Site, answer, install, make_namespace
+
+POLICIES = "flowcontrolpolicies.forebay.dev"
+POOLS = "inferencepools.inference.networking.k8s.io"
+MODELS = "inferencemodels.inference.networking.x-k8s.io"
+REJECTS = {"unmatched": {"action": "Reject"}}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A cluster without our CRDs."""
+    folder = tmp_path_factory.mktemp("bare")
+    with api_server.running(folder, "--controller-manager") as cluster:
+        assert cluster.dir, "CRDs are removed from it"
+        yield cluster
+
+
+@pytest.fixture
+def no_crds(cluster):
+    """CRDs that earlier tests have installed are gone."""
+    found = cluster.get("crds")["items"]
+    names = [crd["metadata"]["name"] for crd in found]
+    for name in names:
+        cluster.kubectl("delete", "crd", name, "--timeout=60s")
+
+
+@pytest.fixture
+def authority(tmp_path):
+    return Authority(tmp_path / "tls")
+
+
+@pytest.fixture
+def start(cluster, authority, tmp_path):
+    """Start an operator with the rights of its mode; all end with the test."""
+    started = []
+
+    def start(*namespaces: str, **options) -> RestartableOperator:
+        home = make_namespace(cluster, f"home-{secrets.token_hex(4)}")
+        if namespaces:
+            kubeconfig = operator_account.namespaced(cluster, home, tmp_path, *namespaces)
+        else:
+            kubeconfig = operator_account.cluster_wide(cluster, home, tmp_path)
+        operator = RestartableOperator(
+            *(cluster, tmp_path, authority.leaf("op")),
+            lease_namespace=home,
+            kubeconfig=kubeconfig,
+            namespaces=namespaces,
+            **options,
+        )
+        started.append(operator)
+        return operator
+
+    yield start
+    for operator in started:
+        operator.process.end()
+        assert "Traceback" not in operator.process.log
+
+
+@pytest.fixture
+def site(cluster, namespace, authority, tmp_path):
+    """Make a site in the test's namespace for an operator that is started for it."""
+    sites = []
+
+    def site(operator: RestartableOperator, where: str = namespace) -> Site:
+        folder = tmp_path / where
+        folder.mkdir()
+        sites.append(Site(cluster, where, operator.control_port, authority.path, folder))
+        return sites[-1]
+
+    yield site
+    for found in sites:
+        found.end()
+
+
+@pytest.mark.usefixtures("no_crds")
+@pytest.mark.parametrize("mode", ["cluster-wide", "namespaced"])
+def test_crds_may_come_later(cluster, namespace, start, site, mode):
+    """It is not ready without policies and pools and says why; InferenceModels are picked up."""
+    operator = start(*([namespace] if mode == "namespaced" else []))
+    process = operator.process
+    until(lambda: POLICIES in (process.page("/readyz") or ""), SECONDS)
+    assert process.page("/livez") is not None
+    install(cluster, POLICIES)
+    until(lambda: POLICIES not in (process.page("/readyz") or POLICIES), SECONDS)
+    assert POOLS in process.page("/readyz")
+    assert process.epoch == 0
+    install(cluster, POOLS)
+    operator.until_leading()
+    here = site(operator)
+    here.pool()
+    picker = here.picker()
+    here.apply(policy("p", "chat", **REJECTS))
+    here.until_programmed("p")
+
+    install(cluster, MODELS)
+    here.apply(model("m", "chat", "nobody-s"))
+
+    here.until("m", "Programmed", "True", "Programmed", "inferencemodel")
+    # The watches go on: an edit of it is in force within moments, not at the next sweep.
+    here.delete("inferencemodel", "m")
+    until(lambda: answer(picker) == 404, SECONDS)
+    assert process.running
+
+
+@pytest.fixture
+def crds(cluster):
+    install(cluster)
+
+
+@pytest.mark.usefixtures("crds")
+def test_one_namespace_only(cluster, namespace, start, site):
+    """Nothing of another one is read or written, with a Role that allows nothing there."""
+    elsewhere = make_namespace(cluster, f"other-{secrets.token_hex(4)}")
+    operator = start(namespace)
+    operator.until_leading()
+    here, there = site(operator), site(operator, elsewhere)
+    for one in (there, here):
+        one.pool()
+        one.apply(policy("p", "chat", **REJECTS))
+    picker = here.picker()
+    here.until_programmed("p")
+    assert answer(picker) == 404
+    shown = operator.process.page("/resources")
+    assert namespace in shown
+    assert elsewhere not in shown
+    assert there.status("p") == {}
+
+
+@pytest.mark.usefixtures("crds")
+def test_a_standby_is_ready_and_takes_over(cluster, namespace, start, site, authority, tmp_path):
+    """It turns pickers away until the leader goes; then it programs them with a higher epoch."""
+    leader = start()
+    leader.until_leading()
+    here = site(leader)
+    here.pool()
+    picker = here.picker()
+    here.apply(policy("p", "chat", **REJECTS))
+    here.until_programmed("p")
+    given, options = leader._given, leader._options
+    standby = Operator(*given, **{**options, "name": "operator-1", "control_port": None})
+    try:
+        until(lambda: standby.ready, SECONDS)
+        pod = PickerPod(cluster, namespace, "epp-late", "epp")
+        late = PickerProcess(tmp_path, pod, "chat", standby.control_port, authority.path)
+        here.processes.append(late)
+        refusals = ("forebay_control_refusals_total",)
+        until(lambda: standby.metric(*refusals, reason="not_leader") > 0, SECONDS)
+        assert (standby.epoch, late.program()[0]) == (0, "Defaults")
+
+        assert leader.process.stop() == 0
+
+        until(lambda: standby.epoch == 2, SECONDS)
+        until(lambda: late.version[0] == 2, SECONDS)
+        assert answer(late) == answer(picker) == 404
+        here.apply(policy("p", "chat"))
+        until(lambda: here.status("p").get("endpointPickers", {}).get("desired") == 2, SECONDS)
+        assert standby.stop() == 0
+    finally:
+        standby.end()

@@ -1,0 +1,328 @@
+"""What statuses say: from plans, acknowledgements and stats to conditions and numbers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forebay_control.v1 import control_pb2 as pb
+from forebay_operator import conditions
+from forebay_operator.conditions import Attachment, Picker, PickerState, Subject
+
+GROUP = "inference.networking.k8s.io"
+SUBJECT = Subject("u", "default", generation=3)
+INVALID = Subject("u", "default", 3, problems=[("spec.limits.maxRequests", "must be at least 1")])
+HELD_BACK = Subject("u", "default", 3, INVALID.problems, valid_generation=2)
+
+
+def picker(name="epp-0", generation=3, state=PickerState.PROGRAMMED, **more):
+    return Picker(name, state, connected=True, generations={"u": generation}, **more)
+
+
+def at(*pickers, pool="chat", endpoints=1, **more):
+    more.setdefault("service", "epp")
+    return Attachment(pool, GROUP, list(pickers), endpoints=endpoints, **more)
+
+
+ABSENT = Attachment("chat", GROUP, None)
+REFUSED = at(picker(), refused=("Conflicted", "FlowControlPolicy old is older"))
+
+
+def told(subject, *attachments):
+    """{type: (status, reason)} of a policy."""
+    status = conditions.policy_status(subject, attachments)
+    assert all(c["observedGeneration"] == subject.generation for c in status["conditions"])
+    return {c["type"]: (c["status"], c["reason"]) for c in status["conditions"]}
+
+
+def message(which, subject, *attachments):
+    status = conditions.policy_status(subject, attachments)
+    return next(c["message"] for c in status["conditions"] if c["type"] == which)
+
+
+@pytest.mark.parametrize(
+    ("which", "subject", "attachments", "status", "reason", "words"),
+    [
+        ("Accepted", SUBJECT, [at(picker())], "True", "Accepted", ""),
+        ("Accepted", SUBJECT, [ABSENT], "True", "Accepted", ""),
+        ("Accepted", INVALID, [at()], "False", "Invalid", "spec.limits.maxRequests: must be"),
+        ("Accepted", HELD_BACK, [at()], "False", "Invalid", "Generation 2, the last valid one"),
+        ("Accepted", SUBJECT, [REFUSED], "False", "Conflicted", "old is older"),
+        ("Accepted", SUBJECT, [at(picker()), REFUSED], "False", "Conflicted", "old is older"),
+        ("ResolvedRefs", SUBJECT, [at()], "True", "ResolvedRefs", ""),
+        ("ResolvedRefs", SUBJECT, [ABSENT], "False", "TargetNotFound", "no InferencePool chat"),
+        ("ResolvedRefs", SUBJECT, [at(pool="b"), ABSENT], "False", "TargetNotFound", "chat"),
+        ("ResolvedRefs", INVALID, [], "Unknown", "Invalid", "see Accepted"),
+        ("Programmed", SUBJECT, [at(picker())], "True", "Programmed", "1 of 1 endpoint pickers"),
+        ("Programmed", INVALID, [at(picker())], "False", "Invalid", "see Accepted"),
+        ("Programmed", SUBJECT, [REFUSED], "False", "Conflicted", "see Accepted"),
+        ("Programmed", SUBJECT, [ABSENT], "False", "TargetNotFound", "does not exist"),
+        ("Programmed", SUBJECT, [at(picker()), ABSENT], "True", "Programmed", ""),
+        ("Programmed", SUBJECT, [at(picker(generation=2))], "False", "Pending", "epp-0"),
+        ("Programmed", SUBJECT, [at()], "False", "NoEndpointPickers", "Service epp"),
+        ("Programmed", SUBJECT, [at(service=None)], "False", "NoEndpointPickers", "names no"),
+        ("Programmed", SUBJECT, [at(service="")], "False", "NoEndpointPickers", "is connected"),
+        ("Programmed", SUBJECT, [at(picker()), at(pool="b")], "False", "NoEndpointPickers", "b"),
+        ("Programmed", SUBJECT, [at(held_by="old")], "Unknown", "PlanHeld", "old is not valid"),
+        ("Degraded", SUBJECT, [at(picker())], "False", "AsExpected", ""),
+        ("Degraded", HELD_BACK, [at(picker())], "True", "LastValidInForce", "generation 2"),
+        ("Degraded", INVALID, [at(picker())], "False", "AsExpected", ""),
+        ("Degraded", INVALID, [at(held_by="p")], "True", "PlanHeld", "keep the plan they have"),
+        (
+            "Degraded",
+            SUBJECT,
+            [at(picker(), notes=("no room",))],
+            "True",
+            "PoolDegraded",
+            "no room",
+        ),
+    ],
+)
+def test_each_condition_says_why(which, subject, attachments, status, reason, words):
+    """A False one always has a message, which says what to do or where to look."""
+    assert told(subject, *attachments)[which] == (status, reason)
+    text = message(which, subject, *attachments)
+    assert words in text
+    assert text or status == "True" or which == "Degraded"
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "degraded"),
+    [
+        (PickerState.REJECTED, "Rejected", "EndpointPickersReject"),
+        (PickerState.STALE, "Stale", "EndpointPickersStale"),
+    ],
+)
+def test_a_picker_that_does_not_follow_is_named(state, reason, degraded):
+    """Among others that do; what it said is part of the message."""
+    bad = picker("epp-1", 2, state, error="Invalid: spec.bands[0]: no such band")
+    found = told(SUBJECT, at(picker(), bad))
+    assert found["Programmed"] == ("False", reason)
+    assert found["Degraded"] == ("True", degraded)
+    assert "epp-1" in message("Programmed", SUBJECT, at(picker(), bad))
+    assert ("spec.bands[0]" in message("Programmed", SUBJECT, at(bad))) == (reason == "Rejected")
+
+
+def test_a_picker_of_another_release_is_a_reason_of_its_own():
+    """Only where all that refuse do so for that."""
+    old = picker("old", 2, PickerState.REJECTED, error="Unsupported: plan.x: not known here")
+    bad = picker("bad", 2, PickerState.REJECTED, error="Invalid: plan.y: no")
+    assert told(SUBJECT, at(old))["Programmed"] == ("False", "UnsupportedByEndpointPicker")
+    assert told(SUBJECT, at(old, bad))["Programmed"] == ("False", "Rejected")
+
+
+def test_a_long_list_of_pickers_is_cut():
+    """Names of five, and how many more; no message is longer than an Event takes."""
+    many = [picker(f"epp-{i}", 2, PickerState.STALE) for i in range(40)]
+    text = message("Programmed", SUBJECT, at(*many))
+    assert "epp-4 and 35 more" in text
+    loud = [
+        picker(f"epp-{i}", 2, PickerState.REJECTED, error="Invalid: " + "x" * 900) for i in "ab"
+    ]
+    assert len(message("Programmed", SUBJECT, at(*loud))) == 1024
+
+
+def test_the_least_generation_counts():
+    """ProgrammedGeneration is what every picker runs; nothing, while one runs none of it."""
+
+    def least(*generations):
+        pickers = [picker(str(i), g) for i, g in enumerate(generations)]
+        return conditions.policy_status(SUBJECT, [at(*pickers)]).get("programmedGeneration")
+
+    assert least(3, 2, 3) == 2
+    assert least(3) == 3
+    assert least(3, 0) is None
+    assert least() is None
+
+
+def test_pickers_are_counted():
+    """Over all pools where the policy counts."""
+    pickers = [
+        picker("a"),
+        Picker("b", PickerState.STALE),
+        picker("c", 2, PickerState.REJECTED),
+        picker("d", 2, PickerState.PENDING),
+    ]
+    status = conditions.policy_status(SUBJECT, [at(*pickers), REFUSED, at(picker("e"), pool="b")])
+    assert status["endpointPickers"] == {
+        "desired": 5,
+        "connected": 4,
+        "programmed": 2,
+        "rejected": 1,
+        "stale": 1,
+        "ready": "2/5",
+    }
+
+
+def test_ancestors_are_the_pools_as_gep_713_has_them():
+    """One per target, each with its own verdict."""
+    status = conditions.policy_status(SUBJECT, [at(picker()), REFUSED, ABSENT])
+    assert [a["conditions"][0]["reason"] for a in status["ancestors"]] == [
+        "Accepted",
+        "Conflicted",
+        "TargetNotFound",
+    ]
+    assert status["ancestors"][0] == {
+        "ancestorRef": {
+            "group": GROUP,
+            "kind": "InferencePool",
+            "namespace": "default",
+            "name": "chat",
+        },
+        "controllerName": "forebay.dev/operator",
+        "conditions": [
+            {
+                "type": "Accepted",
+                "status": "True",
+                "reason": "Accepted",
+                "message": "",
+                "observedGeneration": 3,
+            }
+        ],
+    }
+
+
+def model(subject, attachment):
+    status = conditions.model_status(subject, attachment)
+    return {c["type"]: (c["status"], c["reason"]) for c in status["conditions"]}
+
+
+def test_models_have_their_conditions():
+    """Accepted and Programmed."""
+    in_use = at(picker(), refused=("ModelNameInUse", "modelName x is that of InferenceModel y"))
+    yes, invalid = ("True", "Accepted"), ("False", "Invalid")
+    assert model(SUBJECT, at(picker())) == {"Accepted": yes, "Programmed": ("True", "Programmed")}
+    assert model(SUBJECT, in_use) == dict.fromkeys(
+        ("Accepted", "Programmed"), ("False", "ModelNameInUse")
+    )
+    assert model(SUBJECT, ABSENT)["Accepted"] == ("Unknown", "Pending")
+    assert model(SUBJECT, ABSENT)["Programmed"] == ("False", "TargetNotFound")
+    assert model(INVALID, ABSENT) == {"Accepted": invalid, "Programmed": invalid}
+    assert model(SUBJECT, at(held_by="p"))["Programmed"] == ("Unknown", "PlanHeld")
+
+
+# --- times
+
+
+def test_times_move_only_when_the_status_flips():
+    """A new reason or message is no transition; ancestors' conditions have theirs."""
+    first = conditions.with_times(
+        conditions.policy_status(SUBJECT, [at(picker(generation=2))]), {}, "T1"
+    )
+    assert {c["lastTransitionTime"] for c in first["conditions"]} == {"T1"}
+    assert first["ancestors"][0]["conditions"][0]["lastTransitionTime"] == "T1"
+
+    stale = conditions.policy_status(SUBJECT, [at(picker(generation=2, state=PickerState.STALE))])
+    second = conditions.with_times(stale, first, "T2")
+    times = {c["type"]: c["lastTransitionTime"] for c in second["conditions"]}
+    assert times == {"Accepted": "T1", "ResolvedRefs": "T1", "Programmed": "T1", "Degraded": "T2"}
+
+    refused = conditions.policy_status(SUBJECT, [REFUSED])
+    third = conditions.with_times(refused, second, "T3")
+    assert third["ancestors"][0]["conditions"][0]["lastTransitionTime"] == "T3"
+
+
+# --- comparing
+
+
+def status(**more):
+    """A status as it is read back after it has been written."""
+    found = conditions.policy_status(SUBJECT, [at(picker(stats=stats()), **more)])
+    return conditions.with_times(found, {}, "T1")
+
+
+def stats(requests=7, saturation=0.5, **more):
+    band = pb.BandStats(band="Standard", requests=requests, **more)
+    return pb.Stats(saturation=saturation, bands=[band])
+
+
+def desired(**more):
+    return conditions.policy_status(SUBJECT, [at(picker(stats=stats(**more)))])
+
+
+def test_a_status_that_was_written_does_not_differ():
+    """Times aside; or each write would lead to the next."""
+    assert conditions.differs(desired(), status()) == ""
+
+
+def test_other_writers_conditions_are_theirs():
+    """Neither a condition nor an ancestor of another controller makes a difference."""
+    observed = status()
+    observed["conditions"].append({"type": "Checked", "status": "False", "reason": "X"})
+    other = copy.deepcopy(observed["ancestors"][0])
+    other["controllerName"] = "example.com/other"
+    observed["ancestors"].append(other)
+    assert conditions.differs(desired(), observed) == ""
+
+
+def test_numbers_are_told_from_meaning():
+    """Queues and saturation are numbers; counts, conditions and generations mean something."""
+    assert conditions.differs(desired(requests=8), status()) == "numbers"
+    assert conditions.differs(desired(saturation=0.9), status()) == "numbers"
+    for name in ("programmedGeneration", "endpointPickers", "conditions", "ancestors"):
+        observed = status()
+        del observed[name]
+        assert conditions.differs(desired(), observed) == "meaning", name
+    for field in ("status", "reason", "message", "observedGeneration"):
+        observed = status()
+        observed["conditions"][0][field] = "other"
+        assert conditions.differs(desired(), observed) == "meaning", field
+    assert conditions.differs(desired(), {}) == "meaning"
+
+
+def test_transitions_are_new_statuses_and_reasons():
+    """Not new messages: people are told once."""
+    observed = status()
+    observed["conditions"][0]["message"] = "other"
+    assert conditions.transitions(desired(), observed) == []
+    observed["conditions"][2]["reason"] = "Pending"
+    observed["conditions"][2]["status"] = "False"
+    assert conditions.transitions(desired(), observed) == [
+        ("Programmed", "True", "Programmed", "1 of 1 endpoint pickers run it")
+    ]
+
+
+# --- numbers
+
+
+@given(st.integers(0, 10**12))
+def test_two_digits_are_kept(value):
+    """Of any number: it is never more than the exact one, and less by under a tenth."""
+    kept = conditions.quantised(value)
+    assert value * 0.9 <= kept <= value
+    assert len(str(kept).rstrip("0")) <= 2
+    assert conditions.quantised(kept) == kept
+
+
+def test_pickers_reports_are_added_up():
+    """Counts are summed, ages and saturation are the greatest, bands are in order of names."""
+    reports = [
+        pb.Stats(
+            saturation=0.51,
+            bands=[pb.BandStats(band="Standard", requests=70, bytes=1234, oldest_seconds=2.4)],
+        ),
+        pb.Stats(
+            saturation=1.239,
+            bands=[
+                pb.BandStats(band="Standard", requests=61, bytes=1, oldest_seconds=31.7, evicted=2),
+                pb.BandStats(band="Critical", dispatched=5),
+            ],
+        ),
+    ]
+    pickers = [picker(str(i), stats=report) for i, report in enumerate(reports)]
+    found = conditions.policy_status(SUBJECT, [at(*pickers, picker("silent"), endpoints=4)])
+    assert (found["queued"], found["saturation"]) == (130, "1.25")
+    (pool,) = found["pools"]
+    assert (pool["endpoints"], [q["band"] for q in pool["queues"]]) == (4, ["Critical", "Standard"])
+    assert pool["queues"][1] == {
+        "band": "Standard",
+        "requests": 130,
+        "bytes": 1200,
+        "oldestSeconds": 32,
+        "dispatched": 0,
+        "rejected": 0,
+        "evicted": 2,
+    }
