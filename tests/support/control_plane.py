@@ -21,7 +21,7 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 import yaml
@@ -134,6 +134,17 @@ class Process:
                 return page.read().decode()
         except (URLError, OSError):
             return None
+
+    def probe(self, path: str) -> str:
+        """What a probe says, good or bad; nothing while nobody answers."""
+        try:
+            with urlopen(f"http://127.0.0.1:{self.http}{path}", timeout=5) as page:
+                return page.read().decode()
+        except HTTPError as error:
+            with error:
+                return error.read().decode()
+        except OSError:
+            return ""
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of the samples that have these labels; 0 where there are none."""

@@ -1,68 +1,421 @@
-"""Between the store and the statuses, without an API server."""
+"""When what is planned and reported, by a clock that the test moves."""
 
 from __future__ import annotations
 
 import asyncio
+from itertools import pairwise
+from types import SimpleNamespace
 
+import pytest
+
+from forebay_control.v1 import control_pb2 as pb
+from forebay_operator import conditions, planning
+from forebay_operator.cluster import ApiError
+from forebay_operator.conditions import Picker, PickerState
 from forebay_operator.control import ControlServer
 from forebay_operator.reconcile import Reconciler
-from forebay_operator.resources import BY_NAME
+from forebay_operator.resources import KINDS, MODEL, POLICY
 from forebay_operator.store import Store
 from forebay_operator.trust import believe
 
-POLICY = BY_NAME["forebay.dev/v1alpha1", "FlowControlPolicy"]
+POOL = next(kind for kind in KINDS if kind.api_version == "inference.networking.k8s.io/v1")
 
 
-def policy(version: int, status: dict | None = None) -> dict:
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+class Pickers(ControlServer):
+    """A control server of which the test says what its pickers report: nobody connects here."""
+
+    def __init__(self, clock):
+        super().__init__(believe, lambda _: None, lambda _: None, clock)
+        self.programs = {}
+        self.programmed = asyncio.Event()
+        self.state, self.generation, self.stats = PickerState.PROGRAMMED, None, None
+
+    def program(self, pool, snapshot):
+        self.programs.setdefault(pool, []).append(snapshot)
+        self.programmed.set()
+        return super().program(pool, snapshot)
+
+    def connected(self, _pool):
+        return {"epp-uid": "epp-0"}
+
+    def pickers(self, pool, _expected):
+        latest = self.programs[pool][-1]
+        generations = {source.uid: source.generation for source in latest.sources}
+        if self.generation is not None:
+            generations = dict.fromkeys(generations, self.generation)
+        return [Picker("epp-0", self.state, True, generations, stats=self.stats)]
+
+
+class Written:
+    """A Reporter that keeps what is written, or fails with the errors it is given."""
+
+    def __init__(self):
+        self.statuses, self.announced, self.errors = [], [], []
+        self.answer = lambda _: None
+
+    async def write(self, entry, status):
+        if self.errors:
+            raise self.errors.pop(0)
+        self.statuses.append((entry.metadata.name, status))
+        return self.answer(status)
+
+    async def announce(self, entry, changes):
+        self.announced += [(entry.metadata.name, *change[:3]) for change in changes]
+
+
+def manifest(kind, name, spec, generation=1, version="1", **metadata):
     return {
-        "apiVersion": "forebay.dev/v1alpha1",
-        "kind": "FlowControlPolicy",
+        "apiVersion": kind.api_version,
+        "kind": kind.kind,
         "metadata": {
-            "name": "chat",
+            "name": name,
             "namespace": "default",
-            "uid": "u",
-            "generation": 1,
-            "resourceVersion": str(version),
+            "uid": f"{name}-uid",
+            "generation": generation,
+            "resourceVersion": version,
+            **metadata,
         },
-        "spec": {"targetRefs": [{"name": "chat"}]},
-        **({"status": status} if status else {}),
+        "spec": spec,
     }
 
 
-class Restored:
-    """Stands for an API server whose etcd is restored: its versions begin again."""
-
-    def __init__(self, known: int) -> None:
-        self.version = known
-        self.writes = 0
-        self.status: dict = {}
-
-    async def write(self, _entry, status):
-        self.version += 1
-        self.writes += 1
-        self.status = status
-        return policy(self.version, status)
-
-    async def announce(self, _entry, _changes):
-        pass
+def policy(name="p", generation=1, version="1", metadata=None, status=None, **spec):
+    spec = {"targetRefs": [{"name": "chat"}], **spec}
+    found = manifest(POLICY, name, spec, generation, version, **(metadata or {}))
+    return {**found, "status": status or {}}
 
 
-def test_a_status_is_written_once_after_versions_went_back():
-    """The answer to a write is believed although its version is older than what was known."""
+@pytest.fixture
+def world():
+    """A store with a pool, what reconciles it, and where it writes."""
+    clock = Clock()
+    store, control, written = Store(), Pickers(clock), Written()
+    reconciler = Reconciler(store, control, written, standalone=True, clock=clock)
+    reconciler.reporting = True
+    spec = {"selector": {"matchLabels": {"a": "b"}}, "targetPorts": [{"number": 1}]}
+    store.put(POOL, manifest(POOL, "chat", spec), clock())
+    world = SimpleNamespace(**locals())
 
-    async def story() -> None:
-        store, reporter = Store(), Restored(known=10)
-        control = ControlServer(believe, lambda _: None, lambda _: None)
-        reconciler = Reconciler(store, control, reporter)
-        store.put(POLICY, policy(1000), reconciler.alive_at)
-        reconciler.reporting = True
-        reconciler.pickers_changed("default/chat")
-        reporting = asyncio.create_task(reconciler.run_reporting())
-        async with asyncio.timeout(30):
-            while store.get(POLICY, "u").resource_version != "11":  # noqa: ASYNC110  # tells nobody
-                await asyncio.sleep(0.01)
-        reporting.cancel()
-        assert reporter.writes == 1
-        assert store.get(POLICY, "u").status == reporter.status
+    def put(kind, manifest):
+        reconciler.touch(store.put(kind, manifest, clock()))
+        for namespace in sorted(reconciler._dirty):
+            reconciler.plan(namespace)
+        reconciler._dirty.clear()
 
-    asyncio.run(story())
+    async def after(seconds):
+        """Let time pass in ticks, as the reporting loop does; return what was written."""
+        before = len(written.statuses)
+        for _ in range(round(seconds * 10)):
+            clock.now += 0.1
+            await reconciler.report()
+            for _ in range(3):
+                await asyncio.sleep(0)
+        return written.statuses[before:]
+
+    world.put, world.after = put, after
+    return world
+
+
+def reason(status, which="Programmed"):
+    return next(c["reason"] for c in status["conditions"] if c["type"] == which)
+
+
+# --- writing
+
+
+async def test_a_status_is_written_once(world):
+    """And not again while nothing is different, however often it is looked at."""
+    world.put(POLICY, policy())
+    ((name, status),) = await world.after(1)
+    assert (name, reason(status)) == ("p", "Programmed")
+    for _ in range(10):
+        world.reconciler.pickers_changed("default/chat")
+        assert await world.after(10) == []
+
+
+async def test_who_does_not_lead_writes_nothing(world):
+    """Also not what it had in mind before it lost the lead."""
+    world.put(POLICY, policy())
+    await world.reconciler.report()
+    assert world.reconciler._pending
+    world.reconciler.forget_pending()
+    world.reconciler.reporting = False
+    assert world.reconciler._pending == {}
+
+
+async def test_what_is_about_to_change_is_waited_for(world):
+    """A new policy may be Pending for 2 s, one that was in force for 15 s, before that is told."""
+    world.control.state, world.control.generation = PickerState.PENDING, 0
+    world.put(POLICY, policy())
+    assert await world.after(1.9) == []
+    ((_, status),) = await world.after(1)
+    assert reason(status) == "Pending"
+    world.control.state, world.control.generation = PickerState.PROGRAMMED, None
+    ((_, status),) = await world.after(6)
+    assert reason(status) == "Programmed"
+
+    world.control.state, world.control.generation = PickerState.PENDING, 0
+    world.reconciler.pickers_changed("default/chat")
+    assert await world.after(14) == []
+    world.control.state, world.control.generation = PickerState.PROGRAMMED, None
+    world.reconciler.pickers_changed("default/chat")
+    assert await world.after(10) == []
+
+
+async def test_acknowledgements_settle_before_one_write(world):
+    """The write says how it ended."""
+    world.control.state, world.control.generation = PickerState.PENDING, 0
+    world.put(POLICY, policy())
+    await world.after(0.2)
+    world.control.state, world.control.generation = PickerState.PROGRAMMED, None
+    world.reconciler.pickers_changed("default/chat")
+    statuses = await world.after(5)
+    assert [reason(status) for _, status in statuses] == ["Programmed"]
+
+
+async def test_numbers_are_written_every_30_seconds_at_most(world):
+    """However fast they move; the last ones are."""
+    world.put(POLICY, policy())
+    await world.after(1)
+    moments = []
+    for number in range(95):
+        world.control.stats = pb.Stats(bands=[pb.BandStats(band="B", requests=number)])
+        for _, status in await world.after(1):
+            moments.append((world.clock.now, status["queued"]))
+    gaps = [after - before for (before, _), (after, _) in pairwise(moments)]
+    assert len(moments) == 3
+    assert min(gaps) > 29.9
+    assert moments[-1][1] > moments[0][1]
+
+
+async def test_meaning_does_not_wait_for_numbers(world):
+    """A picker that refuses is told at once, although numbers were written a moment ago."""
+    world.put(POLICY, policy())
+    world.control.stats = pb.Stats(bands=[pb.BandStats(band="B", requests=1)])
+    await world.after(1)
+    world.control.stats = pb.Stats(bands=[pb.BandStats(band="B", requests=2)])
+    assert await world.after(5) == []
+    world.control.state = PickerState.REJECTED
+    world.reconciler.pickers_changed("default/chat")
+    ((_, status),) = await world.after(1)
+    assert reason(status) == "Rejected"
+
+
+async def test_numbers_of_many_objects_are_spread(world):
+    """Five a second; what means something is not counted among them."""
+    for number in range(40):
+        spec = {"selector": {"matchLabels": {"a": "b"}}, "targetPorts": [{"number": 1}]}
+        world.put(POOL, manifest(POOL, f"pool-{number}", spec))
+        world.put(POLICY, policy(f"p-{number}", targetRefs=[{"name": f"pool-{number}"}]))
+    assert len(await world.after(1)) == 40
+    world.control.stats = pb.Stats(bands=[pb.BandStats(band="B", requests=1)])
+    assert await world.after(28) == []
+    found = []
+    while len(found) < 40:
+        found.append(len(await world.after(1)))
+        assert found[-1] <= 10  # a second's worth may have been saved up
+        if sum(found) == 40:
+            break
+    assert 6 <= len([count for count in found if count]) <= 9
+
+
+# --- errors
+
+
+async def test_an_error_does_not_lose_the_write(world):
+    """Whatever it was, it is tried again, after 0.5, 1, 2, 4 s."""
+    world.written.errors = [
+        ApiError(0, "connection refused"),
+        ApiError(409, "conflict"),
+        ApiError(422, "invalid"),
+        ApiError(404, "no such object"),
+    ]
+    world.put(POLICY, policy())
+    moments = []
+    while not world.written.statuses:
+        left = len(world.written.errors)
+        await world.after(0.1)
+        if len(world.written.errors) < left:
+            moments.append(world.clock.now)
+        assert world.clock.now < 1100
+    gaps = [after - before for before, after in pairwise(moments)]
+    assert gaps == pytest.approx([0.5, 1, 2], abs=0.25)
+    assert reason(world.written.statuses[0][1]) == "Programmed"
+
+
+async def test_a_defect_in_writing_does_not_lose_the_write_either(world, caplog):
+    """It is logged with where it happened."""
+    world.written.errors = [ZeroDivisionError("a defect")]
+    world.put(POLICY, policy())
+    assert len(await world.after(3)) == 1
+    assert "a defect" in caplog.text
+    assert caplog.records[0].exc_info
+
+
+async def test_back_off_ends_at_30_seconds(world):
+    """And a status that became right by itself is not written at all."""
+    world.written.errors = [ApiError(500, "no")] * 40
+    world.put(POLICY, policy())
+    await world.after(300)
+    assert 40 - len(world.written.errors) in range(12, 18)
+    world.store.remove(POLICY, "p-uid", world.clock())
+    world.written.errors.clear()
+    assert await world.after(60) == []
+    assert world.reconciler._pending == {}
+
+
+async def test_too_many_requests_pause_all_writes(world):
+    """For as long as the server asks; then everything is written."""
+    for number in range(5):
+        world.put(POLICY, policy(f"p-{number}"))
+    world.written.errors = [ApiError(429, "slow down", retry_after_seconds=20)]
+    # The others of this tick have been asked already.
+    early = await world.after(15)
+    assert len(early) == 4
+    world.put(POLICY, policy("late", targetRefs=[{"name": "absent"}]))
+    assert await world.after(4) == []
+    assert sorted(name for name, _ in await world.after(10)) == ["late", "p-0"]
+
+
+async def test_the_newest_status_is_written_after_an_error(world):
+    """Not the one that failed."""
+    world.written.errors = [ApiError(500, "no")] * 3
+    world.put(POLICY, policy())
+    await world.after(1)
+    world.put(POLICY, policy(generation=2, version="2", unmatched={"action": "Reject"}))
+    ((_, status),) = await world.after(10)
+    assert {c["observedGeneration"] for c in status["conditions"]} == {2}
+
+
+async def test_what_the_server_answers_is_known_at_once(world):
+    """Its version too, so that the event of our own write changes nothing."""
+    world.written.answer = lambda status: policy(version="7", status=status)
+    world.put(POLICY, policy())
+    assert len(await world.after(1)) == 1
+    assert world.store.get(POLICY, "p-uid").resource_version == "7"
+    assert await world.after(60) == []
+
+
+async def test_an_answer_is_believed_although_its_version_is_older(world):
+    """Versions begin again when etcd is restored; else the status would be written for ever."""
+    world.written.answer = lambda status: policy(version="11", status=status)
+    world.put(POLICY, policy(version="1000"))
+    assert len(await world.after(30)) == 1
+    assert world.store.get(POLICY, "p-uid").resource_version == "11"
+
+
+# --- what is announced
+
+
+async def test_transitions_are_announced_once(world):
+    """An edit that succeeds is none."""
+    world.put(POLICY, policy())
+    await world.after(1)
+    assert ("p", "Programmed", "True", "Programmed") in world.written.announced
+    world.written.announced.clear()
+    ((_, status),) = world.written.statuses
+    edited = policy(generation=2, version="2", status=status, unmatched={"action": "Reject"})
+    world.put(POLICY, edited)
+    assert len(await world.after(1)) == 1
+    assert world.written.announced == []
+
+
+# --- invalid objects
+
+
+BAD = {"limits": {"maxRequests": 0}}
+
+
+async def test_an_invalid_generation_does_not_replace_a_valid_one(world):
+    """Of its pool the program stays, and another policy's is made."""
+    world.put(POLICY, policy(limits={"maxRequests": 7}))
+    world.put(POLICY, policy(generation=2, version="2", **BAD))
+    snapshot = world.control.programs["default/chat"][-1]
+    assert snapshot.plan.limits.max_requests == 7
+    assert [source.generation for source in snapshot.sources] == [1]
+    ((_, status),) = await world.after(1)
+    assert reason(status, "Accepted") == "Invalid"
+    assert reason(status, "Degraded") == "LastValidInForce"
+    assert status["programmedGeneration"] == 1
+
+
+@pytest.mark.parametrize(
+    ("generation", "status", "held"),
+    [
+        (2, {}, True),  # a valid one may have been there before
+        (1, {}, False),  # it never counted
+        (1, {"programmedGeneration": 1}, True),  # an older release took it
+        (1, {"conditions": [{"type": "Degraded", "reason": "PlanHeld"}]}, True),
+    ],
+)
+async def test_a_plan_is_held_for_what_may_be_in_force(world, generation, status, held):
+    """After a restart nobody knows the last valid generation; pickers do."""
+    world.put(POLICY, policy(generation=generation, status=status, **BAD))
+    snapshot = world.control.programs["default/chat"][-1]
+    assert snapshot.HasField("plan") is not held
+    ((_, told),) = await world.after(1)
+    assert reason(told, "Degraded") == ("PlanHeld" if held else "PoolDegraded")
+    assert conditions.was_in_force(told) is held
+
+
+async def test_a_model_that_was_never_valid_is_told(world):
+    """It names no pool that could be read."""
+    world.put(MODEL, manifest(MODEL, "m", {"modelName": ""}))
+    ((name, status),) = await world.after(1)
+    assert (name, reason(status, "Accepted"), reason(status)) == ("m", "Invalid", "Invalid")
+
+
+# --- planning
+
+
+async def test_one_pool_that_cannot_be_planned_stops_no_other(world, monkeypatch, caplog):
+    """A defect there is logged, and what was planned before stays."""
+    spec = {"selector": {"matchLabels": {"a": "b"}}, "targetPorts": [{"number": 1}]}
+    plan = planning.plan
+
+    def broken(pool, *more):
+        if pool.metadata.name == "bad":
+            raise ZeroDivisionError("a defect")
+        return plan(pool, *more)
+
+    world.put(POOL, manifest(POOL, "bad", spec))
+    monkeypatch.setattr(planning, "plan", broken)
+    world.put(POLICY, policy(unmatched={"action": "Reject"}))
+    assert world.control.programs["default/chat"][-1].plan.unmatched.action == "Reject"
+    assert [pool.metadata.name for pool, _ in world.reconciler.planned()] == ["bad", "chat"]
+    assert "a defect" in caplog.text
+
+
+async def test_a_pool_that_is_gone_is_forgotten_but_not_programmed_away(world):
+    """Its pickers keep their program: nothing is sent."""
+    world.put(POLICY, policy())
+    sent = len(world.control.programs["default/chat"])
+    world.reconciler.touch(world.store.remove(POOL, "chat-uid", world.clock()))
+    world.reconciler.plan("default")
+    assert world.reconciler.planned() == []
+    assert len(world.control.programs["default/chat"]) == sent
+    ((_, status),) = await world.after(1)
+    assert reason(status, "ResolvedRefs") == "TargetNotFound"
+
+
+async def test_a_burst_of_changes_is_planned_once(world):
+    """After 50 ms of quiet, and after half a second at the latest; this one runs in real time."""
+    reconciler = Reconciler(world.store, world.control, world.written, standalone=True)
+    running = asyncio.create_task(reconciler.run_planning())
+    programmed = world.control.programmed
+    for number in range(1, 30):
+        manifest = policy(generation=number, version=str(number), limits={"maxRequests": number})
+        reconciler.touch(world.store.put(POLICY, manifest, 0.0))
+        await asyncio.sleep(0)
+    await asyncio.wait_for(programmed.wait(), 30)
+    running.cancel()
+    (snapshot,) = world.control.programs["default/chat"]
+    assert snapshot.plan.limits.max_requests == 29
