@@ -205,7 +205,7 @@ class Cluster:
                 async with session.request(
                     method, info.server.rstrip("/") + path, json=body, params=query, headers=headers
                 ) as answer:
-                    if answer.status == 401 and not fresh:
+                    if answer.status == 401:
                         continue
                     if answer.status >= 400:
                         raise await _error(answer)

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from forebay_operator.resources import Kind
 
 MAX_BACKOFF_SECONDS = 30.0
+END_SECONDS = 3.0
 
 
 class Watches:
-    """A kopf operator in a thread with a loop of its own: when it ends it cancels all tasks there.
+    """A kopf operator in a thread with a loop of its own: it takes all tasks there for its own.
 
     Args:
         on_event: called in that thread with every event.
@@ -58,21 +59,30 @@ class Watches:
     def _run(self) -> None:
         try:
             with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-                runner.run(
-                    kopf.operator(
-                        registry=self._registry,
-                        settings=_settings(),
-                        standalone=True,
-                        clusterwide=not self._namespaces,
-                        namespaces=self._namespaces,
-                        stop_flag=self._stop,
-                    )
-                )
-        except BaseException as error:
-            cancelled = isinstance(error, asyncio.CancelledError)
-            self._ended.set_exception(RuntimeError("cancelled") if cancelled else error)
+                runner.run(self._operate())
+        except Exception as error:
+            self._ended.set_exception(error)
         else:
             self._ended.set_result(None)
+
+    async def _operate(self) -> None:
+        """Run until the first of kopf's tasks ends; kopf.operator would wait 5 s for the others."""
+        # kopf has logged what its tasks have failed with.
+        self._loop.set_exception_handler(lambda _loop, _context: None)
+        tasks = await kopf.spawn_tasks(
+            registry=self._registry,
+            settings=_settings(),
+            standalone=True,
+            clusterwide=not self._namespaces,
+            namespaces=self._namespaces,
+            stop_flag=self._stop,
+        )
+        done, rest = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in rest:
+            task.cancel()
+        await asyncio.wait(rest, timeout=END_SECONDS)
+        for task in done:
+            task.result()
 
 
 def registry(on_event: Callable[[Kind, Any], None]) -> kopf.OperatorRegistry:

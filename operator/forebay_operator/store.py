@@ -55,10 +55,12 @@ class Swept:
     Attributes:
         changed: namespaces to plan again.
         corrected: uids of what was wrong; a working watch delivers these as well.
+        held: the LIST would have wiped out the kind, so nothing was removed.
     """
 
     changed: set[str] = field(default_factory=set)
     corrected: set[str] = field(default_factory=set)
+    held: bool = False
 
 
 class Store:
@@ -87,11 +89,6 @@ class Store:
         """Return the object of this name."""
         uid = self._by_name.get((kind, namespace, name))
         return None if uid is None else self._entries.get((kind, uid))
-
-    @property
-    def held(self) -> set[Kind]:
-        """The kinds whose last LIST would have wiped them out, so that nothing was removed."""
-        return set(self._empty_since)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -198,6 +195,7 @@ class Store:
         if gone and len(gone) == len(mine):
             since = self._empty_since.setdefault(kind, now)
             if now - since < EMPTY_SECONDS:
+                swept.held = True
                 return swept
         self._empty_since.pop(kind, None)
         for uid in gone:

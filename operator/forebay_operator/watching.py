@@ -78,6 +78,7 @@ class Watching:
         self._gap = asyncio.Event()
         self._listed_by_kopf_until = 0.0
         self._absent: set[Kind] = set()
+        self._held: set[Kind] = set()
         self._begin_anew = asyncio.Event()
         self._undelivered: set[str] = set()
         self._deaf = 0
@@ -142,22 +143,16 @@ class Watching:
             gap = self._gap.is_set()
             self._gap.clear()
             self._undelivered.clear()
-            held_before = self._store.held
             failures = await self._list_all()
             swept_at = self._clock()
             for failure in failures:
                 _log.warning("sweep failed", extra={"error": failure})
-            held = self._store.held
-            for kind in held - held_before:
-                _log.error(
-                    "a LIST holds none of the objects that were there; waiting for a second one",
-                    extra={"kind": _name(kind)},
-                )
-            wait = HELD_SECONDS if held else self._sweep_seconds
+            wait = HELD_SECONDS if self._held else self._sweep_seconds
             if not failures:
                 metrics.SWEPT_AT.set_to_current_time()
             corrected = "corrected" if self._undelivered else "clean"
-            metrics.SWEEPS.labels("error" if failures else "held" if held else corrected).inc()
+            result = "error" if failures else "held" if self._held else corrected
+            metrics.SWEEPS.labels(result).inc()
             if self._undelivered and not gap:
                 await asyncio.sleep(DELIVERY_SECONDS)
             self._listen(gap=gap or self._gap.is_set())
@@ -215,6 +210,14 @@ class Watching:
             self._absent.discard(kind)
             self._begin_anew.set()
         swept = self._store.sweep(kind, manifests, began_at, self._clock())
+        if not swept.held:
+            self._held.discard(kind)
+        elif kind not in self._held:
+            self._held.add(kind)
+            _log.error(
+                "a LIST holds none of the objects that were there; waiting for a second one",
+                extra={"kind": _name(kind)},
+            )
         self._undelivered |= swept.corrected
         self._touch(swept.changed)
 
