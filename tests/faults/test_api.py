@@ -121,7 +121,7 @@ def test_a_watch_that_breaks_hides_nothing(stage, through, proxy, ending):
 @pytest.mark.parametrize("code", [500, 503])
 def test_a_server_that_answers_errors_is_asked_again(stage, through, proxy, code):
     """T7: watches and LISTs get errors for a while, and one LIST half an answer."""
-    operator = stage.operator("--sweep-interval=2s", kubeconfig=through(proxy.url))
+    operator = stage.operator("operator-0", "--sweep-interval=2s", kubeconfig=through(proxy.url))
     stage.edit(0)
     (picker,) = stage.pickers(1, operator.control_port)
     until(lambda: stage.settled([picker]), SECONDS)
@@ -146,7 +146,7 @@ def test_a_server_that_answers_errors_is_asked_again(stage, through, proxy, code
 
 def test_a_slow_list_delays_nothing(stage, through, proxy):
     """T7: while LISTs take 20 s, an edit that a watch delivers is in force at once."""
-    operator = stage.operator("--sweep-interval=2s", kubeconfig=through(proxy.url))
+    operator = stage.operator("operator-0", "--sweep-interval=2s", kubeconfig=through(proxy.url))
     stage.edit(0)
     (picker,) = stage.pickers(1, operator.control_port)
     until(lambda: stage.settled([picker]), SECONDS)
@@ -164,7 +164,7 @@ def test_a_slow_list_delays_nothing(stage, through, proxy):
 
 def test_one_empty_list_wipes_nothing_out(stage, through, proxy):
     """It has to come a second time, ten seconds later, and does not."""
-    operator = stage.operator("--sweep-interval=2s", kubeconfig=through(proxy.url))
+    operator = stage.operator("operator-0", "--sweep-interval=2s", kubeconfig=through(proxy.url))
     rejects(stage, "chat")
     (picker,) = stage.pickers(1, operator.control_port)
     until(lambda: stage.settled([picker]), SECONDS)
@@ -181,7 +181,7 @@ def test_one_empty_list_wipes_nothing_out(stage, through, proxy):
 
 def test_an_operator_that_hears_nothing_ends_itself(stage, through, proxy):
     """Its sweeps keep programs true until then; only new connections help."""
-    operator = stage.operator("--sweep-interval=2s", kubeconfig=through(proxy.url))
+    operator = stage.operator("operator-0", "--sweep-interval=2s", kubeconfig=through(proxy.url))
     stage.edit(0)
     (picker,) = stage.pickers(1, operator.control_port)
     until(lambda: stage.settled([picker]), SECONDS)

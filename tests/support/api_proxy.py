@@ -142,7 +142,7 @@ class Proxy:
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as self._session:
             app = web.Application(client_max_size=8 << 20)
             app.router.add_route("*", "/{path:.*}", self._handle)
-            runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+            runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
             await runner.setup()
             site = web.TCPSite(runner, "127.0.0.1", 0)
             await site.start()
@@ -151,6 +151,7 @@ class Proxy:
             await self._stop.wait()
             await self._end_watches(b"")
             await runner.cleanup()
+        await asyncio.sleep(0.25)  # aiohttp's advice: TLS connections close in the background
 
     async def _end_watches(self, line: bytes) -> None:
         self._deaf = False
@@ -171,7 +172,7 @@ class Proxy:
                 request.method,
                 self.upstream + request.raw_path,
                 headers={**headers, "accept-encoding": "identity"},
-                data=await request.read(),
+                data=await request.read() or None,
             ) as answer:
                 if is_watch(request) and answer.status == 200:
                     return await self._watch(request, answer)

@@ -512,10 +512,10 @@ class Stage:
         self._processes: list[Process] = []
         apply(cluster, namespace, pool("chat"), service())
 
-    def operator(self, name: str = "operator-0", **options) -> Operator:
+    def operator(self, name: str = "operator-0", *flags: str, **options) -> Operator:
         """Start an operator of this namespace alone and wait until it is ready."""
         operator = Operator(
-            *(self.cluster, self.folder, self.tls),
+            *(self.cluster, self.folder, self.tls, *flags),
             name=name,
             lease_namespace=self.namespace,
             namespaces=(self.namespace,),

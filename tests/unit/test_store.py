@@ -113,6 +113,23 @@ def test_a_removed_object_stays_away():
     assert (len(store), store.namespaces()) == (0, [])
 
 
+def test_an_object_that_comes_back_into_a_watch_is_taken():
+    """A label takes it out of what is watched and brings it back: a newer version than its end."""
+    store = filled("a")
+    store.remove(POLICY, "uid-a", 1.0, version="21")
+
+    assert store.put(POLICY, policy(version=20), 2.0) == set()
+    assert store.put(POLICY, policy(version=22), 3.0) == {"default"}
+
+
+def test_a_watch_that_tells_of_the_last_end_is_believed():
+    """Only LISTs have to come twice."""
+    store = filled("a")
+
+    assert store.remove(POLICY, "uid-a", 1.0, "6") == {"default"}
+    assert not store.sweep(POLICY, [], 2.0, 3.0).held
+
+
 def test_a_name_made_again_replaces_its_predecessor():
     """Although nobody has said that the first one is gone."""
     store = filled("a")
@@ -182,7 +199,7 @@ def test_a_sweep_removes_a_ghost():
     store = filled("a", "ghost")
     swept = store.sweep(POLICY, [policy("a")], 10.0, 11.0)
 
-    assert (swept.changed, swept.missed, swept.held) == ({"default"}, 1, False)
+    assert (swept.changed, swept.corrected, swept.held) == ({"default"}, {"uid-ghost"}, False)
     assert names(store) == {"a"}
 
 
@@ -191,7 +208,7 @@ def test_a_sweep_finds_what_watches_missed():
     store = filled("a")
     listed = [policy("a", version=2, generation=2), policy("b", version=3)]
 
-    assert store.sweep(POLICY, listed, 10.0, 11.0).missed == 2
+    assert store.sweep(POLICY, listed, 10.0, 11.0).corrected == {"uid-a", "uid-b"}
     assert names(store) == {"a", "b"}
 
 
@@ -200,7 +217,7 @@ def test_a_clean_sweep_changes_nothing():
     store = filled("a", "b")
     swept = store.sweep(POLICY, [policy("a"), policy("b")], 10.0, 11.0)
 
-    assert (swept.changed, swept.missed) == (set(), 0)
+    assert (swept.changed, swept.corrected) == (set(), set())
 
 
 def test_an_object_seen_after_the_list_began_is_kept():
@@ -238,7 +255,7 @@ def test_the_last_objects_of_a_kind_are_removed_by_a_second_list_only():
     assert store.sweep(POLICY, [], 19.0, 11.0 + EMPTY_SECONDS - 0.1).held
     assert names(store) == {"a", "b"}
     swept = store.sweep(POLICY, [], 21.0, 11.0 + EMPTY_SECONDS)
-    assert (swept.held, swept.missed, names(store)) == (False, 2, set())
+    assert (swept.held, len(swept.corrected), names(store)) == (False, 2, set())
 
 
 def test_an_empty_list_that_was_a_mistake_is_forgotten():
