@@ -261,7 +261,7 @@ def test_an_invalid_generation_leaves_the_last_valid_one_in_force(site, operator
     """Also over a restart of the operator, which has never seen that one; and then it is mended."""
     site.pool()
     site.apply(pool("other", service="epp-other"), service("epp-other"))
-    picker, other = site.picker(), site.picker("other", "epp-other")
+    picker, other = site.picker(), site.picker(pool="other", app="epp-other")
     site.apply(policy("p", "chat", **SMALL), policy("q", "other", **SMALL))
     site.until_programmed("p")
     site.until_programmed("q")

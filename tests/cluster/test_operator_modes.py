@@ -56,18 +56,19 @@ def start(cluster, authority, tmp_path):
     """Start an operator with the rights of its mode; all end with the test."""
     started = []
 
-    def start(*namespaces: str, **options) -> RestartableOperator:
+    def start(*namespaces: str, flags: tuple[str, ...] = ()) -> RestartableOperator:
         home = make_namespace(cluster, f"home-{secrets.token_hex(4)}")
         if namespaces:
-            kubeconfig = operator_account.namespaced(cluster, home, tmp_path, *namespaces)
+            kubeconfig = operator_account.namespaced(
+                *(cluster, home, tmp_path, *namespaces), tokens=not flags
+            )
         else:
             kubeconfig = operator_account.cluster_wide(cluster, home, tmp_path)
         operator = RestartableOperator(
-            *(cluster, tmp_path, authority.leaf("op")),
+            *(cluster, tmp_path, authority.leaf("op"), *flags),
             lease_namespace=home,
             kubeconfig=kubeconfig,
             namespaces=namespaces,
-            **options,
         )
         started.append(operator)
         return operator
@@ -131,16 +132,20 @@ def crds(cluster):
 
 
 @pytest.mark.usefixtures("crds")
-def test_one_namespace_only(cluster, namespace, start, site):
-    """Nothing of another one is read or written, with a Role that allows nothing there."""
+def test_one_namespace_only(cluster, namespace, start, site, authority):
+    """Nothing of another one is read or written, by a Role and with nothing else.
+
+    Reviewing tokens is allowed for the whole cluster or not at all: pickers show certificates.
+    """
     elsewhere = make_namespace(cluster, f"other-{secrets.token_hex(4)}")
-    operator = start(namespace)
+    operator = start(namespace, flags=("--control-client-auth=certificate",))
     operator.until_leading()
     here, there = site(operator), site(operator, elsewhere)
     for one in (there, here):
         one.pool()
         one.apply(policy("p", "chat", **REJECTS))
-    picker = here.picker()
+    leaf = authority.leaf("epp", uri=f"spiffe://cluster.local/ns/{namespace}/sa/default")
+    picker = here.picker(f"--control-cert-path={leaf}")
     here.until_programmed("p")
     assert answer(picker) == 404
     shown = operator.process.page("/resources")

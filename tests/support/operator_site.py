@@ -100,10 +100,10 @@ class Site:
 
     # What runs
 
-    def picker(self, pool: str = "chat", app: str = "epp") -> PickerProcess:
+    def picker(self, *flags: str, pool: str = "chat", app: str = "epp") -> PickerProcess:
         """Start one more endpoint picker."""
         pod = PickerPod(self.cluster, self.namespace, f"epp-{len(self.pods)}", app)
-        process = PickerProcess(self._folder, pod, pool, self._control_port, self._ca)
+        process = PickerProcess(self._folder, pod, pool, self._control_port, self._ca, *flags)
         self.pods.append(pod)
         self.processes.append(process)
         return process
