@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
     from pathlib import Path
 
+    from forebay_operator.conditions import Transition
     from forebay_operator.settings import Settings
     from forebay_operator.store import Entry
 
@@ -92,20 +93,20 @@ class ClusterReporter:
             entry.kind, metadata.namespace, metadata.name, metadata.uid, status
         )
 
-    async def announce(self, entry: Entry, changes: list[tuple[str, str, str, str]]) -> None:
+    async def announce(self, entry: Entry, changes: list[Transition]) -> None:
         """Post an Event per condition that people should hear of."""
-        for kind, status, reason, message in changes:
-            bad = (status == "True") == (kind == "Degraded")
-            if reason in ("Pending", "AsExpected", "ResolvedRefs"):
+        for change in changes:
+            if change.reason in ("Pending", "AsExpected", "ResolvedRefs"):
                 continue
+            text = f"{change.type}={change.status}"
             await self._cluster.event(
                 kind=entry.kind,
                 namespace=entry.metadata.namespace,
                 name=entry.metadata.name,
                 uid=entry.metadata.uid,
-                warning=bad,
-                reason=reason,
-                message=f"{kind}={status}: {message}" if message else f"{kind}={status}",
+                warning=change.bad,
+                reason=change.reason,
+                message=f"{text}: {change.message}" if change.message else text,
             )
 
 

@@ -84,6 +84,22 @@ class Subject:
     valid_generation: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """A condition whose status or reason is new. `before` is the status it had, "" for none."""
+
+    type: str
+    status: str
+    reason: str
+    message: str
+    before: str = ""
+
+    @property
+    def bad(self) -> bool:
+        """Whether somebody has to do something: of Degraded it is True that is bad."""
+        return (self.status == "True") == (self.type == "Degraded")
+
+
 def policy_status(subject: Subject, attachments: Sequence[Attachment]) -> dict[str, Any]:
     """Return the status of a FlowControlPolicy, its conditions without times."""
     live = [a for a in attachments if a.pickers is not None and a.refused is None]
@@ -174,10 +190,8 @@ def differs(desired: Mapping[str, Any], observed: Mapping[str, Any]) -> str:
     return ""
 
 
-def transitions(
-    desired: Mapping[str, Any], observed: Mapping[str, Any]
-) -> list[tuple[str, str, str, str]]:
-    """Return (type, status, reason, message) of each condition whose status or reason is new.
+def transitions(desired: Mapping[str, Any], observed: Mapping[str, Any]) -> list[Transition]:
+    """Return what has become of each condition whose status or reason is new.
 
     One that only repeats why the object is not accepted is left out.
     """
@@ -191,7 +205,9 @@ def transitions(
         if c["type"] == "Accepted" and c["status"] == "False"
     }
     return [
-        (c["type"], c["status"], c["reason"], c["message"])
+        Transition(
+            c["type"], c["status"], c["reason"], c["message"], before.get(c["type"], ("",))[0] or ""
+        )
         for c in desired["conditions"]
         if before.get(c["type"]) != (c["status"], c["reason"])
         and (c["type"] == "Accepted" or c["reason"] not in refused)

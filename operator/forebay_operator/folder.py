@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from aiohttp.web import AppRunner
 
     from forebay_control.v1 import control_pb2 as pb
+    from forebay_operator.conditions import Transition
     from forebay_operator.resources import Kind, Resource
     from forebay_operator.sources import Manifests
     from forebay_operator.store import Entry
@@ -276,18 +277,16 @@ class FolderOperator:
         """Keep the status; /resources shows it."""
         return None
 
-    async def announce(self, entry: Entry, changes: list[tuple[str, str, str, str]]) -> None:
-        """Tell of conditions that have changed; at first of bad ones only."""
+    async def announce(self, entry: Entry, changes: list[Transition]) -> None:
+        """Tell of conditions that have changed; of one that is new only if it is bad."""
         metadata = entry.metadata
         where = self._folder.where(entry.kind, metadata.namespace, metadata.name)
-        for kind, status, reason, message in changes:
-            bad = (status == "True") == (kind == "Degraded")
-            if reason in _QUIET_REASONS or message.endswith("see Accepted"):
+        for change in changes:
+            if change.reason in _QUIET_REASONS or not (change.bad or change.before):
                 continue
-            if not entry.status and not bad:
-                continue
-            text = f"{where}: {kind}={status} {reason}"
-            self._tell(wording.printable(f"{text}: {message}" if message else text), bad)
+            text = f"{where}: {change.type}={change.status} {change.reason}"
+            line = f"{text}: {change.message}" if change.message else text
+            self._tell(wording.printable(line), change.bad)
 
 
 def _listed(title: str, lines: list[str]) -> str:

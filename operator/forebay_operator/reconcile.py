@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from forebay_operator import conditions, metrics, planning
 from forebay_operator.cluster import ApiError, now_text
-from forebay_operator.conditions import Attachment, Subject
+from forebay_operator.conditions import Attachment, Subject, Transition
 from forebay_operator.resources import FlowControlPolicy, InferenceModel, InferencePool
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ class Reporter(Protocol):
             ApiError: it was not written.
         """
 
-    async def announce(self, entry: Entry, changes: list[tuple[str, str, str, str]]) -> None:
-        """Tell people of conditions that have changed: (type, status, reason, message)."""
+    async def announce(self, entry: Entry, changes: list[Transition]) -> None:
+        """Tell people of conditions that have changed."""
 
 
 @dataclass(slots=True)

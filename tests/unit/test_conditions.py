@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from forebay_control.v1 import control_pb2 as pb
 from forebay_operator import conditions
-from forebay_operator.conditions import Attachment, Picker, PickerState, Subject
+from forebay_operator.conditions import Attachment, Picker, PickerState, Subject, Transition
 
 GROUP = "inference.networking.k8s.io"
 SUBJECT = Subject("u", "default", generation=3)
@@ -280,9 +280,17 @@ def test_transitions_are_new_statuses_and_reasons():
     assert conditions.transitions(desired(), observed) == []
     observed["conditions"][2]["reason"] = "Pending"
     observed["conditions"][2]["status"] = "False"
+    text = "1 of 1 endpoint pickers run it"
     assert conditions.transitions(desired(), observed) == [
-        ("Programmed", "True", "Programmed", "1 of 1 endpoint pickers run it")
+        Transition("Programmed", "True", "Programmed", text, before="False")
     ]
+
+
+def test_what_repeats_a_refusal_is_no_transition():
+    """A policy that loses to another is told of once, not in each condition."""
+    refused = at(picker(), refused=("Conflicted", "an older one is there"), notes=("no endpoints",))
+    changes = conditions.transitions(conditions.policy_status(SUBJECT, [refused]), {})
+    assert [(c.type, c.reason) for c in changes if c.bad] == [("Accepted", "Conflicted")]
 
 
 # --- numbers

@@ -68,7 +68,9 @@ class Written:
         return self.answer(status)
 
     async def announce(self, entry, changes):
-        self.announced += [(entry.metadata.name, *change[:3]) for change in changes]
+        self.announced += [
+            (entry.metadata.name, change.type, change.status, change.reason) for change in changes
+        ]
 
 
 def manifest(kind, name, spec, generation=1, version="1", **metadata):
