@@ -40,7 +40,7 @@ class Waiting:
 
     Attributes:
         order: requests as they were dispatched.
-        refused: outcome and seconds in the queue of those that were refused.
+        refused: outcome of those that were refused, and the seconds from sending to it.
     """
 
     def __init__(self, thread: LoopThread, grpc_port: int) -> None:
@@ -81,10 +81,11 @@ class Waiting:
         await call.write(pb.ProcessingRequest(request_headers=head, protocol_config=CONFIG))
         assert (await self._read(call)).HasField("request_headers")
         body = pb.HttpBody(body=b'{"model":"%b"}' % model.encode(), end_of_stream=True)
+        began = time.monotonic()
         await call.write(pb.ProcessingRequest(request_body=body))
         answer = await self._read(call)
         assert answer.HasField("override_message_timeout"), answer
-        self._tasks.append(asyncio.create_task(self._wait(number, call, time.monotonic())))
+        self._tasks.append(asyncio.create_task(self._wait(number, call, began)))
 
     async def _read(self, call) -> pb.ProcessingResponse:
         return await asyncio.wait_for(call.read(), WAIT_SECONDS)
