@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
@@ -202,10 +203,11 @@ def test_a_stop_asks_pickers_to_dial_again(driver, dial):
     peers = [dial().hello(pod_uid=f"uid-{n}") for n in range(5)]
     for peer in peers:
         peer.next("ping")
-    stopping = asyncio.run_coroutine_threadsafe(driver.server.stop(), driver._loop)
-    waits = [peer.next("close").retry_after_seconds for peer in peers]
+    with ThreadPoolExecutor(1) as pool:
+        stopping = pool.submit(driver.thread.do, driver.server.stop())
+        waits = [peer.next("close").retry_after_seconds for peer in peers]
+        stopping.result(WAIT_SECONDS)
 
-    stopping.result(WAIT_SECONDS)
     assert all(0 <= wait <= 3 for wait in waits)
     assert len(set(waits)) == 5
 
