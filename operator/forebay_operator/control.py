@@ -394,7 +394,7 @@ class ControlServer(rpc.ControlServicer):
                     return
         except DecodeError:
             self._end(stream, refusal=not_a_message())
-        except (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
+        except (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.BaseError):
             _log.debug("control stream broke", extra={"pod": stream.pod_name})
         except Exception:  # whatever a picker sends must end its own stream only
             _log.exception("control stream failed", extra={"pod": stream.pod_name})

@@ -212,6 +212,23 @@ def test_a_stop_asks_pickers_to_dial_again(driver, dial):
     assert len(set(waits)) == 5
 
 
+def test_streams_that_a_stop_cuts_off_leave_no_traceback(caplog):
+    """Those that have not ended by themselves half a second later."""
+    for _ in range(5):
+        driver = Driver(epoch=5)
+        peers = [Peer(driver.port).hello(pod_uid=f"uid-{n}") for n in range(20)]
+        for peer in peers:
+            peer.next("ping")
+            for _ in range(200):
+                peer.send(ping=pb.Ping())
+        driver.thread.do(driver.server._server.stop(0))
+        driver.stop()
+        for peer in peers:
+            peer.close()
+
+    assert "control stream failed" not in caplog.text
+
+
 def test_bye_is_the_end_of_a_stream(driver, dial):
     """The picker is not connected any more."""
     peer = dial().hello()

@@ -207,7 +207,7 @@ class ControlClient:
             self._say(str(error))
         except grpc.aio.AioRpcError as error:
             self._say(f"{address}: {error.code().name}: {error.details()}")
-        except (TimeoutError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
+        except (TimeoutError, asyncio.InvalidStateError, grpc.aio.BaseError) as error:
             self._say(f"{address}: {error}")
         except Exception as error:
             self._say(f"{address}: {type(error).__name__}", error)
