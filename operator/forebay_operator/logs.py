@@ -17,7 +17,7 @@ def configure(verbosity: int) -> None:
     """
     handler = logging.StreamHandler(sys.stderr)
     if verbosity < 2:
-        handler.addFilter(_without_kopf_tracebacks)
+        handler.addFilter(_worth_a_line)
     handler.setFormatter(
         JsonFormatter(
             "{asctime}{levelname}{name}{message}",
@@ -40,8 +40,15 @@ def configure(verbosity: int) -> None:
     logging.getLogger("kopf").setLevel(logging.INFO if verbosity > 1 else logging.ERROR)
 
 
-def _without_kopf_tracebacks(record: logging.LogRecord) -> bool:
-    """Let one line do for a watch that has failed: it is begun anew."""
-    if record.name.startswith("kopf"):
+# What grpc says of streams that are cut when their server ends.
+_GRPC_ENDS = ("CancelledError", "ExecuteBatchError")
+
+
+def _worth_a_line(record: logging.LogRecord) -> bool:
+    """Leave out what is no news, and the tracebacks of what mends itself."""
+    error = record.exc_info[1] if record.exc_info else None
+    if record.name.startswith("grpc"):
+        return type(error).__name__ not in _GRPC_ENDS
+    if record.name.startswith("kopf"):  # a watch that has failed is begun anew
         record.exc_info = record.exc_text = None
     return True

@@ -1,0 +1,47 @@
+"""forebay_operator/logs.py: one line for what mends itself, none for what is no news."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+
+import pytest
+
+from forebay_operator import logs
+
+
+@pytest.fixture
+def logged(capsys):
+    """Log an error as configured, and return the lines that come of it as objects."""
+    root, handlers = logging.getLogger(), logging.getLogger().handlers[:]
+    levels = {name: logging.getLogger(name).level for name in ("", "kopf", "forebay_operator")}
+
+    def log(name: str, error: BaseException) -> list[dict]:
+        logs.configure(1)
+        logging.getLogger(name).error("it has ended", exc_info=error)
+        return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+
+    yield log
+    root.handlers[:] = handlers
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+def test_a_failed_watch_is_a_line(logged):
+    """The traceback would be kopf's own; the watch begins anew."""
+    lines = logged("kopf.activities", OSError("gone"))
+
+    assert [set(line) for line in lines] == [{"ts", "level", "logger", "msg"}]
+
+
+def test_streams_that_end_with_their_server_are_no_news(logged):
+    """Their cancellation is logged by grpc as an error."""
+    assert logged("grpc._cython.cygrpc", asyncio.CancelledError()) == []
+
+
+def test_a_servicer_that_fails_is_told_of_whole(logged):
+    """A defect of ours comes out of grpc's logger with its traceback."""
+    (line,) = logged("grpc._cython.cygrpc", KeyError("pool"))
+
+    assert "KeyError" in line["exc_info"]
