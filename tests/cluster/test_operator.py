@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from queue import Queue
 
+import grpc
 import operator_account
 import pytest
 import yaml
-from control_plane import Authority, model, policy, pool, service
+from control_plane import Authority, PickerPod, model, policy, pool, service
 from ext_proc_peer import channel, until
 from operator_site import (
     CRDS,
@@ -26,6 +28,9 @@ from operator_site import (
     send,
     waiting,
 )
+
+from forebay_control.v1 import control_pb2 as pb
+from forebay_control.v1 import control_pb2_grpc
 
 POOLS = "inferencepools.inference.networking.k8s.io"
 # What a request for an unknown model gets shows which policy is in force: 404 or 413, at once.
@@ -333,6 +338,76 @@ def test_endpoints_and_pickers_come_and_go(site):
     site.pods[1].delete()
     until(lambda: site.status("p")["endpointPickers"]["ready"] == "1/1", SECONDS)
     site.until("p", "Programmed", "True", "Programmed")
+
+
+class RefusingPicker:
+    """A bare client of the control channel with a real pod's token, which refuses what it gets.
+
+    It stands for a picker of another release: ours refuses nothing that the operator makes.
+    """
+
+    def __init__(self, site, operator, authority, pod) -> None:
+        self._outgoing = Queue()
+        credentials = grpc.ssl_channel_credentials(authority.path.read_bytes())
+        options = [("grpc.ssl_target_name_override", "forebay-operator")]
+        address = f"127.0.0.1:{operator.control_port}"
+        self._channel = grpc.secure_channel(address, credentials, options)
+        self._call = control_pb2_grpc.ControlStub(self._channel).Connect(
+            iter(self._outgoing.get, None), metadata=[("authorization", f"Bearer {pod.token()}")]
+        )
+        hello = pb.Hello(
+            protocol=1,
+            pool=f"{site.namespace}/chat",
+            pod_namespace=site.namespace,
+            pod_name=pod.name,
+            pod_uid=pod.uid,
+        )
+        self._outgoing.put(pb.FromPicker(hello=hello))
+
+    def program(self, other_than: bytes = b"") -> pb.Program:
+        programs = (m.program for m in self._call if m.WhichOneof("message") == "program")
+        return next(program for program in programs if program.sha256 != other_than)
+
+    def refuse(self, program: pb.Program, path: str, why: str) -> None:
+        nack = pb.Nack(nonce=program.nonce, version=program.version, code="Invalid")
+        nack.errors.add(path=path, message=why)
+        self._outgoing.put(pb.FromPicker(nack=nack))
+
+    def accept(self, program: pb.Program) -> None:
+        ack = pb.Ack(nonce=program.nonce, version=program.version, sha256=program.sha256)
+        self._outgoing.put(pb.FromPicker(ack=ack))
+
+    def close(self) -> None:
+        self._outgoing.put(None)
+        self._channel.close()
+
+
+def test_a_picker_that_refuses_is_named(site, operator, authority):
+    """With what it says; the others run the new program; a program that it takes mends it."""
+    site.pool()
+    site.apply(policy("p", "chat"))
+    site.picker()
+    pod = PickerPod(site.cluster, site.namespace, "old-release", "epp")
+    refusing = RefusingPicker(site, operator, authority, pod)
+    try:
+        program = refusing.program()
+        refusing.refuse(program, "plan.bands[0].ordering", "is not known here")
+
+        site.until("p", "Programmed", "False", "Rejected")
+        message = site.message("p", "Programmed")
+        assert "old-release: Invalid: plan.bands[0].ordering: is not known here" in message
+        assert message.startswith("1 of 2 endpoint pickers refuse")
+        assert site.condition("p", "Degraded") == ("True", "EndpointPickersReject")
+        counts = site.status("p")["endpointPickers"]
+        assert (counts["ready"], counts["rejected"], counts["stale"]) == ("1/2", 1, 0)
+
+        site.apply(policy("p", "chat", **REJECTS))
+        refusing.accept(refusing.program(other_than=program.sha256))
+
+        site.until("p", "Programmed", "True", "Programmed")
+        assert site.status("p")["endpointPickers"]["ready"] == "2/2"
+    finally:
+        refusing.close()
 
 
 # --- what is written
