@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MAX_BACKOFF_SECONDS = 30.0
 END_SECONDS = 3.0
+END_TRIES = 10
 
 
 class Watches:
@@ -57,13 +58,19 @@ class Watches:
             self._loop.call_soon_threadsafe(self._stop.set)
 
     def _run(self) -> None:
+        error: Exception | None = None
         try:
-            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-                runner.run(self._operate())
-        except Exception as error:
-            self._ended.set_exception(error)
-        else:
+            self._loop.run_until_complete(self._operate())
+        except Exception as what:
+            error = what
+        self._end_tasks()
+        with suppress(TimeoutError):
+            self._loop.run_until_complete(asyncio.wait_for(self._loop.shutdown_asyncgens(), 1.0))
+        self._loop.close()
+        if error is None:
             self._ended.set_result(None)
+        else:
+            self._ended.set_exception(error)
 
     async def _operate(self) -> None:
         """Run until the first of kopf's tasks ends; kopf.operator would wait 5 s for the others."""
@@ -77,12 +84,22 @@ class Watches:
             namespaces=self._namespaces,
             stop_flag=self._stop,
         )
-        done, rest = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in rest:
-            task.cancel()
-        await asyncio.wait(rest, timeout=END_SECONDS)
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
+
+    def _end_tasks(self) -> None:
+        """Cancel what is left, over and over: a watch that ends just then swallows it and goes on.
+
+        That is in kopf's `streaming_block`. What does not end in time is left behind with its loop.
+        """
+        for _ in range(END_TRIES):
+            tasks = asyncio.all_tasks(self._loop)
+            if not tasks:
+                return
+            for task in tasks:
+                task.cancel()
+            self._loop.run_until_complete(asyncio.wait(tasks, timeout=END_SECONDS / END_TRIES))
 
 
 def registry(on_event: Callable[[Kind, Any], None]) -> kopf.OperatorRegistry:
