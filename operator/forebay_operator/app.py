@@ -19,6 +19,7 @@ from forebay_operator.cluster import ApiError, Cluster
 from forebay_operator.control import ControlServer, join
 from forebay_operator.election import Elector, Leadership
 from forebay_operator.folder import FolderOperator
+from forebay_operator.issuing import Issuer, Places
 from forebay_operator.reconcile import Reconciler
 from forebay_operator.store import Store
 from forebay_operator.trust import CertificateTrust, TokenTrust, believe
@@ -138,7 +139,17 @@ class ClusterOperator:
             f"{instance}/{uuid.uuid4().hex[:8]}",
             self._lead,
         )
+        self._issuer = self._new_issuer()
         self._stop = asyncio.Event()
+
+    def _new_issuer(self) -> Issuer | None:
+        settings = self._settings
+        if not settings.control_tls_secret:
+            return None
+        places = Places(
+            settings.lease_namespace, settings.control_tls_secret, settings.control_ca_configmaps
+        )
+        return Issuer(self._cluster, places, settings.control_server_name)
 
     def _trust(self) -> Any:
         def expected(pool: str) -> Any:
@@ -172,7 +183,7 @@ class ClusterOperator:
         running = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             running.add_signal_handler(number, self._stop.set)
-        runner = await self._listen()
+        runner = await self._serve_pages()
         tasks: list[asyncio.Task[Any]] = []
 
         def start(work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
@@ -182,6 +193,13 @@ class ClusterOperator:
         try:
             stopping = start(self._stop.wait(), "signals")
             start(self._reconciler.run_reporting(), "reporting")  # the sign of life of /livez
+            if self._issuer is not None:
+                issuing = start(self._issuer.first(), "first certificate")
+                if await self._first(tasks) is not issuing:
+                    return 0 if stopping.done() else 1
+                tasks.remove(issuing)
+                start(self._issuer.run(), "certificates")
+            await self._serve_control()
             filling = start(self._watching.fill(), "first lists")
             if await self._first(tasks) is filling:
                 tasks.remove(filling)
@@ -217,20 +235,10 @@ class ClusterOperator:
                 _log.critical("%s has ended: %s", task.get_name(), error, exc_info=error)
         return min(done, key=tasks.index)
 
-    async def _listen(self) -> Any:
+    async def _serve_pages(self) -> Any:
         settings = self._settings
-        credentials = None
-        if settings.control_tls_path is not None:
-            try:
-                credentials = tls.server_credentials(
-                    settings.control_tls_path,
-                    require_client_certificate=settings.control_client_auth == "certificate",
-                )
-            except (OSError, ValueError) as error:
-                raise StartError(f"--control-tls-path: {error}") from error
-        address = join(settings.control_bind_address, settings.control_port)
         try:
-            runner = await pages.serve(
+            return await pages.serve(
                 settings.http_bind_address,
                 settings.http_port,
                 self._reconciler,
@@ -239,10 +247,29 @@ class ClusterOperator:
             )
         except OSError as error:
             raise StartError(f"--http-port {settings.http_port}: {error.strerror}") from error
+
+    async def _serve_control(self) -> None:
+        settings = self._settings
+        address = join(settings.control_bind_address, settings.control_port)
+        credentials = self._credentials()
         try:
             port = await self._control.serve(address, credentials)
         except RuntimeError as error:
-            await runner.cleanup()
             raise StartError(f"--control-port: cannot bind {address}: in use?") from error
         _log.info("listening", extra={"control_port": port, "http_port": settings.http_port})
-        return runner
+
+    def _credentials(self) -> Any:
+        """Return what the control channel proves itself with; None on a loopback address."""
+        settings = self._settings
+        if (issuer := self._issuer) is not None:
+            return tls.server_credentials(
+                lambda: (*issuer.pair, None), require_client_certificate=False
+            )
+        if settings.control_tls_path is None:
+            return None
+        with_ca = settings.control_client_auth == "certificate"
+        read = tls.from_folder(settings.control_tls_path, with_ca=with_ca)
+        try:
+            return tls.server_credentials(read, require_client_certificate=with_ca)
+        except (OSError, ValueError) as error:
+            raise StartError(f"--control-tls-path: {error}") from error

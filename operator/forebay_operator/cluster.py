@@ -1,9 +1,10 @@
 """The only caller of the Kubernetes API besides kopf's watches.
 
-Lists, server-side apply of statuses, Events, leases, token reviews: each one request, with the
-credentials that kopf logs in with. Nothing is retried here except a login that has run out: whoever
-asks knows how long an answer is worth waiting for. kopf.ConnectionInfo and aiohttp in place of the
-kubernetes client, which alone would be more than half of the operator's memory.
+Lists, server-side apply of statuses, Events, leases, token reviews, the control channel's
+certificates: each one request, with the credentials that kopf logs in with. Nothing is retried here
+except a login that has run out: whoever asks knows how long an answer is worth waiting for.
+kopf.ConnectionInfo and aiohttp in place of the kubernetes client, which alone would be more than
+half of the operator's memory.
 """
 
 from __future__ import annotations
@@ -181,6 +182,25 @@ class Cluster:
         if create:
             return await self.request("POST", _leases(namespace), lease)
         return await self.request("PUT", f"{_leases(namespace)}/{name}", lease)
+
+    async def get_object(self, plural: str, namespace: str, name: str) -> dict[str, Any]:
+        """Return a Secret or ConfigMap.
+
+        Raises:
+            ApiError: 404 where there is none.
+        """
+        return await self.request("GET", f"/api/v1/namespaces/{namespace}/{plural}/{name}")
+
+    async def put_object(
+        self, plural: str, namespace: str, name: str, manifest: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Replace the Secret or ConfigMap whose resourceVersion the manifest carries.
+
+        Raises:
+            ApiError: 409 when somebody else was faster.
+        """
+        path = f"/api/v1/namespaces/{namespace}/{plural}/{name}"
+        return await self.request("PUT", path, manifest)
 
     async def request(
         self,

@@ -18,3 +18,7 @@ SWEEPS = Counter("forebay_sweeps", "LISTs that corrected the store", ["result"])
 SWEPT_AT = Gauge("forebay_last_sweep_timestamp_seconds", "When all kinds were last listed")
 LEADING = Gauge("forebay_leader_epoch", "Epoch of this replica's leadership, 0 when it does not")
 EVENTS = Counter("forebay_watch_events", "Events that watches delivered", ["kind"])
+CERTIFICATE_EXPIRES = Gauge(
+    "forebay_control_certificate_expiry_timestamp_seconds",
+    "When the served certificate runs out, where the operator issues it itself",
+)

@@ -28,6 +28,9 @@ class Settings:
     control_bind_address: str
     control_port: int
     control_tls_path: Path | None
+    control_tls_secret: str
+    control_ca_configmaps: tuple[tuple[str, str], ...]
+    control_server_name: str
     control_client_auth: str
     control_audience: str
     http_bind_address: str
@@ -89,8 +92,10 @@ def parse(arguments: list[str] | None = None) -> Settings:
         type=Path,
         metavar="DIR",
         help="tls.crt and tls.key (and ca.crt for client certificates), reloaded when they change; "
-        "without it the control channel is plaintext, on a loopback address only",
+        "without it and --control-tls-secret the control channel is plaintext, on a loopback "
+        "address only",
     )
+    _add_issuing(parser)
     add(
         "--control-client-auth",
         choices=CLIENT_AUTHS,
@@ -128,6 +133,12 @@ def parse(arguments: list[str] | None = None) -> Settings:
         control_bind_address=given.control_bind_address,
         control_port=given.control_port,
         control_tls_path=given.control_tls_path,
+        control_tls_secret=given.control_tls_secret,
+        control_ca_configmaps=tuple(
+            (namespace or given.lease_namespace, name)
+            for namespace, name in given.control_ca_configmap
+        ),
+        control_server_name=given.control_server_name,
         control_client_auth=given.control_client_auth,
         control_audience=given.control_audience,
         http_bind_address=given.http_bind_address,
@@ -140,13 +151,43 @@ def parse(arguments: list[str] | None = None) -> Settings:
     )
 
 
+def _add_issuing(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags about certificates that the operator issues itself."""
+    add = parser.add_argument_group("own certificate authority").add_argument
+    add(
+        "--control-tls-secret",
+        default="",
+        metavar="NAME",
+        help="issue the control channel's certificate and keep it in this Secret, which has to "
+        "exist in the Lease's namespace; instead of --control-tls-path",
+    )
+    add(
+        "--control-ca-configmap",
+        type=_namespaced,
+        action="append",
+        default=[],
+        metavar="[NAMESPACE/]NAME",
+        help="publish the CA in this ConfigMap, which has to exist; may be given several times",
+    )
+    add("--control-server-name", default="", metavar="DNS", help="name in that certificate")
+
+
+def _namespaced(text: str) -> tuple[str, str]:
+    namespace, slash, name = text.rpartition("/")
+    if not name or (slash and not _LABEL.fullmatch(namespace)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not [NAMESPACE/]NAME")
+    return namespace, name
+
+
 def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     """Refuse flags that do not go together."""
     local = ipaddress.ip_address(given.control_bind_address).is_loopback
-    if given.control_tls_path is None and not local:
+    if not (given.control_tls_path or given.control_tls_secret or local):
         parser.error(
-            "--control-tls-path is required unless --control-bind-address is a loopback address"
+            "--control-tls-path or --control-tls-secret is required unless --control-bind-address "
+            "is a loopback address"
         )
+    _check_issuing(parser, given)
     if given.control_client_auth == "none" and not local:
         parser.error("--control-client-auth none needs a loopback --control-bind-address")
     if given.control_client_auth == "certificate" and given.control_tls_path is None:
@@ -161,11 +202,24 @@ def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
             parser.error(f"--namespace: {namespace!r} is not the name of a namespace")
 
 
+def _check_issuing(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    """Refuse half of what issuing certificates needs."""
+    issuing = bool(given.control_tls_secret)
+    if issuing and given.control_tls_path is not None:
+        parser.error("--control-tls-secret and --control-tls-path exclude each other")
+    for flag in ("control_ca_configmap", "control_server_name"):
+        if bool(getattr(given, flag)) != issuing:
+            name = flag.replace("_", "-")
+            parser.error(f"--control-tls-secret and --{name} need each other")
+
+
 def _check_folder(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     """Refuse what has no effect with a folder; its control channel is plaintext and open."""
     if given.control_client_auth != "none":
         parser.error("--manifests needs --control-client-auth none: nobody reviews tokens there")
-    if given.control_tls_path is not None:
-        parser.error("--control-tls-path has no effect with --manifests: leave it out")
+    for flag in ("control_tls_path", "control_tls_secret"):
+        if getattr(given, flag):
+            name = flag.replace("_", "-")
+            parser.error(f"--{name} has no effect with --manifests: leave it out")
     if not given.manifests.is_dir():
         parser.error(f"--manifests: {given.manifests} is not a folder")

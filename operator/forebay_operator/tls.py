@@ -1,4 +1,4 @@
-"""TLS of the control port: certificate and key from a folder, taken anew when they change."""
+"""TLS of the control port: a certificate and its key, taken anew when they change."""
 
 from __future__ import annotations
 
@@ -9,39 +9,42 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    # Key, certificate and, where clients have to show certificates, the CA of those; PEM.
+    Pair = tuple[bytes, bytes, bytes | None]
 
 _log = logging.getLogger(__name__)
 
 _PEM = b"-----BEGIN "
 
 
-def server_credentials(folder: Path, *, require_client_certificate: bool) -> Any:
-    """Return credentials from `tls.crt`, `tls.key` and, for client certificates, `ca.crt`.
+def server_credentials(read: Callable[[], Pair], *, require_client_certificate: bool) -> Any:
+    """Return credentials from what `read` returns.
 
-    Each handshake looks whether the files have changed; streams that are open stay.
+    Each handshake reads again; streams that are open stay. While `read` raises OSError or
+    ValueError the certificate before stays.
 
     Raises:
-        OSError: a file cannot be read.
-        ValueError: a file does not hold what it should.
+        OSError: it cannot be read now.
+        ValueError: it is not what it should be.
     """
-    pair = _read(folder, with_ca=require_client_certificate)
-    _check(folder, with_ca=require_client_certificate)
+    pair = read()
     state: dict[str, Any] = {"pair": pair, "error": ""}
 
     def fetch() -> Any:  # None means unchanged, which the stubs do not know
         try:
-            pair = _read(folder, with_ca=require_client_certificate)
-            if pair == state["pair"]:
-                return None
-            _check(folder, with_ca=require_client_certificate)
+            pair = read()
         except (OSError, ValueError) as error:
             if str(error) != state["error"]:  # once: every handshake comes here
                 state["error"] = str(error)
                 _log.error("the certificate before stays: %s", error)
             return None
+        if pair == state["pair"]:
+            return None
         state["pair"], state["error"] = pair, ""
-        _log.info("certificate taken", extra={"folder": str(folder)})
+        _log.info("certificate taken")
         return _configuration(pair)
 
     return grpc.dynamic_ssl_server_credentials(
@@ -49,7 +52,25 @@ def server_credentials(folder: Path, *, require_client_certificate: bool) -> Any
     )
 
 
-def _read(folder: Path, *, with_ca: bool) -> tuple[bytes, bytes, bytes | None]:
+def from_folder(folder: Path, *, with_ca: bool) -> Callable[[], Pair]:
+    """Return what reads `tls.crt`, `tls.key` and, for client certificates, `ca.crt`.
+
+    It raises OSError when a file cannot be read and ValueError when one does not hold what it
+    should; files that are as they were are not looked into again.
+    """
+    accepted: list[Pair] = []
+
+    def read() -> Pair:
+        pair = _read(folder, with_ca=with_ca)
+        if pair not in accepted:
+            _check(folder, with_ca=with_ca)
+            accepted[:] = [pair]
+        return pair
+
+    return read
+
+
+def _read(folder: Path, *, with_ca: bool) -> Pair:
     names = ["tls.key", "tls.crt", *(["ca.crt"] if with_ca else [])]
     found = [(folder / name).read_bytes() for name in names]
     for name, data in zip(names, found, strict=True):
@@ -74,6 +95,6 @@ def _no_password() -> str:
     raise ValueError("tls.key is encrypted")
 
 
-def _configuration(pair: tuple[bytes, bytes, bytes | None]) -> grpc.ServerCertificateConfiguration:
+def _configuration(pair: Pair) -> grpc.ServerCertificateConfiguration:
     key, certificate, ca = pair
     return grpc.ssl_server_certificate_configuration([(key, certificate)], ca)

@@ -8,6 +8,7 @@ from forebay_epp import settings as epp
 from forebay_operator import settings as operator
 
 LOOPBACK = ("--control-bind-address=127.0.0.1",)
+ISSUING = ("--control-tls-secret=s", "--control-ca-configmap=c", "--control-server-name=n")
 DIAL = ("--control-address=127.0.0.1:8443", "--control-insecure")
 
 
@@ -38,6 +39,13 @@ def refusal(parse, capsys, *flags: str) -> str:
         ((*LOOPBACK, "--manifests=."), "--control-client-auth"),
         ((*LOOPBACK, "--manifests=/nowhere", "--control-client-auth=none"), "--manifests"),
         ((*LOOPBACK, "--control-tls=/x"), "--control-tls"),
+        (("--control-tls-secret=s", "--control-server-name=n"), "--control-ca-configmap"),
+        (("--control-tls-secret=s", "--control-ca-configmap=c"), "--control-server-name"),
+        ((*LOOPBACK, "--control-server-name=n"), "--control-tls-secret"),
+        ((*ISSUING, "--control-tls-path=/tls"), "--control-tls-path"),
+        ((*ISSUING, "--control-client-auth=certificate"), "--control-client-auth"),
+        ((*ISSUING, "--control-ca-configmap=No_Name/c"), "--control-ca-configmap"),
+        ((*ISSUING, "--control-ca-configmap="), "--control-ca-configmap"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -66,6 +74,15 @@ def test_the_operator_s_defaults_are_those_of_a_pod():
 
     assert (given.control_client_auth, given.namespaces) == ("token", ())
     assert (given.control_bind_address, given.control_port) == ("0.0.0.0", 8443)
+
+
+def test_the_ca_is_published_where_the_secret_is_unless_a_namespace_is_named():
+    """The Lease's namespace is where the operator runs."""
+    given = operator.parse(
+        [*ISSUING, "--lease-namespace=system", "--control-ca-configmap=serving/ca"]
+    )
+
+    assert given.control_ca_configmaps == (("system", "c"), ("serving", "ca"))
 
 
 def test_namespaces_given_twice_are_watched_once():

@@ -52,7 +52,8 @@ def serve():
 
     def begin(folder, *, mtls: bool = False) -> Driver:
         trust = CertificateTrust(POOLS.get) if mtls else TokenTrust(review, POOLS.get, AUDIENCE)
-        credentials = tls.server_credentials(folder, require_client_certificate=mtls)
+        read = tls.from_folder(folder, with_ca=mtls)
+        credentials = tls.server_credentials(read, require_client_certificate=mtls)
         drivers.append(Driver(5, trust, credentials))
         drivers[-1].program(POOL, snapshot())
         return drivers[-1]
@@ -207,7 +208,7 @@ def test_an_operator_does_not_start_with_files_that_it_cannot_use(authority, fil
         (folder / file).write_bytes(content)
 
     with pytest.raises((OSError, ValueError), match=r"operator"):
-        tls.server_credentials(folder, require_client_certificate=False)
+        tls.from_folder(folder, with_ca=False)()
 
 
 def test_a_picker_reads_its_authorities_anew_with_each_dial(authority, serve, tmp_path):

@@ -1,0 +1,171 @@
+"""Keeps the control channel's certificates in a Secret, and their CAs published in ConfigMaps.
+
+Every replica does this and serves what the Secret holds, the leading one and the others: of two
+that write at once the API server accepts one, and the other reads again. The objects have to exist,
+because the operator may write these and create none. What they should hold certificates.py decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import datetime as dt
+import logging
+import random
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from forebay_operator import certificates, metrics
+from forebay_operator.cluster import ApiError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+LOOK_SECONDS = 60.0
+MIN_RETRY_SECONDS = 0.5
+
+_log = logging.getLogger(__name__)
+
+
+class Objects(Protocol):
+    """What is needed of a cluster; cluster.Cluster fits."""
+
+    async def get_object(self, plural: str, namespace: str, name: str) -> dict[str, Any]:
+        """Return a Secret or ConfigMap."""
+
+    async def put_object(
+        self, plural: str, namespace: str, name: str, manifest: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Replace it; 409 when somebody else was faster."""
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where certificates are kept: a Secret, and ConfigMaps as (namespace, name)."""
+
+    namespace: str
+    secret: str
+    config_maps: tuple[tuple[str, str], ...]
+
+
+class Issuer:
+    """Issues what is due, and knows what is to be served.
+
+    Args:
+        cluster: the API.
+        places: where it is kept.
+        server_name: the DNS name by which endpoint pickers know the operator.
+        time_of_day: seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        cluster: Objects,
+        places: Places,
+        server_name: str,
+        time_of_day: Callable[[], float] = time.time,
+    ) -> None:
+        self._cluster = cluster
+        self._places = places
+        self._server_name = server_name
+        self._time_of_day = time_of_day
+        self._pair: tuple[bytes, bytes] | None = None
+
+    @property
+    def pair(self) -> tuple[bytes, bytes]:
+        """Key and certificate to serve, as PEM.
+
+        Raises:
+            ValueError: there is none yet.
+        """
+        if self._pair is None:
+            raise ValueError("no certificate has been issued yet")
+        return self._pair
+
+    async def first(self) -> None:
+        """Look until there is something to serve."""
+        wait = MIN_RETRY_SECONDS
+        while not await self._try():
+            await asyncio.sleep(random.uniform(0.5, 1.0) * wait)  # noqa: S311  # jitter
+            wait = min(2 * wait, LOOK_SECONDS)
+
+    async def run(self) -> None:
+        """Look from time to time, for ever."""
+        while True:
+            await asyncio.sleep(random.uniform(0.8, 1.0) * LOOK_SECONDS)  # noqa: S311  # jitter
+            await self._try()
+
+    async def _try(self) -> bool:
+        try:
+            await self.look()
+        except ApiError as error:
+            if error.status != 409:  # 409: another replica was faster
+                _log.error("certificates of the control channel: %s", error)
+            return False
+        return True
+
+    async def look(self) -> None:
+        """Read what there is, issue what is due, publish the CAs.
+
+        Raises:
+            ApiError: the API server refuses or cannot be asked; what was served before still is.
+        """
+        now = dt.datetime.fromtimestamp(self._time_of_day(), dt.UTC)
+        secret = await self._cluster.get_object(
+            "secrets", self._places.namespace, self._places.secret
+        )
+        maps = [await self._config_map(*place) for place in self._places.config_maps]
+        found = _decoded(secret)
+        wanted = certificates.renew(
+            found, [_bundle(each) for each in maps if each], self._server_name, now
+        )
+        if wanted is not found:
+            data = {key: base64.b64encode(pem).decode() for key, pem in wanted.items()}
+            secret["data"] = {**(secret.get("data") or {}), **data}
+            await self._cluster.put_object(
+                "secrets", self._places.namespace, self._places.secret, secret
+            )
+        self._serve(wanted)
+        for place, each in zip(self._places.config_maps, maps, strict=True):
+            if each and _bundle(each) != wanted[certificates.CA]:
+                each["data"] = {
+                    **(each.get("data") or {}),
+                    certificates.CA: wanted[certificates.CA].decode(),
+                }
+                await self._cluster.put_object("configmaps", *place, each)
+
+    async def _config_map(self, namespace: str, name: str) -> dict[str, Any] | None:
+        """Read one; None where it has gone, so that there is nobody to read it."""
+        try:
+            return await self._cluster.get_object("configmaps", namespace, name)
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            _log.error("there is no ConfigMap to publish the CA in: %s/%s", namespace, name)
+            return None
+
+    def _serve(self, wanted: Mapping[str, bytes]) -> None:
+        pair = (wanted[certificates.LEAF_KEY], wanted[certificates.LEAF])
+        if pair == self._pair:
+            return
+        self._pair = pair
+        until = certificates.expires_at(wanted[certificates.LEAF])
+        metrics.CERTIFICATE_EXPIRES.set(until.timestamp())
+        _log.info("certificate issued", extra={"until": until.isoformat()})
+
+
+def _decoded(secret: Mapping[str, Any]) -> dict[str, bytes]:
+    """Read the Secret's data; what is no base64 counts as not there."""
+    found = {}
+    for key, text in (secret.get("data") or {}).items():
+        try:
+            found[key] = base64.b64decode(text, validate=True)
+        except binascii.Error:
+            _log.error("key %s of the Secret is not base64", key)
+    return found
+
+
+def _bundle(config_map: Mapping[str, Any]) -> bytes:
+    return str((config_map.get("data") or {}).get(certificates.CA, "")).encode()
