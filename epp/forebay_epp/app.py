@@ -120,10 +120,16 @@ class EndpointPicker:
         settings = self._settings
         address = _address(settings.bind_address, settings.grpc_health_port)
         try:
-            server, _ = health.serve(address, lambda: self._loop.serving)
+            server, _ = health.serve(address, lambda: self._loop.serving, self._alive)
         except RuntimeError as error:
             raise StartError(f"--grpc-health-port: cannot bind {address}: in use?") from error
         return server
+
+    def _alive(self) -> bool:
+        """Tell whether the data-plane thread still turns; a thread of the health server asks."""
+        turned = threading.Event()
+        self._loop.post(lambda _: turned.set())
+        return turned.wait(FINISH_SECONDS)
 
     async def run(self) -> int:
         """Serve until a signal, then drain."""

@@ -20,6 +20,7 @@ from google.protobuf import json_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from forebay_control.v1 import control_pb2
+from forebay_epp.transport import health
 
 
 def snapshot(*addresses, max_requests=100, slots=1) -> dict:
@@ -81,13 +82,17 @@ class Process:
 
     def serving(self) -> bool:
         assert self.process.poll() is None, self.process.stderr.read()
+        try:
+            return self.check("inference-extension", 1)
+        except grpc.RpcError:
+            return False
+
+    def check(self, service: str, timeout_seconds: float = 10) -> bool:
+        """Ask for its health under a service name."""
         with channel(f"127.0.0.1:{self.health}") as raw:
-            try:
-                answer = health_pb2_grpc.HealthStub(raw).Check(
-                    health_pb2.HealthCheckRequest(service="inference-extension"), timeout=1
-                )
-            except grpc.RpcError:
-                return False
+            answer = health_pb2_grpc.HealthStub(raw).Check(
+                health_pb2.HealthCheckRequest(service=service), timeout=timeout_seconds
+            )
         return answer.status == health_pb2.HealthCheckResponse.SERVING
 
     def page(self, path: str) -> str:
@@ -154,6 +159,39 @@ def test_sigterm_drains(start, transport):
         status, log = process.end()
     assert status == 0
     assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("transport", ["completion-queue", "aio"])
+def test_who_drains_is_alive(start, transport):
+    """Not ready and not to be killed: a liveness probe must not cut off what it still serves."""
+    process = start(f"--transport={transport}", drain="60s")
+    assert process.check("liveness")
+    with channel(f"127.0.0.1:{process.grpc}") as raw:
+        running = Stream(raw)
+        running.send_request()
+        running.routed()
+
+        process.process.send_signal(signal.SIGTERM)
+
+        until(lambda: not process.check("readiness"), 20)
+        assert process.check("liveness")
+
+
+def test_who_does_not_turn_any_more_is_not_alive():
+    """The health server asks for it under that one name only."""
+    server, port = health.serve("127.0.0.1:0", lambda: True, lambda: False)
+    try:
+        with channel(f"127.0.0.1:{port}") as raw:
+            stub = health_pb2_grpc.HealthStub(raw)
+            answers = {
+                name: stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=10).status
+                for name in ("liveness", "readiness", "")
+            }
+    finally:
+        server.stop(0)
+
+    no, yes = health_pb2.HealthCheckResponse.NOT_SERVING, health_pb2.HealthCheckResponse.SERVING
+    assert answers == {"liveness": no, "readiness": yes, "": yes}
 
 
 def test_sigterm_dispatches_what_waits_when_a_slot_comes_free(start):

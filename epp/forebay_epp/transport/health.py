@@ -1,7 +1,7 @@
-"""grpc.health.v1: whether this endpoint picker should get requests.
+"""grpc.health.v1: whether this endpoint picker should get requests, and whether it lives.
 
-Every service name gets the same answer, because proxies and charts ask under different ones.
-Watch is not implemented; probes use Check.
+`liveness` asks the second, on the health port only. Every other service name asks the first,
+because proxies and charts ask under different ones. Watch is not implemented; probes use Check.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CHECK = "/grpc.health.v1.Health/Check"
+LIVENESS = "liveness"
 
 _SERVING = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 _NOT_SERVING = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -31,19 +32,28 @@ def answer(*, serving: bool) -> bytes:
 
 
 class _Servicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # has no stubs
-    def __init__(self, serving: Callable[[], bool]) -> None:
+    def __init__(self, serving: Callable[[], bool], alive: Callable[[], bool]) -> None:
         self._serving = serving
+        self._alive = alive
 
     def Check(  # noqa: N802  # the service's method name
         self,
-        request: health_pb2.HealthCheckRequest,  # noqa: ARG002  # any name gets the same answer
+        request: health_pb2.HealthCheckRequest,
         context: grpc.ServicerContext,  # noqa: ARG002
     ) -> health_pb2.HealthCheckResponse:
-        return _SERVING if self._serving() else _NOT_SERVING
+        good = self._alive() if request.service == LIVENESS else self._serving()
+        return _SERVING if good else _NOT_SERVING
 
 
-def serve(address: str, serving: Callable[[], bool]) -> tuple[grpc.Server, int]:
+def serve(
+    address: str, serving: Callable[[], bool], alive: Callable[[], bool]
+) -> tuple[grpc.Server, int]:
     """Start the plaintext health server.
+
+    Args:
+        address: where.
+        serving: tells whether requests are welcome.
+        alive: tells whether a restart would be no improvement; may take its time.
 
     Returns:
         The running server and its port.
@@ -52,10 +62,10 @@ def serve(address: str, serving: Callable[[], bool]) -> tuple[grpc.Server, int]:
         RuntimeError: the address is in use.
     """
     server = grpc.server(
-        futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="health"),
+        futures.ThreadPoolExecutor(max_workers=2, thread_name_prefix="health"),
         options=[("grpc.so_reuseport", 0)],
     )
-    health_pb2_grpc.add_HealthServicer_to_server(_Servicer(serving), server)
+    health_pb2_grpc.add_HealthServicer_to_server(_Servicer(serving, alive), server)
     port = server.add_insecure_port(address)
     server.start()
     return server, port
