@@ -1,0 +1,128 @@
+{{- /* The bootstrap of a pool's Envoy: (dict "root" $ "values" PROXY VALUES "name" SERVICE OF THE
+ENDPOINT PICKERS "namespace" NAMESPACE "port" NUMBER). It is what operator/forebay_cli/envoy.py makes for one machine, where
+each setting's reason stands, and what pods need besides: a test holds the two together. */}}
+{{- define "forebay.envoyBreakers" -}}
+thresholds:
+- {max_connections: 40000, max_pending_requests: 40000, max_requests: 40000, max_retries: 1024}
+{{- end }}
+{{- define "forebay.envoy" -}}
+admin:
+  address: {socket_address: {address: 127.0.0.1, port_value: 19000}}
+static_resources:
+  listeners:
+  - name: inference
+    address: {socket_address: {address: 0.0.0.0, port_value: {{ .values.listenPort }}}}
+    per_connection_buffer_limit_bytes: 32768
+    filter_chains:
+    - filters:
+      - name: envoy.filters.network.http_connection_manager
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: inference
+          stream_idle_timeout: 0s
+          request_timeout: 0s
+          generate_request_id: true
+          route_config:
+            virtual_hosts:
+            - name: all
+              domains: ["*"]
+              routes:
+              - match: {prefix: /}
+                route:
+                  cluster: model_servers
+                  timeout: 0s
+                  idle_timeout: 0s
+                  retry_policy: {retry_on: "connect-failure,refused-stream", num_retries: 2}
+          http_filters:
+          # A client must not choose the server: the cluster below goes wherever this header says.
+          - name: envoy.filters.http.header_mutation
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.filters.http.header_mutation.v3.HeaderMutation
+              mutations:
+                request_mutations:
+                - {remove: x-gateway-destination-endpoint}
+                - {remove: x-gateway-destination-endpoint-subset}
+                - {remove: x-gateway-destination-endpoint-served}
+          - name: envoy.filters.http.ext_proc
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor
+              grpc_service: {envoy_grpc: {cluster_name: epp, authority: epp}}
+              failure_mode_allow: false
+              processing_mode:
+                request_header_mode: SEND
+                request_body_mode: FULL_DUPLEX_STREAMED
+                request_trailer_mode: SEND
+                response_header_mode: SEND
+                response_body_mode: FULL_DUPLEX_STREAMED
+                response_trailer_mode: SEND
+              message_timeout: 3600s
+              max_message_timeout: 3600s
+              metadata_options:
+                forwarding_namespaces: {untyped: [envoy.lb, envoy.lb.subset_hint]}
+                receiving_namespaces: {untyped: [envoy.lb]}
+          - name: envoy.filters.http.router
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router
+  # For the kubelet: the admin page listens on loopback only.
+  - name: health
+    address: {socket_address: {address: 0.0.0.0, port_value: 8082}}
+    filter_chains:
+    - filters:
+      - name: envoy.filters.network.http_connection_manager
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: health
+          route_config: {}
+          http_filters:
+          # Ready while an endpoint picker is: without one every request would fail.
+          - name: envoy.filters.http.health_check
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.filters.http.health_check.v3.HealthCheck
+              pass_through_mode: false
+              cluster_min_healthy_percentages: {epp: {value: 1}}
+              headers: [{name: ":path", string_match: {exact: /ready}}]
+          - name: envoy.filters.http.router
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router
+  clusters:
+  # Where the endpoint picker says. It names pods of the pool; Envoy need not know them.
+  - name: model_servers
+    type: ORIGINAL_DST
+    lb_policy: CLUSTER_PROVIDED
+    connect_timeout: 10s
+    original_dst_lb_config: {use_http_header: true, http_header_name: x-gateway-destination-endpoint}
+    circuit_breakers:
+      {{- include "forebay.envoyBreakers" . | nindent 6 }}
+  - name: epp
+    type: STRICT_DNS
+    dns_refresh_rate: 2s
+    connect_timeout: 5s
+    lb_policy: LEAST_REQUEST
+    common_lb_config: {healthy_panic_threshold: {value: 0}}
+    # A pod that DNS does not name any more gets no more requests; those that it has, it finishes.
+    ignore_health_on_host_removal: true
+    circuit_breakers:
+      {{- include "forebay.envoyBreakers" . | nindent 6 }}
+    # One that drains says so, and is out within a second.
+    health_checks:
+    - timeout: 2s
+      interval: 1s
+      no_traffic_interval: 1s
+      unhealthy_threshold: 2
+      healthy_threshold: 1
+      grpc_health_check: {service_name: envoy.service.ext_proc.v3.ExternalProcessor}
+    typed_extension_protocol_options:
+      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
+        "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
+        explicit_http_config: {http2_protocol_options: {}}
+    transport_socket:
+      name: envoy.transport_sockets.tls
+      typed_config:
+        "@type": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext
+        common_tls_context: {alpn_protocols: [h2]}
+    load_assignment:
+      cluster_name: epp
+      endpoints:
+      - lb_endpoints:
+        - endpoint: {address: {socket_address: {address: {{ .name }}.{{ .namespace }}.svc.{{ .root.Values.clusterDomain }}, port_value: {{ .port }}}}}
+{{- end }}
