@@ -94,8 +94,13 @@ static_resources:
     circuit_breakers:
       {{- include "forebay.envoyBreakers" . | nindent 6 }}
   - name: epp
-    type: STRICT_DNS
-    dns_refresh_rate: 2s
+    # Every address that the name has, as STRICT_DNS does; that type's own field is deprecated.
+    cluster_type:
+      name: envoy.clusters.dns
+      typed_config:
+        "@type": type.googleapis.com/envoy.extensions.clusters.dns.v3.DnsCluster
+        dns_refresh_rate: 2s
+        dns_lookup_family: V4_PREFERRED  # endpoint pickers listen on 0.0.0.0
     connect_timeout: 5s
     lb_policy: LEAST_REQUEST
     common_lb_config: {healthy_panic_threshold: {value: 0}}
