@@ -171,16 +171,15 @@ class Cluster:
                 return None
             raise
 
-    async def put_lease(
-        self, namespace: str, name: str, lease: dict[str, Any], *, create: bool
-    ) -> dict[str, Any]:
-        """Create a Lease or replace the one whose resourceVersion it carries.
+    async def put_lease(self, namespace: str, name: str, lease: dict[str, Any]) -> dict[str, Any]:
+        """Replace the Lease whose resourceVersion it carries, or without one create it.
+
+        PUT creates Leases too, and unlike POST it names what it creates, so that the right to do so
+        can be given for one name.
 
         Raises:
-            ApiError: 409 when somebody else was faster.
+            ApiError: 409 when somebody else was faster; 422 when it was to be created and exists.
         """
-        if create:
-            return await self.request("POST", _leases(namespace), lease)
         return await self.request("PUT", f"{_leases(namespace)}/{name}", lease)
 
     async def get_object(self, plural: str, namespace: str, name: str) -> dict[str, Any]:

@@ -45,10 +45,8 @@ class Leases(Protocol):
     async def get_lease(self, namespace: str, name: str) -> dict[str, Any] | None:
         """Return the Lease or None."""
 
-    async def put_lease(
-        self, namespace: str, name: str, lease: dict[str, Any], *, create: bool
-    ) -> dict[str, Any]:
-        """Create or replace; 409 when somebody else was faster."""
+    async def put_lease(self, namespace: str, name: str, lease: dict[str, Any]) -> dict[str, Any]:
+        """Replace, or without a resourceVersion create; ApiError when somebody was faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +93,8 @@ class Elector:
         self._seen_record: object = None
         self._seen_at = clock()
         self._renewed_at = clock()
+        self._known = False
+        self._gone_at: float | None = None
         self._seen_epoch = 0
         self._heal_at = -math.inf
         self._wake = asyncio.Event()
@@ -153,7 +153,7 @@ class Elector:
                 spec = (lease or {}).get("spec") or {}
                 if lease is not None and spec.get("holderIdentity") == self._identity:
                     lease["spec"] = {**spec, "holderIdentity": ""}
-                    await self._leases.put_lease(self._namespace, self._name, lease, create=False)
+                    await self._leases.put_lease(self._namespace, self._name, lease)
             except ApiError as error:
                 _log.info("the lease runs out by itself: %s", error)
 
@@ -165,6 +165,8 @@ class Elector:
     async def _try(self) -> None:
         lease = await self._leases.get_lease(self._namespace, self._name)
         now = self._clock()
+        if self._may_be_uninstalled(lease, now):
+            return
         spec = (lease or {}).get("spec") or {}
         holder = str(spec.get("holderIdentity") or "")
         record = (holder, spec.get("renewTime"), spec.get("acquireTime"))
@@ -181,6 +183,18 @@ class Elector:
             await self._write(lease, self._next_epoch(epoch), now, take=True)
         else:
             self._set(Leadership(holder=holder))
+
+    def _may_be_uninstalled(self, lease: dict[str, Any] | None, now: float) -> bool:
+        """Tell whether the Lease has gone so recently that this process may be about to go, too.
+
+        Where it was deleted with everything else, a new one would be left behind.
+        """
+        if lease is not None:
+            self._known, self._gone_at = True, None
+            return False
+        if self._gone_at is None:
+            self._gone_at = now
+        return self._known and now - self._gone_at < LEASE_SECONDS
 
     def _next_epoch(self, epoch: int) -> int:
         above = max(epoch, self._seen_epoch, self._leadership.epoch or 0) + 1
@@ -222,7 +236,7 @@ class Elector:
             "metadata": metadata,
             "spec": spec,
         }
-        await self._leases.put_lease(self._namespace, self._name, body, create=lease is None)
+        await self._leases.put_lease(self._namespace, self._name, body)
         # The lease counts from before the request: it cannot have been written earlier.
         self._renewed_at = now
         self._seen_record, self._seen_at = (self._identity, moment, spec.get("acquireTime")), now

@@ -228,13 +228,13 @@ def test_a_pool_of_that_name_may_be_in_each_namespace():
 # --- documentation
 
 
-def leaves(node: dict, path: str = "") -> list[str]:
-    """Paths of values that are set by themselves."""
-    found = []
-    for key, value in node.items():
-        here = f"{path}.{key}" if path else key
-        found += leaves(value, here) if isinstance(value, dict) and value else [here]
-    return found
+def test_the_readme_s_first_install_is_the_standalone_one():
+    """What it has people type is what is tested as values/standalone.yaml."""
+    readme = (chart.CHART / "README.md").read_text()
+    typed = re.search(r"<<END\n(.*?)^END$", readme, re.DOTALL | re.MULTILINE)
+
+    tested = yaml.safe_load((FOLDER / "values" / "standalone.yaml").read_text())
+    assert yaml.safe_load(typed[1]) == tested
 
 
 def schema_paths(node: dict, root: dict, path: str = "") -> list[str]:
@@ -251,31 +251,23 @@ def schema_paths(node: dict, root: dict, path: str = "") -> list[str]:
 
 
 def test_every_value_is_explained():
-    """The README has a row for each, and the schema knows it."""
-    readme = (chart.CHART / "README.md").read_text()
+    """The README has a row for it or for what it is part of, and for nothing else."""
     schema = json.loads((chart.CHART / "values.schema.json").read_text())
-    known = schema_paths(schema, schema)
-    defaults = leaves(yaml.safe_load((chart.CHART / "values.yaml").read_text()))
-    helms_own = {"global", "inference-crds"}
-
-    rows = set(re.findall(r"^\| `([^`]+)`", readme, re.MULTILINE))
-    wanted = {
+    known = {
         path
-        for path in known
-        if path not in helms_own and not path.startswith(("pools.epp.", "controlTls.certManager."))
-    }
+        for path in schema_paths(schema, schema)
+        if path not in {"global", "inference-crds"} and not path.startswith("pools.epp.")
+    } | {"pools.epp"}
+    readme = (chart.CHART / "README.md").read_text().partition("## Values")[2]
+    rows = set(re.findall(r"^\| `([a-zA-Z.*]+)` \|", readme, re.MULTILINE))
 
-    shared = {"resources", "podAnnotations", "podLabels", "nodeSelector", "affinity"}
-    shared |= {"tolerations", "topologySpreadConstraints", "priorityClassName"}
-    once = {
-        f"*.{path.rpartition('.')[2]}" if path.rpartition(".")[2] in shared else path
-        for path in wanted
-    }
-    assert once - rows == set()
-    assert rows - once == {"pools.epp", "controlTls.certManager.issuerRef"}
-    for path in defaults:
-        parts = path.split(".")
-        assert any(".".join(parts[:end]) in known for end in range(1, len(parts) + 1)), path
+    def rows_of(path: str) -> set[str]:
+        parent, _, name = path.rpartition(".")
+        every = {f"*.{name}"} if parent in {"operator", "epp", "standalone.proxy"} else set()
+        return {path, parent, *every} & rows
+
+    assert [path for path in sorted(known) if not rows_of(path)] == []
+    assert rows == {row for path in known for row in rows_of(path)}
 
 
 def test_the_dashboard_shows_metrics_that_exist():

@@ -137,11 +137,16 @@ class ApiServer:
         return ssl.create_default_context(cadata=base64.b64decode(authority).decode())
 
     def ask(
-        self, method: str, path: str, body: dict | None = None, content: str = "application/json"
+        self,
+        method: str,
+        path: str,
+        body: dict | None = None,
+        content: str = "application/json",
+        token: str = "",
     ) -> tuple[int, dict]:
         """Make one request without kubectl, which is slow; return HTTP status and answer."""
         where = urlsplit(self.url)
-        headers = {"Authorization": f"Bearer {self.token}", "Content-Type": content}
+        headers = {"Authorization": f"Bearer {token or self.token}", "Content-Type": content}
         with contextlib.closing(
             http.client.HTTPSConnection(where.hostname, where.port, context=self._trust, timeout=60)
         ) as connection:

@@ -195,7 +195,7 @@ class Operator(Process):
         self,
         cluster: ApiServer,
         folder: Path,
-        tls: Path,
+        tls: Path | None,
         *flags: str,
         name: str = "operator-0",
         lease_namespace: str = "default",
@@ -211,8 +211,8 @@ class Operator(Process):
             *(*prefix, sys.executable, "-P", "-m", "forebay_operator"),
             *("--control-bind-address=127.0.0.1", f"--control-port={self.control_port}"),
             *("--http-bind-address=127.0.0.1", f"--http-port={http}"),
-            *(f"--control-tls-path={tls}", f"--lease-namespace={lease_namespace}"),
-            *(f"--identity={name}", f"--lease-name={NAME}"),
+            *([] if tls is None else [f"--control-tls-path={tls}"]),
+            *(f"--lease-namespace={lease_namespace}", f"--identity={name}", f"--lease-name={NAME}"),
             *(f"--namespace={namespace}" for namespace in namespaces),
             *flags,
         ]
@@ -276,18 +276,27 @@ class FolderOperator(Process):
 class PickerPod:
     """A pod object that stands for an endpoint picker, and its token."""
 
+    account = "default"
+
     def __init__(self, cluster: ApiServer, namespace: str, name: str, app: str) -> None:
         self.cluster, self.namespace, self.name = cluster, namespace, name
+        self._create(app)
+        self.uid = cluster.get("pod", name, "-n", namespace)["metadata"]["uid"]
+        self.run()
+
+    def _create(self, app: str) -> None:
         pod = {
             "apiVersion": "v1",
             "kind": "Pod",
-            "metadata": {"name": name, "namespace": namespace, "labels": {"app": app}},
+            "metadata": {
+                "name": self.name,
+                "namespace": self.namespace,
+                "labels": {"app": app},
+            },
             # No scheduler takes it; on a node that does not exist it would be garbage in a minute.
             "spec": {"containers": [{"name": "epp", "image": "epp"}], "schedulerName": "none"},
         }
-        cluster.kubectl("create", "-f", "-", input=json.dumps(pod))
-        self.uid = cluster.get("pod", name, "-n", namespace)["metadata"]["uid"]
-        self.run()
+        self.cluster.kubectl("create", "-f", "-", input=json.dumps(pod))
 
     def run(self, ip: str = "", *, ready: bool = True) -> None:
         """Write the status a kubelet would."""
@@ -307,7 +316,7 @@ class PickerPod:
     def token(self, audience: str = AUDIENCE) -> str:
         """A token bound to the pod, as a projected volume holds it."""
         return self.cluster.kubectl(
-            *("create", "token", "default", "-n", self.namespace, f"--audience={audience}"),
+            *("create", "token", self.account, "-n", self.namespace, f"--audience={audience}"),
             *("--bound-object-kind=Pod", f"--bound-object-name={self.name}"),
         ).stdout.strip()
 

@@ -40,13 +40,13 @@ class FakeLeases:
             raise ApiError(0, "connection refused")
         return copy.deepcopy(self.lease)
 
-    async def put_lease(self, _namespace, _name, lease, *, create):
+    async def put_lease(self, _namespace, _name, lease):
         if self.down:
             raise ApiError(0, "connection refused")
-        if create != (self.lease is None):
-            raise ApiError(409 if create else 404, "conflict")
         mine = lease["metadata"].get("resourceVersion")
-        if not create and mine != self.lease["metadata"]["resourceVersion"]:
+        if (mine is None) != (self.lease is None):
+            raise ApiError(422 if mine is None else 409, "conflict")
+        if self.lease is not None and mine != self.lease["metadata"]["resourceVersion"]:
             raise ApiError(409, "the object has been modified")
         self.version += 1
         self.lease = copy.deepcopy(lease)
@@ -308,15 +308,36 @@ def test_who_does_not_lead_has_nothing_to_release(replica, leases):
 
 
 def test_a_deleted_lease_is_made_again_with_a_higher_epoch(replica, leases, clock):
-    """By the leader, or by anybody who comes later."""
+    """By the leader once it would have run out, or at once by somebody who comes later."""
     a = replica("a/1")
+    a.step()
     old = a.step().epoch
     leases.lease = None
+    a.step()
+    clock.now += election.LEASE_SECONDS
     assert a.step().epoch > old
 
     leases.lease = None
     clock.now += 60.0
     assert replica("b/1").step().epoch > old + 1
+
+
+def test_a_lease_that_goes_with_everything_else_is_not_left_behind(replica, leases, clock):
+    """Neither by the leader, which is quiet when its time is over, nor by who stands by."""
+    a, b = replica("a/1"), replica("b/1")
+    for each in (a, b, a):
+        each.step()
+    leases.lease = None
+    for _ in range(7):
+        a.step()
+        b.step()
+        clock.now += 2.0
+
+    assert leases.lease is None
+    assert not a.programs
+    asyncio.run(a.elector.release())
+    asyncio.run(b.elector.release())
+    assert leases.lease is None
 
 
 def test_a_restored_backup_does_not_bring_an_old_epoch_back(replica, leases, clock):
