@@ -188,11 +188,6 @@ WATCHED = (
     | expected("patch", X_K8S, "inferencemodels/status")
     | expected("create", "", "events")
 )
-CLUSTER_WIDE = (
-    expected("list watch", "apiextensions.k8s.io", "customresourcedefinitions")
-    | expected("list watch", "", "namespaces")
-    | WATCHED
-)
 REVIEWS = expected("create", "authentication.k8s.io", "tokenreviews")
 AT_HOME = (
     expected("create get update", "coordination.k8s.io", "leases", "forebay-operator")
@@ -210,8 +205,8 @@ def test_the_operator_may_what_it_needs_and_nothing_else(release):
     here = rights(cluster, namespace, "forebay-operator", namespace)
     elsewhere = rights(cluster, namespace, "forebay-operator", "kube-system")
 
-    assert here - anybody == CLUSTER_WIDE | REVIEWS | AT_HOME
-    assert elsewhere - anybody == CLUSTER_WIDE | REVIEWS
+    assert here - anybody == WATCHED | REVIEWS | AT_HOME
+    assert elsewhere - anybody == WATCHED | REVIEWS
 
 
 def test_an_operator_of_one_namespace_has_no_rights_in_others(release):
@@ -247,7 +242,7 @@ def test_the_ca_is_published_to_pools_elsewhere(release, kinds):
         kinds.kubectl("delete", "namespace", f"{release.namespace}-pools", "--wait=false")
 
     published = expected("get update", "", "configmaps", "forebay-control-ca")
-    assert there - anybody == CLUSTER_WIDE | REVIEWS | published
+    assert there - anybody == WATCHED | REVIEWS | published
 
 
 def test_an_endpoint_picker_may_nothing(release):
