@@ -14,14 +14,11 @@ import os
 import socket
 import subprocess
 import sys
-import tarfile
 import time
-from hashlib import sha256
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from local_cluster import builds
+from local_cluster import archives, builds
 from local_cluster.files import write_private
 from local_cluster.needs import UserError, require
 from local_cluster.processes import Process
@@ -73,16 +70,22 @@ def socket_path(folder: Path) -> Path:
     return folder / "containerd.sock"
 
 
-def load(folder: Path, archive: Path) -> None:
-    """Give the node the images of an archive, as `docker save` writes it.
+def load(folder: Path, paths: list[Path]) -> None:
+    """Give the node the images of archives, as `docker save` writes them.
 
     Raises:
-        UserError: it is not such an archive, or the node does not run.
+        UserError: one is not such an archive, or the node does not run.
     """
     command = [require("ctr"), f"--address={socket_path(folder)}", "--namespace=k8s.io"]
-    done = subprocess.run([*command, "images", "import", archive], stdout=sys.stderr, check=False)
-    if done.returncode:
-        raise UserError(f"{archive} was not loaded, see above")
+    with subprocess.Popen(
+        [*command, "images", "import", "-"], stdin=subprocess.PIPE, stdout=sys.stderr
+    ) as importing:
+        # When it ends early its own words say why.
+        with contextlib.suppress(BrokenPipeError):
+            archives.merge(paths, importing.stdin)
+            importing.stdin.close()
+    if importing.returncode:
+        raise UserError("the images were not loaded, see above")
 
 
 # ------------------------------------------------------------------------------------ start and end
@@ -97,7 +100,7 @@ def start(cluster: Cluster) -> Process:
         cluster.write_kubeconfig(cluster.folder / f"{user}.kubeconfig", user)
     for name, text in _files(cluster, network).items():
         write_private(cluster.folder / name, text)
-    _write_pause_image(programs / "pause", cluster.folder / "pause.tar")
+    archives.write_program(programs / "pause", PAUSE, cluster.folder / "pause.tar")
     for group in _cgroups(network):
         group.mkdir(exist_ok=True)
         _inherit_cpus(group)
@@ -342,32 +345,3 @@ def _corefile(folder: Path, network: Network) -> str:
     }}
 }}
 """
-
-
-def _write_pause_image(program: Path, archive: Path) -> None:
-    """Write an archive as of `docker save` with an image of the one static program."""
-
-    def member(tar: tarfile.TarFile, name: str, content: bytes, mode: int = 0o644) -> None:
-        info = tarfile.TarInfo(name)
-        info.size, info.mode = len(content), mode
-        tar.addfile(info, BytesIO(content))
-
-    layer = BytesIO()
-    with tarfile.open(fileobj=layer, mode="w") as tar:
-        member(tar, "pause", program.read_bytes(), 0o755)
-    config = json.dumps(
-        {
-            "architecture": {"x86_64": "amd64", "aarch64": "arm64"}[os.uname().machine],
-            "os": "linux",
-            "config": {"Entrypoint": ["/pause"], "User": "65535:65535"},
-            "rootfs": {
-                "type": "layers",
-                "diff_ids": [f"sha256:{sha256(layer.getvalue()).hexdigest()}"],
-            },
-        }
-    ).encode()
-    manifest = [{"Config": "config.json", "RepoTags": [PAUSE], "Layers": ["layer.tar"]}]
-    with tarfile.open(archive, "w") as tar:
-        member(tar, "manifest.json", json.dumps(manifest).encode())
-        member(tar, "config.json", config)
-        member(tar, "layer.tar", layer.getvalue())
