@@ -398,8 +398,9 @@ def test_a_picker_that_refuses_is_named(site, operator, authority):
         assert "old-release: Invalid: plan.bands[0].ordering: is not known here" in message
         assert message.startswith("1 of 2 endpoint pickers refuse")
         assert site.condition("p", "Degraded") == ("True", "EndpointPickersReject")
+        until(lambda: site.status("p")["endpointPickers"]["ready"] == "1/2", SECONDS)
         counts = site.status("p")["endpointPickers"]
-        assert (counts["ready"], counts["rejected"], counts["stale"]) == ("1/2", 1, 0)
+        assert (counts["connected"], counts["rejected"], counts["stale"]) == (2, 1, 0)
 
         site.apply(policy("p", "chat", **REJECTS))
         refusing.accept(refusing.program(other_than=program.sha256))
