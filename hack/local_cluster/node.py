@@ -77,13 +77,12 @@ def load(folder: Path, paths: list[Path]) -> None:
         UserError: one is not such an archive, or the node does not run.
     """
     command = [require("ctr"), f"--address={socket_path(folder)}", "--namespace=k8s.io"]
-    with subprocess.Popen(
+    importing = subprocess.Popen(
         [*command, "images", "import", "-"], stdin=subprocess.PIPE, stdout=sys.stderr
-    ) as importing:
-        # When it ends early its own words say why.
-        with contextlib.suppress(BrokenPipeError):
-            archives.merge(paths, importing.stdin)
-            importing.stdin.close()
+    )
+    # When it ends early its own words say why.
+    with importing, contextlib.suppress(BrokenPipeError):
+        archives.merge(paths, importing.stdin)
     if importing.returncode:
         raise UserError("the images were not loaded, see above")
 

@@ -79,6 +79,9 @@ class Watches:
         tasks = await kopf.spawn_tasks(
             registry=self._registry,
             settings=_settings(),
+            # Unused without peers, but kopf's own would be the user's name, which a container's
+            # user need not have.
+            identity="forebay-operator",  # type: ignore[arg-type]  # a str whose type is private
             standalone=True,
             clusterwide=not self._namespaces,
             namespaces=self._namespaces,
