@@ -1,14 +1,22 @@
-"""The bootstrap of the chart's Envoy, beside the one of `forebay up`, and judged by Envoy."""
+"""The chart's Envoy: its bootstrap beside the one of `forebay up`, judged by Envoy, and running."""
 
 from __future__ import annotations
 
+import http.client
+import signal
 import subprocess
-import sys
+import threading
+from contextlib import closing
 from pathlib import Path
 
 import chart
 import pytest
 import yaml
+from control_driver import Driver
+from control_peers import snapshot
+from control_plane import PickerProcess
+from envoy_process import BINARY, ModelServer, free_port
+from ext_proc_peer import until
 
 from forebay_cli import envoy
 
@@ -44,7 +52,7 @@ def test_envoy_accepts_it_without_a_warning(text, tmp_path):
 
     done = subprocess.run(
         [
-            *(Path(sys.executable).with_name("envoy"), "--mode", "validate"),
+            *(BINARY, "--mode", "validate"),
             *("-l", "warning", "-c", config),
         ],
         capture_output=True,
@@ -90,3 +98,101 @@ def test_the_admin_page_is_on_loopback_only(bootstrap):
     admin = bootstrap["admin"]["address"]["socket_address"]
     assert admin["address"] == "127.0.0.1"
     assert set(parts(bootstrap, "listeners")) == {"inference", "health"}
+
+
+# --- running
+
+
+class Pods:
+    """What the pods of a pool would run, on this machine: `localhost` is the headless Service."""
+
+    def __init__(self, text: str, arguments: list[str], folder: Path) -> None:
+        self.server, self.driver = ModelServer(), Driver()
+        pool = "default/chat"
+        self.picker = PickerProcess(
+            *(folder, "epp-0", "chat", self.driver.port, None),
+            *("--secure-serving=true", "--drain-timeout=60s"),
+        )
+        self.driver.put(pool, snapshot(30.0, pool, self.server.address))
+        self.http, self.health = free_port(), free_port()
+        for old, new in (
+            ("chat-epp-headless.forebay-system.svc.cluster.local", "localhost"),
+            ("port_value: 9002", f"port_value: {self.picker.grpc}"),
+            ("port_value: 8081", f"port_value: {self.http}"),
+            ("port_value: 8082", f"port_value: {self.health}"),
+            ("port_value: 19000", f"port_value: {free_port()}"),
+            ("0.0.0.0", "127.0.0.1"),
+        ):
+            assert old in text
+            text = text.replace(old, new)
+        config = folder / "envoy.yaml"
+        config.write_text(text)
+        arguments = [str(config) if each.startswith("/etc") else each for each in arguments]
+        self.envoy = subprocess.Popen(
+            [str(BINARY), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    def ask(self, port: int, path: str, body: str | None = None, **headers: str) -> int:
+        """Make a request and return the status of the answer; 0 if there is none."""
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+            try:
+                connection.request("POST" if body else "GET", path, body, headers)
+                return connection.getresponse().status
+            except OSError:
+                return 0
+
+    def ready(self) -> bool:
+        assert self.envoy.poll() is None
+        return self.ask(self.health, "/ready") == 200
+
+    def complete(self, **headers: str) -> int:
+        return self.ask(self.http, "/v1/completions", '{"model": "m"}', **headers)
+
+    def completions(self) -> int:
+        """How many requests have reached the model server; it is also asked for its metrics."""
+        return sum(each["path"] == "/v1/completions" for each in self.server.seen)
+
+    def end(self) -> None:
+        self.envoy.kill()
+        self.envoy.wait(10)
+        self.picker.end()
+        self.driver.stop()
+        self.server.stop()
+
+
+@pytest.fixture
+def pods(text, tmp_path):
+    deployment = chart.one(chart.objects(f"--values={VALUES}"), "Deployment", "chat-envoy")
+    made = Pods(text, chart.container(deployment)["args"], tmp_path)
+    try:
+        until(made.ready, 60)
+        yield made
+    finally:
+        made.end()
+
+
+def test_a_request_goes_where_the_endpoint_picker_says(pods):
+    """By TLS to a picker that a name stands for; not where the client says."""
+    forged = {"x-gateway-destination-endpoint": "127.0.0.1:1"}
+
+    assert pods.complete() == 200
+    assert pods.complete(**forged) == 200
+    assert pods.completions() == 2
+    assert pods.ask(pods.health, "/quitquitquit", "x") == 404
+
+
+def test_it_is_unready_while_all_endpoint_pickers_drain(pods):
+    """At once, and what was on its way is answered."""
+    pods.server.hold.clear()
+    answers: list[int] = []
+    running = threading.Thread(target=lambda: answers.append(pods.complete()))
+    running.start()
+    until(lambda: pods.completions() == 1, 60)
+
+    pods.picker.process.send_signal(signal.SIGTERM)
+    until(lambda: not pods.ready(), 60)
+    assert answers == []
+    pods.server.hold.set()
+    running.join(60)
+
+    assert answers == [200]
