@@ -153,7 +153,7 @@ class Issuer:
         self._pair = pair
         until = certificates.expires_at(wanted[certificates.LEAF])
         metrics.CERTIFICATE_EXPIRES.set(until.timestamp())
-        _log.info("certificate issued", extra={"until": until.isoformat()})
+        _log.info("certificate from the Secret", extra={"until": until.isoformat()})
 
 
 def _decoded(secret: Mapping[str, Any]) -> dict[str, bytes]:

@@ -2,36 +2,11 @@
 
 from __future__ import annotations
 
-import chart
 import pytest
+from chart_release import Release, Running
 from cluster_fixtures import cluster, namespace
 
-__all__ = ["cluster", "namespace", "release"]
-
-
-class Release:
-    """The chart as helm has installed it."""
-
-    def __init__(self, cluster, namespace: str, name: str = chart.RELEASE) -> None:
-        self.cluster, self.namespace, self.name = cluster, namespace, name
-
-    def helm(self, command: str, *options: str, check=True):
-        where = (f"--namespace={self.namespace}", f"--kubeconfig={self.cluster.kubeconfig}")
-        return chart.helm(command, self.name, *options, *where, check=check)
-
-    def install(self, *options: str) -> None:
-        self.helm("install", str(chart.CHART), *options)
-
-    def upgrade(self, *options: str) -> None:
-        self.helm("upgrade", str(chart.CHART), *options)
-
-    def get(self, kind: str, name: str) -> dict:
-        return self.cluster.get(kind, name, "-n", self.namespace)
-
-    def patch(self, kind: str, name: str, patch: str) -> None:
-        self.cluster.kubectl(
-            *("patch", kind, name, "-n", self.namespace, "--type=merge", "-p", patch)
-        )
+__all__ = ["cluster", "namespace"]
 
 
 @pytest.fixture(scope="session")
@@ -52,3 +27,11 @@ def release(kinds, namespace):
     made = Release(kinds, namespace)
     yield made
     made.helm("uninstall", "--ignore-not-found")
+
+
+@pytest.fixture
+def running(release, tmp_path):
+    made = Running(release, tmp_path)
+    yield made
+    for process in made.processes:
+        process.end()

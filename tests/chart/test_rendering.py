@@ -135,6 +135,20 @@ def test_services_are_not_taken_for_model_servers():
         assert POOL_LABEL not in each["metadata"].get("labels", {})
 
 
+@SETS
+def test_notes_name_deployments_that_there_are(values):
+    """Each of them, in the commands to see that it runs."""
+    options = (f"--values={values}", f"--namespace={chart.NAMESPACE}", "--dry-run=client")
+    said = chart.helm("install", chart.RELEASE, str(chart.CHART), *options).stdout
+    notes = said.partition("NOTES:")[2]
+
+    named = re.findall(r"-n (\S+) rollout status deployment/(\S+)", notes)
+
+    made = [each for each in chart.objects(f"--values={values}") if each["kind"] == "Deployment"]
+    metadata = [each["metadata"] for each in made]
+    assert sorted(named) == sorted((each["namespace"], each["name"]) for each in metadata)
+
+
 # --- what is refused
 
 

@@ -1,0 +1,123 @@
+"""What the accounts of the chart may, as the API server itself says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from chart_release import NO_CRDS, deployed
+
+FOLDER = Path(__file__).parent / "values"
+
+
+def rights(cluster, account_namespace: str, account: str, namespace: str) -> set[tuple[str, ...]]:
+    """What an account may in a namespace, as (verb, group, resource, name)."""
+    token = cluster.kubectl("create", "token", account, "-n", account_namespace).stdout.strip()
+    status, answer = cluster.ask(
+        "POST",
+        "/apis/authorization.k8s.io/v1/selfsubjectrulesreviews",
+        {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectRulesReview",
+            "spec": {"namespace": namespace},
+        },
+        token=token,
+    )
+    assert status == 201, answer
+    assert not answer["status"]["incomplete"]
+    return {
+        (verb, group, resource, name)
+        for rule in answer["status"]["resourceRules"]
+        for verb in rule["verbs"]
+        for group in rule.get("apiGroups", [""])
+        for resource in rule["resources"]
+        for name in rule.get("resourceNames", [""])
+    }
+
+
+def expected(verbs: str, group: str, resources: str, name: str = "") -> set[tuple[str, ...]]:
+    return {
+        (verb, group, resource, name) for verb in verbs.split() for resource in resources.split()
+    }
+
+
+X_K8S = "inference.networking.x-k8s.io"
+WATCHED = (
+    expected("list watch", "forebay.dev", "flowcontrolpolicies")
+    | expected("list watch", "inference.networking.k8s.io", "inferencepools")
+    | expected("list watch", X_K8S, "inferencepools inferencemodels inferenceobjectives")
+    | expected("list watch", "llm-d.ai", "inferenceobjectives")
+    | expected("list watch", "", "pods services")
+    | expected("list watch", "discovery.k8s.io", "endpointslices")
+    | expected("patch", "forebay.dev", "flowcontrolpolicies/status")
+    | expected("patch", X_K8S, "inferencemodels/status")
+    | expected("create", "", "events")
+)
+REVIEWS = expected("create", "authentication.k8s.io", "tokenreviews")
+AT_HOME = (
+    expected("create get update", "coordination.k8s.io", "leases", "forebay-operator")
+    | expected("get update", "", "secrets", "forebay-control-tls")
+    | expected("get update", "", "configmaps", "forebay-control-ca")
+)
+
+
+def test_the_operator_may_what_it_needs_and_nothing_else(release):
+    """Everywhere what it watches; in its own namespace also its Lease, its Secret and the CA's."""
+    release.install(f"--values={FOLDER / 'pool.yaml'}", NO_CRDS)
+    cluster, namespace = release.cluster, release.namespace
+    anybody = rights(cluster, namespace, "default", namespace)
+
+    here = rights(cluster, namespace, "forebay-operator", namespace)
+    elsewhere = rights(cluster, namespace, "forebay-operator", "kube-system")
+
+    assert here - anybody == WATCHED | REVIEWS | AT_HOME
+    assert elsewhere - anybody == WATCHED | REVIEWS
+
+
+def test_an_operator_of_one_namespace_has_no_rights_in_others(release):
+    """But to have tokens reviewed, which belong to no namespace."""
+    release.install(
+        f"--values={FOLDER / 'namespaced.yaml'}",
+        f"--set=operator.watchNamespaces={{{release.namespace}}}",
+        NO_CRDS,
+    )
+    cluster, namespace = release.cluster, release.namespace
+    anybody = rights(cluster, namespace, "default", namespace)
+
+    here = rights(cluster, namespace, "forebay-operator", namespace)
+    elsewhere = rights(cluster, namespace, "forebay-operator", "kube-system")
+
+    lease = expected("create get update", "coordination.k8s.io", "leases", "forebay-operator")
+    assert here - anybody == WATCHED | REVIEWS | lease
+    assert elsewhere - anybody == REVIEWS
+
+
+def test_the_ca_is_published_to_pools_elsewhere(release, kinds):
+    """By name there, too."""
+    kinds.kubectl("create", "namespace", f"{release.namespace}-pools")
+    try:
+        release.install(
+            *(f"--values={FOLDER / 'pool.yaml'}", NO_CRDS),
+            f"--set=pools[0].namespace={release.namespace}-pools",
+        )
+        anybody = rights(kinds, release.namespace, "default", release.namespace)
+        there = rights(kinds, release.namespace, "forebay-operator", f"{release.namespace}-pools")
+    finally:
+        release.helm("uninstall")
+        kinds.kubectl("delete", "namespace", f"{release.namespace}-pools", "--wait=false")
+
+    published = expected("get update", "", "configmaps", "forebay-control-ca")
+    assert there - anybody == WATCHED | REVIEWS | published
+
+
+def test_an_endpoint_picker_may_nothing(release):
+    """Its account has no more rights than anybody's, and its token is not even for the API."""
+    release.install(f"--values={FOLDER / 'pool.yaml'}", NO_CRDS)
+    cluster, namespace = release.cluster, release.namespace
+    anybody = rights(cluster, namespace, "default", namespace)
+
+    assert rights(cluster, namespace, "chat-epp", namespace) == anybody
+    token = deployed(release, "chat").token()
+    status, _ = cluster.ask("GET", f"/api/v1/namespaces/{namespace}/pods", token=token)
+    assert status == 401
+    spec = release.get("deployment", "chat-epp")["spec"]["template"]["spec"]
+    assert spec["automountServiceAccountToken"] is False
