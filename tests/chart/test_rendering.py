@@ -149,6 +149,25 @@ def test_notes_name_deployments_that_there_are(values):
     assert sorted(named) == sorted((each["namespace"], each["name"]) for each in metadata)
 
 
+@pytest.mark.parametrize(
+    ("values", "file"), [("pool", "cluster-wide"), ("namespaced", "namespaced")]
+)
+def test_the_operator_s_roles_are_those_of_its_own_folder(values, file):
+    """And the right to its certificates, which they do not know."""
+
+    def rules(items: list[dict]) -> list[str]:
+        roles = [each for each in items if each["kind"] in ("Role", "ClusterRole")]
+        every = [rule for role in roles for rule in role["rules"]]
+        kept = [rule for rule in every if rule["resources"][0] not in ("secrets", "configmaps")]
+        return sorted(json.dumps(rule, sort_keys=True) for rule in kept)
+
+    source = chart.ROOT / "operator" / "rbac" / f"{file}.yaml"
+
+    rendered = rules(chart.objects(f"--values={FOLDER / 'values' / f'{values}.yaml'}"))
+
+    assert rendered == rules(list(yaml.safe_load_all(source.read_text())))
+
+
 # --- what is refused
 
 

@@ -9,6 +9,7 @@ import json
 import pytest
 from control_plane import apply
 from cryptography import x509
+from operator_account import kubeconfig_of
 
 from forebay_operator import certificates
 from forebay_operator.cluster import ApiError, Cluster
@@ -75,7 +76,7 @@ class Site:
 @pytest.fixture
 async def site(cluster, namespace, tmp_path, monkeypatch):
     apply(cluster, namespace, *manifests())
-    kubeconfig = cluster.kubeconfig_of(namespace, ACCOUNT, tmp_path / "kubeconfig")
+    kubeconfig = kubeconfig_of(cluster, namespace, ACCOUNT, tmp_path)
     monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
     found = Site(cluster, namespace)
     yield found

@@ -154,13 +154,6 @@ class ApiServer:
             answer = connection.getresponse()
             return answer.status, json.loads(answer.read())
 
-    def kubeconfig_of(self, namespace: str, account: str, file: Path) -> Path:
-        """Write a kubeconfig with which a program is a service account, and return its path."""
-        token = self.kubectl("create", "token", account, "-n", namespace).stdout.strip()
-        user = {"name": self._config["users"][0]["name"], "user": {"token": token}}
-        file.write_text(json.dumps({**self._config, "users": [user]}))
-        return file
-
     # As its owner
 
     def restart_apiserver(self, *, kill: bool = False) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import chart
 from control_plane import Operator, PickerPod, PickerProcess
 from ext_proc_peer import until
+from operator_account import kubeconfig_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,8 +75,8 @@ class Running:
     def operator(self, name: str) -> Operator:
         release = self.release
         deployment = release.get("deployment", "forebay-operator")
-        kubeconfig = release.cluster.kubeconfig_of(
-            release.namespace, "forebay-operator", self.folder / name
+        kubeconfig = kubeconfig_of(
+            release.cluster, release.namespace, "forebay-operator", self.folder
         )
         operator = Operator(
             *(release.cluster, self.folder, None, *chart.container(deployment)["args"]),

@@ -25,7 +25,7 @@ def cluster_wide(cluster: ApiServer, home: str, folder: Path) -> Path:
     """An account in the namespace `home` that may watch everywhere; return its kubeconfig."""
     _create(cluster, home, "cluster-wide.yaml")
     _bind(cluster, "clusterrolebinding", ACCOUNT, home, f"--clusterrole={ACCOUNT}")
-    return _kubeconfig(cluster, home, folder)
+    return kubeconfig_of(cluster, home, ACCOUNT, folder)
 
 
 def namespaced(
@@ -41,7 +41,7 @@ def namespaced(
     if tokens:
         role = f"{ACCOUNT}-tokens"
         _bind(cluster, "clusterrolebinding", role, home, f"--clusterrole={role}")
-    return _kubeconfig(cluster, home, folder)
+    return kubeconfig_of(cluster, home, ACCOUNT, folder)
 
 
 def _create(cluster: ApiServer, home: str, file: str) -> None:
@@ -51,8 +51,9 @@ def _create(cluster: ApiServer, home: str, file: str) -> None:
     _bind(cluster, "rolebinding", lease, home, f"--role={lease}", "-n", home)
 
 
-def _kubeconfig(cluster: ApiServer, home: str, folder: Path) -> Path:
-    token = cluster.kubectl("create", "token", ACCOUNT, "-n", home, "--duration=2h").stdout.strip()
+def kubeconfig_of(cluster: ApiServer, home: str, account: str, folder: Path) -> Path:
+    """Write a kubeconfig with which a program is a service account of the namespace `home`."""
+    token = cluster.kubectl("create", "token", account, "-n", home, "--duration=2h").stdout.strip()
     return kubeconfig(cluster, folder / f"{home}.kubeconfig", token)
 
 
