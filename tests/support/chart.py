@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import subprocess
 import tempfile
 from functools import cache
@@ -24,6 +26,7 @@ BUILD_SECONDS = 1800
 def _home() -> dict[str, str]:
     need("go")
     folder = tempfile.mkdtemp(prefix="helm-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return {f"HELM_{part}_HOME": f"{folder}/{part.lower()}" for part in ("CACHE", "CONFIG", "DATA")}
 
 
