@@ -6,9 +6,9 @@ import secrets
 
 import api_server
 import pytest
-from cluster_fixtures import cluster, crds, namespace
+from cluster_fixtures import cluster, crds, namespace, node_cluster
 
-__all__ = ["cluster", "crds", "namespace", "somewhere"]
+__all__ = ["cluster", "crds", "namespace", "node_cluster", "somewhere"]
 
 
 @pytest.fixture(scope="module")

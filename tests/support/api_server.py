@@ -11,9 +11,10 @@ import re
 import shutil
 import ssl
 import subprocess
+import sys
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 from urllib.parse import urlsplit
 
 import pytest
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PROGRAM = Path(__file__).parents[2] / "hack" / "local-cluster"
+CRDS = PROGRAM.parents[1] / "crds"
 OTHER_CLUSTER = "FOREBAY_KUBECONFIG"
 # The first start on a machine builds Kubernetes.
 BUILD_SECONDS = 1800
@@ -38,15 +40,39 @@ PROVIDERS = {
     "go": "golang 1.24 or newer",
     "faketime": "faketime",
 }
+NODE_PROVIDERS = {
+    "containerd": "containerd",
+    "runc": "runc",
+    "nft": "nftables",
+    "iptables": "iptables",
+    "conntrack": "conntrack",
+    "ip": "iproute2",
+    "openssl": "openssl",
+    "buildah": "buildah",
+    "mmdebstrap": "mmdebstrap",
+}
 
 
 def need(*programs: str) -> None:
     """Skip the test when a program is missing; fail it where CI is to have everything."""
+    providers = PROVIDERS | NODE_PROVIDERS
     missing = [name for name in programs if shutil.which(name) is None]
     if missing:
-        names = ", ".join(f"{name} ({PROVIDERS[name]})" for name in missing)
-        end = pytest.fail if "CI" in os.environ else pytest.skip
-        end(f"missing on this machine: {names}")
+        names = ", ".join(f"{name} ({providers[name]})" for name in missing)
+        end_for_lack_of(names)
+
+
+def need_node() -> None:
+    """Skip the test where no node can run; fail it where CI is to have everything."""
+    if sys.platform != "linux" or os.geteuid():
+        end_for_lack_of("Linux and root, for a node")
+    need(*NODE_PROVIDERS)
+
+
+def end_for_lack_of(what: str) -> NoReturn:
+    """Skip the test, or fail it in CI."""
+    end = pytest.fail if "CI" in os.environ else pytest.skip
+    end(f"missing on this machine: {what}")
 
 
 def local_cluster(
@@ -76,6 +102,11 @@ class ApiServer:
         self._dir = folder
 
     @property
+    def owned(self) -> bool:
+        """Whether the cluster is one of hack/local-cluster."""
+        return self._dir is not None
+
+    @property
     def dir(self) -> Path:
         """The cluster's folder; skips the test when the cluster is another's."""
         if self._dir is None:
@@ -97,6 +128,13 @@ class ApiServer:
         """Apply a file, a folder or YAML text on the server's side."""
         path, text = (str(manifest), None) if isinstance(manifest, Path) else ("-", manifest)
         self.kubectl("apply", "--server-side", *options, "-f", path, input=text)
+
+    def apply_crds(self) -> None:
+        """Install the project's CRDs."""
+        self.apply(CRDS)
+        for file in CRDS.glob("*.yaml"):
+            group, _, plural = file.stem.rpartition("_")
+            self.wait_established(f"{plural}.{group}")
 
     def wait_established(self, crd: str) -> None:
         """Wait until the API serves a custom resource, named as plural.group."""
@@ -215,8 +253,11 @@ def error_fields(answer: dict) -> set[str]:
 
 
 @contextlib.contextmanager
-def running(folder: Path, *options: str) -> Iterator[ApiServer]:
-    """Run a cluster in the folder, which must be empty, or use the one of FOREBAY_KUBECONFIG."""
+def running(folder: Path, *options: str, node: bool = False) -> Iterator[ApiServer]:
+    """Run a cluster in the folder, which must be empty, or use the one of FOREBAY_KUBECONFIG.
+
+    Options are those of `hack/local-cluster up`. Pods run with a node only.
+    """
     caches = folder.with_name(f"{folder.name}-kubectl")
     other = os.environ.get(OTHER_CLUSTER)
     if other:
@@ -224,9 +265,19 @@ def running(folder: Path, *options: str) -> Iterator[ApiServer]:
         yield ApiServer(Path(other), caches)
         return
     need("kubectl", "etcd", "go")
+    if node:
+        need_node()
+    else:
+        options = ("--control-plane-only", *options)
     try:
-        flags = ("--control-plane-only", *options)
-        local_cluster("up", folder, *flags, timeout_seconds=BUILD_SECONDS)
+        local_cluster("up", folder, *options, timeout_seconds=BUILD_SECONDS)
         yield ApiServer(folder / "kubeconfig", caches, folder)
     finally:
         local_cluster("down", folder)
+
+
+def load_images(cluster: ApiServer) -> None:
+    """Build the project's images and give them to a cluster with a node; another's has them."""
+    if cluster.owned:
+        command = [str(PROGRAM.with_name("images")), "--load-into", str(cluster.dir)]
+        run(command, None, check=True, timeout_seconds=BUILD_SECONDS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from pathlib import Path
 
 import api_server
 import pytest
@@ -15,6 +14,16 @@ def cluster(tmp_path_factory):
     """One cluster for all tests, with controllers and an audit log; ends with the session."""
     folder = tmp_path_factory.mktemp("cluster")
     with api_server.running(folder, "--controller-manager", "--audit") as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def node_cluster(tmp_path_factory):
+    """One cluster with a node for all tests that run pods, with the project's images and CRDs."""
+    folder = tmp_path_factory.mktemp("node")
+    with api_server.running(folder, node=True) as cluster:
+        api_server.load_images(cluster)
+        cluster.apply_crds()
         yield cluster
 
 
@@ -33,9 +42,5 @@ def namespace(cluster):
 @pytest.fixture(scope="session")
 def crds(cluster):
     """The cluster with the project's CRDs."""
-    folder = Path(__file__).parents[2] / "crds"
-    cluster.apply(folder)
-    for file in folder.glob("*.yaml"):
-        group, _, plural = file.stem.rpartition("_")
-        cluster.wait_established(f"{plural}.{group}")
+    cluster.apply_crds()
     return cluster
