@@ -207,6 +207,21 @@ def test_the_operator_runs_as_a_user_without_a_name(node_cluster, place):
         node_cluster.kubectl("delete", *bound)
 
 
+def test_the_endpoint_picker_starts(node_cluster, place):
+    """The endpoint picker's image is alive while no operator answers."""
+    manifest = pods.pod(
+        "epp",
+        "epp",
+        args=["--control-address=127.0.0.1:1"],
+        env=[{"name": "POD_NAMESPACE", "value": place}],
+        readinessProbe={"grpc": {"port": 9003, "service": "liveness"}, "periodSeconds": 1},
+    )
+
+    pods.apply(node_cluster, place, manifest)
+
+    pods.wait_ready(node_cluster, place, "epp")
+
+
 # ------------------------------------------------------------------------------------ up and down
 
 
