@@ -35,6 +35,7 @@ CNI_PLUGINS = Path("/usr/lib/cni")
 CGROUPS = Path("/sys/fs/cgroup")
 READY_PORT = 8181
 CLEAR_SECONDS = 10.0
+MAX_SOCKET_BYTES = 107 - len(".ttrpc")  # containerd makes a second one with that ending
 # What DNS reads, and no more.
 DNS_RULES = [
     {"apiGroups": [""], "resources": ["namespaces", "services"], "verbs": ["list", "watch"]},
@@ -46,11 +47,12 @@ DNS_RULES = [
 ]
 
 
-def check() -> None:
-    """Check what a node needs of this machine.
+def check(folder: Path) -> None:
+    """Check what a node needs of this machine and of its folder.
 
     Raises:
-        UserError: the user is not root, a program is missing or there are no control groups.
+        UserError: the user is not root, a program is missing, there are no control groups, or the
+            folder's path is too long for a socket in it.
     """
     if sys.platform != "linux" or os.geteuid():
         raise UserError("a node needs Linux and root; --control-plane-only needs neither")
@@ -63,6 +65,8 @@ def check() -> None:
         )
     if not ((CGROUPS / "memory").exists() or (CGROUPS / "cgroup.controllers").exists()):
         raise UserError(f"no control groups are mounted on {CGROUPS}")
+    if len(os.fsencode(socket_path(folder))) > MAX_SOCKET_BYTES:
+        raise UserError(f"{folder} is too long for a socket's path: choose another --dir")
 
 
 def socket_path(folder: Path) -> Path:
