@@ -212,7 +212,7 @@ def test_the_endpoint_picker_starts(node_cluster, place):
     manifest = pods.pod(
         "epp",
         "epp",
-        args=["--control-address=127.0.0.1:1"],
+        args=["--control-address=127.0.0.1:1", "--control-insecure"],
         env=[{"name": "POD_NAMESPACE", "value": place}],
         readinessProbe={"grpc": {"port": 9003, "service": "liveness"}, "periodSeconds": 1},
     )

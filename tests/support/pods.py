@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 IMAGES = "localhost/forebay"
 VERSION = "0.1.0"
 READY_SECONDS = 90
@@ -52,9 +54,13 @@ def apply(cluster, namespace: str, *manifests: dict) -> None:
 
 
 def wait_ready(cluster, namespace: str, *names: str) -> None:
-    pods = [f"pod/{name}" for name in names]
-    timeout = f"--timeout={READY_SECONDS}s"
-    cluster.kubectl("wait", "--for=condition=Ready", timeout, "--namespace", namespace, *pods)
+    """Wait until pods are ready; fail with what they say when they do not become it."""
+    for name in names:
+        where = (f"pod/{name}", "--namespace", namespace)
+        condition = ("--for=condition=Ready", f"--timeout={READY_SECONDS}s")
+        if cluster.kubectl("wait", *condition, *where, check=False).returncode:
+            told = [cluster.kubectl(*c, *where, check=False) for c in (("describe",), ("logs",))]
+            pytest.fail("\n".join(done.stdout + done.stderr for done in told))
 
 
 def python(cluster, namespace: str, name: str, code: str) -> str:
