@@ -339,7 +339,7 @@ SECOND_POOL = (QUICKSTART / "pool.yaml").read_text().replace("name: chat\n", "na
     ("flags", "files", "says"),
     [
         ((), {"pool.yaml": None}, "holds no InferencePool"),
-        ((), dict.fromkeys(("pool", "models", "policy", "endpoints")), "holds no .yaml file"),
+        ((), dict.fromkeys(("pool", "models", "policy")), "holds no .yaml file"),
         ((), {"b.yaml": SECOND_POOL}, "(default/chat, default/code); choose one with --pool NAME"),
         (("--pool=x",), {}, "--pool x: "),
         ((), {"b.yaml": "a: ["}, "b.yaml: while parsing a flow"),

@@ -1,0 +1,334 @@
+"""The recipes of crds/README.md do what it says: planned, programmed and played in virtual time.
+
+From the files of a recipe through planning, the program's bytes and the endpoint picker's codec to
+the controller. That a real API server takes the files is tests/cluster's business.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from forebay_cli import check
+from forebay_control.v1 import control_pb2 as pb
+from forebay_epp.codec import plan as plan_codec
+from forebay_epp.core.controller import FlowController
+from forebay_epp.core.terms import Dispatched, Endpoint, Request
+from forebay_operator import planning, sources
+
+CRDS = Path(__file__).parents[2] / "crds"
+FOLDERS = sorted(path for path in (CRDS / "examples").iterdir() if path.is_dir())
+RECIPES = [path.name for path in FOLDERS if path.name != "quickstart"]
+COOKBOOK = (CRDS / "README.md").read_text()
+SERVER = "10.0.0.1:8000"
+SLOTS = 4  # of a server that has not shown any metrics
+
+
+def planned(name: str, *, without: str = "") -> planning.Planned:
+    """Plan a recipe; `without` is a field of the policy's spec to leave out."""
+    found = list(sources.read(CRDS / "examples" / name).resources)
+    for number, resource in enumerate(found):
+        if without and isinstance(resource, planning.FlowControlPolicy):
+            empty = type(resource.spec).model_fields[without].default
+            spec = resource.spec.model_copy(update={without: empty})
+            found[number] = resource.model_copy(update={"spec": spec})
+    (pool,) = planning.pools(found)
+    return planning.plan(pool, found)
+
+
+class Play:
+    """A recipe's controller, and the moment it is."""
+
+    def __init__(self, name: str) -> None:
+        self._plan, self.endpoints = self._read(planned(name))
+        self.controller = FlowController(self._plan, Random(7))
+        self.now = 0.0
+        self.sent: dict[int, str] = {}
+        self.decisions: list = []
+
+    @staticmethod
+    def _read(program: planning.Planned):
+        snapshot = pb.Snapshot.FromString(program.snapshot.SerializeToString())
+        return plan_codec.parse_snapshot(snapshot)
+
+    def reprogram(self, program: planning.Planned) -> None:
+        self.controller.reconfigure(self._read(program)[0], self.now)
+
+    def servers(self, *addresses: str) -> None:
+        self.controller.set_endpoints([Endpoint(address) for address in addresses], self.now)
+        self._poll()
+
+    def send(self, model: str, count: int = 1, objective: str = "") -> list[int]:
+        """Send requests; return their ids."""
+        numbers = range(len(self.sent), len(self.sent) + count)
+        for number in numbers:
+            self.sent[number] = model
+            self.controller.submit(Request(number, model, 100, objective=objective), self.now)
+            self._poll()
+        return list(numbers)
+
+    def at(self, seconds: float) -> None:
+        """Go on to a moment, and poll at each wakeup on the way."""
+        while (wakeup := self.controller.next_wakeup()) is not None and wakeup <= seconds:
+            self.now = max(self.now, wakeup)
+            self._poll()
+        self.now = seconds
+        self._poll()
+
+    def next_served(self, count: int) -> list[str]:
+        """End what runs, one by one, and return the models of the next that get its place."""
+        running = [each.request_id for each in self.decisions if isinstance(each, Dispatched)]
+        for number in running:
+            self.controller.complete(number)
+        before = len(self.decisions)
+        self._poll()
+        served: list[str] = []
+        while len(served) < count:
+            fresh = self.decisions[before:]
+            before = len(self.decisions)
+            assert fresh, f"only {served} were served"
+            for decision in fresh:
+                served.append(self.sent[decision.request_id])
+                self.controller.complete(decision.request_id)
+            self._poll()
+        return served[:count]
+
+    def band(self, name: str) -> int:
+        """How many wait in a band."""
+        snapshot = self.controller.snapshot(self.now)
+        return next(band.requests for band in snapshot.bands if band.band == name)
+
+    def outcomes(self, numbers: list[int]) -> Counter[str]:
+        wanted = set(numbers)
+        return Counter(
+            "Dispatched" if isinstance(each, Dispatched) else each.outcome.value
+            for each in self.decisions
+            if each.request_id in wanted
+        )
+
+    def waits(self, numbers: list[int]) -> set[float]:
+        wanted = set(numbers)
+        return {each.waited_seconds for each in self.decisions if each.request_id in wanted}
+
+    def _poll(self) -> None:
+        while fresh := self.controller.poll(self.now):
+            self.decisions += fresh
+
+
+# --- the files and the text
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+def test_a_folder_is_valid_and_has_no_problem(folder, capsys):
+    """`forebay check` has neither an error nor a warning, and the plan none either."""
+    assert check.run(SimpleNamespace(paths=[folder])) == 0
+    assert "warning" not in capsys.readouterr().out
+    assert planned(folder.name).problems == ()
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+def test_a_folder_can_be_applied_as_it_is(folder):
+    """No address is one that an API server refuses, so `kubectl apply -f FOLDER` has no error."""
+    for path in folder.iterdir():
+        assert "127.0.0." not in path.read_text()
+
+
+def test_the_cookbook_names_every_folder():
+    """A heading for each recipe, none for anything else."""
+    headings = re.findall(r"^## .*\(examples/([a-z-]+)\)$", COOKBOOK, re.MULTILINE)
+
+    assert sorted(headings) == RECIPES
+
+
+def within(part, whole) -> bool:
+    """Whether everything in `part` is in `whole`; lists may have more entries there."""
+    if isinstance(part, dict):
+        return isinstance(whole, dict) and all(
+            key in whole and within(value, whole[key]) for key, value in part.items()
+        )
+    if isinstance(part, list):
+        return isinstance(whole, list) and all(
+            any(within(one, other) for other in whole) for one in part
+        )
+    return part == whole
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_the_cookbook_shows_is_in_the_files(name):
+    """The YAML of a section is a part of one of the recipe's objects."""
+    section = COOKBOOK.split(f"(examples/{name})", 1)[1].split("\n## ", 1)[0]
+    shown = [yaml.safe_load(text) for text in re.findall("```yaml\n(.*?)```", section, re.DOTALL)]
+    objects = [
+        manifest
+        for path in (CRDS / "examples" / name).iterdir()
+        for manifest in yaml.safe_load_all(path.read_text())
+    ]
+
+    assert shown
+    for part in shown:
+        assert any(within(part, manifest) for manifest in objects), part
+
+
+# --- what the recipes do
+
+
+def test_interactive_before_batch():
+    """A queue full of batch does not hold up one interactive request; batch may wait 30 minutes."""
+    play = Play("interactive-before-batch")
+    play.servers(SERVER)
+    batch = play.send("llama-batch", 1000)
+    play.send("llama-chat", 3)
+
+    assert play.next_served(5) == ["llama-chat"] * 3 + ["llama-batch"] * 2
+    waiting = play.band("Sheddable")
+    play.at(1799)
+    assert play.band("Sheddable") == waiting
+    play.at(1800)
+    assert play.outcomes(batch)["EvictedTTL"] == waiting > 900
+
+
+def test_interactive_requests_are_refused_after_their_ttl():
+    """Waiting longer than 15 s has no use."""
+    play = Play("interactive-before-batch")
+    play.servers(SERVER)
+    waiting = play.send("llama-chat", 20)[SLOTS:]
+
+    play.at(15)
+
+    assert play.outcomes(waiting) == {"EvictedTTL": len(waiting)}
+    assert play.waits(waiting) == {15}
+
+
+def test_tenants_take_turns():
+    """A flood of one fills only its own share, and the others are served in between."""
+    play = Play("tenants-take-turns")
+    play.servers(SERVER)
+    flood = play.send("team-a", 3000)
+
+    assert play.outcomes(flood) == {"Dispatched": SLOTS, "RejectedQueueFull": 2800 - SLOTS}
+    assert not play.outcomes(play.send("team-b", 100) + play.send("team-c", 100))
+    served = play.next_served(30)
+    assert Counter(served) == {"team-a": 10, "team-b": 10, "team-c": 10}
+    assert play.outcomes(play.send("team-x")) == {"RejectedUnknownModel": 1}
+
+
+def test_scale_from_zero():
+    """Requests wait for the first server for up to five minutes, then they are refused with 503."""
+    play = Play("scale-from-zero")
+    early = play.send("llama-chat", 2)
+    play.at(240)
+    late = play.send("llama-chat", 2)
+    assert not play.outcomes(early + late)
+
+    play.at(301)
+    play.servers(SERVER)
+
+    assert play.outcomes(early) == {"EvictedNoEndpoints": 2}
+    assert play.outcomes(late) == {"Dispatched": 2}
+
+
+def test_known_models_only():
+    """Another model is refused at once."""
+    play = Play("known-models-only")
+    play.servers(SERVER)
+
+    assert play.outcomes(play.send("llama-chat")) == {"Dispatched": 1}
+    assert play.outcomes(play.send("gpt-x")) == {"RejectedUnknownModel": 1}
+
+
+def test_servers_without_metrics():
+    """Each gets 16 at once without having shown anything, and the next one waits."""
+    play = Play("servers-without-metrics")
+    play.servers(SERVER, "10.0.0.2:8000")
+    sent = play.send("llama-chat", 40)
+
+    assert play.outcomes(sent) == {"Dispatched": 32}
+    in_flight = [endpoint.in_flight for endpoint in play.controller.snapshot(0).endpoints]
+    assert in_flight == [16, 16]
+
+
+def test_fail_fast():
+    """The 51st that waits is refused at once, and the others after two seconds."""
+    play = Play("fail-fast")
+    play.servers(SERVER)
+    sent = play.send("llama-autocomplete", 100)
+
+    assert play.outcomes(sent) == {"Dispatched": SLOTS, "RejectedQueueFull": 50 - SLOTS}
+    play.at(2)
+    assert play.outcomes(sent)["EvictedTTL"] == 50
+    assert play.waits(sent) == {0, 2}
+
+
+def test_fail_fast_without_servers():
+    """One second, then 503."""
+    play = Play("fail-fast")
+    sent = play.send("llama-autocomplete")
+    play.at(1)
+
+    assert play.outcomes(sent) == {"EvictedNoEndpoints": 1}
+    assert play.waits(sent) == {1}
+
+
+def test_canary():
+    """About a tenth of the requests is sent on under the new name."""
+    play = Play("canary")
+    play.servers(*(f"10.0.0.{number}:8000" for number in range(1, 251)))
+    play.send("llama-chat", 1000)
+
+    names = Counter(each.target_model for each in play.decisions)
+    assert set(names) == {"llama-chat-v1", "llama-chat-v2"}
+    assert names.total() == 1000
+    assert 70 <= names["llama-chat-v2"] <= 130  # three standard deviations
+
+
+def test_trusted_objectives():
+    """The header decides about the queue, and an unknown one changes nothing."""
+    play = Play("trusted-objectives")
+    play.send("llama-chat", 1, objective="paying")
+    play.send("llama-chat", 2, objective="trial")
+    play.send("llama-chat", 3, objective="no-such")
+    play.send("llama-chat", 4)
+
+    assert [play.band(name) for name in ("Critical", "Standard", "Sheddable")] == [1, 7, 2]
+
+
+def test_objectives_have_no_effect_without_trust():
+    """What a client writes into the header is not believed by default."""
+    play = Play("trusted-objectives")
+    play.reprogram(planned("trusted-objectives", without="trust"))
+    play.send("llama-chat", 1, objective="paying")
+
+    assert play.band("Standard") == 1
+
+
+def test_demote_a_model():
+    """New requests of the model wait behind everybody; those that wait already keep their place."""
+    play = Play("demote-a-model")
+    play.reprogram(planned("demote-a-model", without="models"))
+    play.servers(SERVER)
+    play.send("llama-report", 10)
+    before = play.band("Critical")
+
+    play.reprogram(planned("demote-a-model"))
+    play.send("llama-report", 5)
+    play.send("llama-chat", 5)
+
+    assert (play.band("Critical"), play.band("Sheddable")) == (before + 5, 5)
+    served = play.next_served(before + 10)
+    assert served == ["llama-report"] * before + ["llama-chat"] * 5 + ["llama-report"] * 5
+
+
+def test_servers_outside():
+    """The endpoints are the slice's addresses."""
+    play = Play("servers-outside")
+
+    assert [endpoint.address for endpoint in play.endpoints] == [
+        "192.0.2.11:8000",
+        "192.0.2.12:8000",
+    ]
