@@ -222,23 +222,35 @@ class Installation:
     # Numbers
 
     def metrics(self, pod: str, port: int, namespace: str = NAMESPACE) -> dict[str, float]:
-        """Return a pod's metrics by name with labels."""
+        """Return a pod's metrics by name with labels, as soon as it serves them."""
         path = f"/api/v1/namespaces/{namespace}/pods/{pod}:{port}/proxy/metrics"
-        page = self.cluster.kubectl("get", "--raw", path).stdout
+        pages = []
+
+        def served() -> bool:
+            pages.append(self.cluster.kubectl("get", "--raw", path, check=False))
+            return pages[-1].returncode == 0
+
+        until(served, PATIENCE_SECONDS)
+        page = pages[-1].stdout
         lines = (line.rpartition(" ") for line in page.splitlines() if not line.startswith("#"))
         return {name: float(value) for name, _, value in lines}
 
     def queued(self) -> int:
         """Return how many requests wait, over all endpoint pickers."""
-        pages = [
-            self.metrics(pod["metadata"]["name"], 9090) for pod in self.pods("endpoint-picker")
+        return int(sum(self._of_pickers("forebay_queue_requests")))
+
+    def endpoints(self) -> int:
+        """Return how many model servers the endpoint pickers know, added up."""
+        return len(self._of_pickers("forebay_endpoint_limit"))
+
+    def _of_pickers(self, metric: str) -> list[float]:
+        names = [pod["metadata"]["name"] for pod in self.pods("endpoint-picker")]
+        return [
+            value
+            for name in names
+            for key, value in self.metrics(name, 9090).items()
+            if key.startswith(f"{metric}{{")
         ]
-        return sum(
-            int(value)
-            for page in pages
-            for name, value in page.items()
-            if name.startswith("forebay_queue_requests{")
-        )
 
     def resident_mb(self, component: str) -> float:
         """Return the memory of a component's only process, in megabytes."""

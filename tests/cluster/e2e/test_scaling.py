@@ -12,7 +12,9 @@ def test_queued_requests_outlive_the_last_model_server(forebay, clients):
     """With no server left requests wait, visible in the status; two new ones answer them all."""
     forebay.set_policy(noEndpoints={"ttl": "10m"})
     assert [a.result().status for a in clients.send(CRITICAL, MODEL_SERVERS)] == [200] * 4
+    assert forebay.endpoints() == MODEL_SERVERS
     forebay.scale("vllm", 0)
+    until(lambda: forebay.endpoints() == 0, PATIENCE_SECONDS)
 
     waiting = clients.send(CRITICAL, 12)
     until(lambda: forebay.queued() == len(waiting), PATIENCE_SECONDS)
