@@ -25,6 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from forebay_cli import envoy
+from forebay_cli.child import dying_with_us
 from forebay_sim import arrivals, report
 
 ROOT = Path(__file__).parent.parent
@@ -180,7 +181,7 @@ class Stage:
     async def _start(self, name: str, *command: object) -> asyncio.subprocess.Process:
         log = await asyncio.to_thread((self._folder / f"{name}.log").open, "wb")
         process = await asyncio.create_subprocess_exec(
-            *map(str, command),
+            *dying_with_us(*map(str, command)),
             stdout=asyncio.subprocess.PIPE,
             stderr=log,
             env=os.environ | {"PYTHONSAFEPATH": "1"},

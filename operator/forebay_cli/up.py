@@ -14,7 +14,6 @@ import json
 import shlex
 import signal
 import socket
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,28 +151,39 @@ class _Up:
     async def run(self) -> int:
         manifests = sources.read(self._settings.folder)
         pool = self._pool(manifests)
-        self._stack.check_ports()
+        self._stack.check()
         running = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
                 running.add_signal_handler(number, self._on_signal)
         operator = FolderOperator(self._settings.folder, self._tell, pool, self._endpoints)
         port = await operator.start(manifests, "127.0.0.1", 0, "127.0.0.1", self._operator_port)
-        with tempfile.TemporaryDirectory(prefix="forebay-") as folder:
-            following = asyncio.create_task(operator.run())
-            try:
-                await self._stack.start(pool, port, Path(folder) / "envoy.json")
-                if await self._unless_stopped(self._stack.ready()):
-                    self._show(operator.planned(pool))
-                    await self._unless_stopped(self._follow(following))
-                self._console.print("stopping; a second Ctrl-C does not wait for open requests")
-            finally:
-                self._stopping.set()
-                await self._stack.stop(self._hurry)
-                following.cancel()
-                await asyncio.gather(following, return_exceptions=True)
-                await operator.stop()
+        following = asyncio.create_task(operator.run())
+        try:
+            if await self._started(pool, port):
+                self._show(operator.planned(pool))
+                await self._unless_stopped(self._follow(following))
+            self._console.print("stopping; a second Ctrl-C does not wait for open requests")
+        finally:
+            self._stopping.set()
+            await self._stack.stop(self._hurry)
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+            await operator.stop()
         return 0
+
+    async def _started(self, pool: str, control_port: int) -> bool:
+        """Start the processes; return whether all serve before a signal comes.
+
+        Raises:
+            CommandError: one has ended by itself or does not serve in time.
+        """
+        stack = self._stack
+        await stack.start_epp(pool, control_port)
+        if not await self._unless_stopped(stack.ready()):
+            return False
+        await stack.start_envoy()
+        return await self._unless_stopped(stack.ready())
 
     @property
     def _operator_port(self) -> int:

@@ -68,8 +68,8 @@ class Program:
 class Up(Program):
     """A running `forebay up`."""
 
-    def __init__(self, folder: Path, *flags: str) -> None:
-        self.ports = {name: free_port() for name in PORT_FLAGS}
+    def __init__(self, folder: Path, *flags: str, ports: dict[str, int] | None = None) -> None:
+        self.ports = ports or {name: free_port() for name in PORT_FLAGS}
         given = [f"--{name}-port={port}" for name, port in self.ports.items()]
         super().__init__("forebay_cli", "up", str(folder), *given, *flags)
 
@@ -95,12 +95,17 @@ class Up(Program):
     def in_flight(self) -> int:
         return sum(endpoint["in_flight"] for endpoint in self.queues()["endpoints"])
 
+    def children(self) -> list[int]:
+        """The process ids of its children."""
+        pid = self.process.pid
+        return [
+            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
+
     def child(self, word: str) -> int:
         """The process id of the child whose command line has a word."""
-        pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         return next(
-            int(child) for child in children if word in Path(f"/proc/{child}/cmdline").read_text()
+            child for child in self.children() if word in Path(f"/proc/{child}/cmdline").read_text()
         )
 
     def gone(self) -> bool:
@@ -144,8 +149,8 @@ def start(folder, server):
     """Start `forebay up` on the folder; it ends with the test."""
     started = []
 
-    def begin(*flags) -> Up:
-        started.append(Up(folder, f"--endpoint={server}", *flags))
+    def begin(*flags, **ports) -> Up:
+        started.append(Up(folder, f"--endpoint={server}", *flags, **ports))
         return started[-1].started()
 
     yield begin
@@ -290,7 +295,7 @@ def _ignoring_disconnect(program: Up):
     return request
 
 
-@pytest.mark.parametrize(("word", "name"), [("forebay_epp", "epp"), ("envoy.json", "envoy")])
+@pytest.mark.parametrize(("word", "name"), [("forebay_epp", "epp"), ("--config-yaml", "envoy")])
 def test_the_end_of_a_process_ends_all(start, word, name):
     """It is named, with its status; the exit status is 1 and nothing is left running."""
     program = start()
@@ -301,6 +306,56 @@ def test_the_end_of_a_process_ends_all(start, word, name):
     assert (status, program.gone()) == (1, True)
     assert f"forebay up: {name} has ended with status -9" in program.output
     assert "Traceback" not in program.output
+
+
+MOMENTS = {
+    "epp starts": lambda program: len(program.children()) == 1,
+    "envoy starts": lambda program: len(program.children()) == 2,
+    "all serve": lambda program: program.says("Ctrl-C ends"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_kill_9_leaves_no_child(start, folder, server, moment):
+    """Within 2 s, whenever it comes; the ports are free and the next run serves on them."""
+    program = Up(folder, f"--endpoint={server}")
+    until(lambda: MOMENTS[moment](program), START_SECONDS)
+    children = program.children()
+
+    program.end(signal.SIGKILL)
+
+    until(lambda: all(map(_has_ended, children)), 2)
+    assert program.gone()
+    if moment == "all serve":
+        again = start(ports=program.ports)
+        assert again.request("llama-chat")[0] == 200
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether it has; it may be a zombie that its new parent has not waited for yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def test_no_request_fails_while_it_starts(folder, server):
+    """Nobody listens before requests can be answered: refused until then, 200 from then on."""
+    program = Up(folder, f"--endpoint={server}")
+    statuses = []
+
+    def answered() -> bool:
+        try:
+            statuses.append(program.request("llama-chat", max_tokens=1)[0])
+        except (ConnectionRefusedError, ValueError) as error:
+            statuses.append(type(error).__name__)
+        return statuses.count(200) == 3
+
+    until(answered, START_SECONDS)
+    program.end(signal.SIGTERM)
+
+    assert set(statuses) <= {"ConnectionRefusedError", 200}, statuses[-20:]
+    assert statuses == sorted(statuses, key=lambda status: status == 200)
 
 
 def test_without_a_proxy_the_picker_waits_for_one(start, server):
