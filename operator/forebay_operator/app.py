@@ -167,8 +167,8 @@ class ClusterOperator:
     def _pickers_changed(self, pool: str) -> None:
         self._reconciler.pickers_changed(pool)
 
-    def _higher_epoch(self, epoch: int) -> None:
-        self._elector.see_epoch(epoch)
+    def _higher_epoch(self, epoch: int, uid: str, namespace: str) -> None:
+        self._elector.see_epoch(epoch, uid, namespace)
 
     def _lead(self, leadership: Leadership) -> None:
         epoch = leadership.epoch

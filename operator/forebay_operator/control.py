@@ -72,7 +72,8 @@ class ControlServer(rpc.ControlServicer):
     Args:
         authorize: says which pod a Hello comes from (its uid), or raises RefusedError.
         changed: called with a pool whose pickers have changed in a way that statuses show.
-        higher_epoch: called with an epoch that a picker has seen; ours has to be above it.
+        higher_epoch: called with an epoch that an EPP claims to have seen, with the uid and the
+            namespace of its pod; ours has to be above it.
         clock: monotonic seconds.
     """
 
@@ -80,7 +81,7 @@ class ControlServer(rpc.ControlServicer):
         self,
         authorize: Authorize,
         changed: Callable[[str], None],
-        higher_epoch: Callable[[int], None],
+        higher_epoch: Callable[[int, str, str], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._admission = Admission(authorize)
@@ -263,7 +264,7 @@ class ControlServer(rpc.ControlServicer):
             self._rollouts[hello.pool].runs(uid, applied.sha256, now)
         seen = max(hello.highest_epoch, applied.version.epoch if applied else 0)
         if self._epoch is not None and seen > self._epoch:
-            self._higher_epoch(seen)
+            self._higher_epoch(seen, uid, namespace_of(hello.pool))
         self._changed(hello.pool)
         _log.info("endpoint picker connected", extra={"pool": hello.pool, "pod": hello.pod_name})
         return stream
@@ -434,7 +435,8 @@ class ControlServer(rpc.ControlServicer):
         metrics.ANSWERS.labels("nack").inc()
         stream.wake.set()
         if answer is Answer.STALE and self._epoch is not None and nack.highest_epoch >= self._epoch:
-            self._higher_epoch(nack.highest_epoch)
+            namespace = namespace_of(stream.pool)
+            self._higher_epoch(nack.highest_epoch, stream.pod_uid, namespace)
         _log.warning(
             "endpoint picker refuses its program",
             extra={"pod": stream.pod_name, "pool": stream.pool, "error": stream.session.error},
@@ -445,6 +447,11 @@ class ControlServer(rpc.ControlServicer):
 def _flood() -> RefusedError:
     text = "too many messages: a picker has something to say every few seconds"
     return RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "flood", text)
+
+
+def namespace_of(pool: str) -> str:
+    """Return the namespace of a pool, which is also that of its EPPs' pods."""
+    return pool.partition("/")[0]
 
 
 def join(host: str, port: int) -> str:

@@ -9,6 +9,10 @@ before also where the Lease was deleted or restored from a backup; a clock that 
 grow by one. Lease times are monotonic; other machines' clocks are never compared with ours.
 
 Lease: 15 s; a leader that could not renew for 10 s is quiet; it tries every 2 s (client-go's).
+
+A leader takes a new epoch when an endpoint picker (EPP) has seen one above its own, because that
+EPP would refuse every program. Each new epoch makes every EPP be programmed again, so `Claims`
+limits what an EPP can claim: one that lies causes one new epoch, not one after the other.
 """
 
 from __future__ import annotations
@@ -31,8 +35,9 @@ if TYPE_CHECKING:
 LEASE_SECONDS = 15.0
 RENEW_DEADLINE_SECONDS = 10.0
 RETRY_SECONDS = 2.0
-HEAL_SECONDS = 10.0  # between epochs that are taken because of what pickers have seen
-MAX_EPOCH_JUMP = 1000
+HEAL_SECONDS = 10.0  # between epochs that are taken because of what EPPs have seen
+MAX_HEAL_SECONDS = 3600.0
+MAX_EPOCH_AHEAD = 1000
 MAX_EPOCH = 1 << 62
 EPOCH = "forebay.dev/epoch"
 
@@ -56,6 +61,44 @@ class Leadership:
     epoch: int | None = None
     quiet: bool = False
     holder: str = ""
+
+
+class Claims:
+    """Judges epochs that EPPs claim to have seen while one process leads without a break. Pure.
+
+    Epochs are times of day, so one far ahead of the clock is forged. What an EPP has seen of other
+    leaders cannot grow while we lead: the first claim of a pod may be true, a second one that is
+    higher is forged. Whoever may create pods has many first claims, so a namespace's are heeded at
+    growing intervals; other namespaces' claims do not wait for them.
+    """
+
+    def __init__(self) -> None:
+        self._heeded: set[str] = set()  # pod uids
+        self._due: dict[str, tuple[float, float]] = {}  # by namespace: (not before, then wait)
+
+    def problem(
+        self, epoch: int, mine: int, uid: str, namespace: str, now: float, time_of_day: float
+    ) -> str:
+        """Return why a claim is not to be heeded, or nothing if it is; heeding it is noted.
+
+        Args:
+            epoch: claimed by the EPP; at least `mine` and above all that were heeded before.
+            mine: the epoch of the leadership.
+            uid: of the EPP's pod, authenticated.
+            namespace: of that pod.
+            now: monotonic seconds.
+            time_of_day: seconds since 1970.
+        """
+        if epoch > max(mine, time_of_day) + MAX_EPOCH_AHEAD:
+            return "it is far ahead of the clock"
+        if uid in self._heeded:
+            return "the pod has claimed a lower one before, and nobody else has led since"
+        not_before, wait = self._due.get(namespace, (-math.inf, HEAL_SECONDS))
+        if now < not_before:
+            return "EPPs of its namespace have had new epochs taken too often"
+        self._due[namespace] = (now + wait, min(2 * wait, MAX_HEAL_SECONDS))
+        self._heeded.add(uid)
+        return ""
 
 
 class Elector:
@@ -95,8 +138,10 @@ class Elector:
         self._renewed_at = clock()
         self._known = False
         self._gone_at: float | None = None
+        self._claims = Claims()
         self._seen_epoch = 0
         self._heal_at = -math.inf
+        self._told_at = -math.inf
         self._wake = asyncio.Event()
         self._writing = asyncio.Lock()
         self._released = False
@@ -106,26 +151,39 @@ class Elector:
         """How it stands."""
         return self._leadership
 
-    def see_epoch(self, epoch: int) -> None:
-        """Tell of an epoch that an endpoint picker has seen: ours has to be above it.
+    def see_epoch(self, epoch: int, uid: str, namespace: str) -> None:
+        """Tell of an epoch that an EPP claims to have seen: ours has to be above it.
 
-        Within reason: a picker that claims a huge one must not be able to use the counter up.
+        Args:
+            epoch: claimed.
+            uid: of the EPP's pod.
+            namespace: of the EPP's pod.
         """
         mine = self._leadership.epoch
         if mine is None or epoch < mine:
             return
-        if epoch - mine > MAX_EPOCH_JUMP:
-            metrics.REFUSALS.labels("epoch").inc()
-            _log.error(
-                "an endpoint picker claims to have seen an epoch far above ours: if it is right, "
-                "set annotation %s of the Lease to more",
-                EPOCH,
-                extra={"epoch": epoch, "ours": mine},
-            )
-            return
-        self._seen_epoch = max(epoch, self._seen_epoch)
-        if self._clock() >= self._heal_at:
+        now = self._clock()
+        if epoch > self._seen_epoch:
+            problem = self._claims.problem(epoch, mine, uid, namespace, now, self._time_of_day())
+            if problem:
+                self._refuse(problem, epoch, mine, uid, namespace)
+                return
+            self._seen_epoch = epoch
+        if now >= self._heal_at:
             self._wake.set()
+
+    def _refuse(self, problem: str, epoch: int, mine: int, uid: str, namespace: str) -> None:
+        metrics.REFUSALS.labels("epoch").inc()
+        if self._clock() < self._told_at + HEAL_SECONDS:
+            return
+        self._told_at = self._clock()
+        _log.error(
+            "an EPP claims to have seen a higher epoch than ours, which is not believed: %s. "
+            "If it is right, set annotation %s of the Lease to more than that",
+            problem,
+            EPOCH,
+            extra={"epoch": epoch, "ours": mine, "uid": uid, "namespace": namespace},
+        )
 
     async def run(self) -> None:
         """Try until the Lease is released."""
@@ -257,6 +315,8 @@ class Elector:
 
     def _set(self, leadership: Leadership) -> None:
         if leadership != self._leadership:
+            if leadership.epoch is None:
+                self._claims = Claims()
             self._leadership = leadership
             _log.info(
                 "leadership",

@@ -177,7 +177,7 @@ class FolderOperator:
     def _pickers_changed(self, pool: str) -> None:
         self._reconciler.pickers_changed(pool)
 
-    def _lead_from(self, seen: int) -> None:
+    def _lead_from(self, seen: int, _uid: str, _namespace: str) -> None:
         if seen < MAX_EPOCH:
             self._control.lead(seen + 1)
 

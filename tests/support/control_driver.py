@@ -33,7 +33,7 @@ class Driver:
         self.server.lead(epoch)
         return await self.server.serve("127.0.0.1:0", self._credentials)
 
-    def _heal(self, seen: int) -> None:
+    def _heal(self, seen: int, _uid: str, _namespace: str) -> None:
         self.server.lead(seen + 1)
 
     def ask(self, question):

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from forebay_operator import election, metrics
 from forebay_operator.cluster import ApiError
-from forebay_operator.election import EPOCH, MAX_EPOCH_JUMP, Elector
+from forebay_operator.election import EPOCH, MAX_EPOCH_AHEAD, Elector
 
 NUMBERS = st.integers(0, 2)
 START = 1_000.0  # time of day, small so that epochs are easy to read
@@ -98,6 +98,10 @@ class Replica:
 
         asyncio.run(once())
         return self.elector.leadership
+
+    def see(self, epoch: int, uid: str = "epp-0", namespace: str = "serving") -> None:
+        """Have an EPP claim an epoch."""
+        self.elector.see_epoch(epoch, uid, namespace)
 
     @property
     def epoch(self) -> int | None:
@@ -399,7 +403,7 @@ def test_an_epoch_that_a_picker_has_seen_is_passed(replica, leases):
     a = replica("a/1")
     a.step()
     seen = a.epoch + 500
-    a.elector.see_epoch(seen)
+    a.see(seen)
 
     assert a.step().epoch == leases.epoch == seen + 1
 
@@ -408,33 +412,99 @@ def test_our_own_epoch_in_foreign_hands_is_passed(replica):
     """Two leaders had the same one: a picker has refused a version of it."""
     a = replica("a/1")
     epoch = a.step().epoch
-    a.elector.see_epoch(epoch)
+    a.see(epoch)
 
     assert a.step().epoch == epoch + 1
 
 
-@pytest.mark.parametrize("seen", [START + MAX_EPOCH_JUMP + 1, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("seen", [START + MAX_EPOCH_AHEAD + 1, 2**63, 2**64 - 1])
 def test_an_absurd_epoch_is_refused_and_counted(replica, seen):
     """A picker must not be able to use the counter up."""
     a = replica("a/1")
     epoch = a.step().epoch
     before = metrics.REFUSALS.labels("epoch")._value.get()
-    a.elector.see_epoch(int(seen))
+    a.see(int(seen))
 
     assert a.step().epoch == epoch
     assert metrics.REFUSALS.labels("epoch")._value.get() == before + 1
 
 
-def test_a_picker_cannot_have_everybody_reprogrammed_all_the_time(replica, clock):
-    """Each new epoch does that: at most one in ten seconds is taken for a picker's sake."""
+def epochs_of_ten_hours(replica, clock, pods: int) -> int:
+    """How many epochs are taken while pods of a namespace claim a higher one each minute."""
     a = replica("a/1")
     first = a.step().epoch
-    for _ in range(50):
-        a.elector.see_epoch(a.epoch)
-        a.step()
-        clock.now += 0.2
+    taken = set()
+    for number in range(600):
+        clock.now += 60.0
+        a.see(a.epoch + 1, f"epp-{number % pods}")
+        taken.add(a.step().epoch)
+    return len(taken - {first})
 
-    assert a.epoch == first + 1
+
+def test_a_liar_causes_one_new_epoch_in_a_leadership(replica, clock):
+    """Each one has every EPP of every pool programmed again."""
+    assert epochs_of_ten_hours(replica, clock, pods=1) == 1
+
+
+def test_a_namespace_with_many_liars_causes_few_new_epochs(replica, clock):
+    """Who may create pods has as many as he likes: the interval doubles up to an hour."""
+    assert epochs_of_ten_hours(replica, clock, pods=600) < 20
+
+
+def test_liars_of_a_namespace_do_not_keep_another_from_being_healed(replica, clock):
+    """Its first claim counts as ever."""
+    a = replica("a/1")
+    a.step()
+    for number in range(1_000):
+        clock.now += 1.0
+        a.see(a.epoch + 1, f"liar-{number}", "hostile")
+        a.step()
+    seen = a.epoch + 1
+    a.see(seen, "honest", "serving")
+
+    assert a.step().epoch > seen
+
+
+def test_a_pod_may_claim_again_when_another_has_led(replica, clock):
+    """It may have seen that one's epoch."""
+    a, b = replica("a/1"), replica("b/1")
+    a.see(a.step().epoch + 5)
+    assert a.step().epoch == START + 6
+    asyncio.run(a.elector.release())
+    clock.now += 60.0
+    asyncio.run(b.elector.release())
+    a = replica("a/2")
+    a.step()
+    seen = a.epoch + 5
+    a.see(seen)
+
+    assert a.step().epoch == seen + 1
+
+
+def test_an_epoch_up_to_the_time_of_day_may_be_true(replica, clock):
+    """The clock had been set back by a day when this leader took the Lease."""
+    clock.step = -86_400.0
+    a = replica("a/1")
+    a.step()
+    clock.step = 0.0
+    seen = int(clock.time_of_day())
+    a.see(seen)
+
+    assert a.step().epoch > seen
+
+
+def test_new_epochs_are_ten_seconds_apart(replica, clock):
+    """Whoever claims what."""
+    a = replica("a/1")
+    first = a.step().epoch
+    a.see(first + 1, "epp-0", "one")
+    healed = a.step().epoch
+    a.see(healed + 1, "epp-1", "two")
+    clock.now += 9.0
+    assert a.step().epoch == healed
+    clock.now += 1.0
+
+    assert a.step().epoch > healed
 
 
 def test_epochs_mean_nothing_to_who_does_not_lead(replica):
@@ -442,7 +512,7 @@ def test_epochs_mean_nothing_to_who_does_not_lead(replica):
     a, b = replica("a/1"), replica("b/1")
     a.step()
     b.step()
-    b.elector.see_epoch(2**40)
+    b.see(2**40)
 
     assert b.step().epoch is None
 
@@ -510,7 +580,7 @@ class Replicas(RuleBasedStateMachine):
 
     @rule(number=NUMBERS)
     def see(self, number):
-        self.replicas[number].elector.see_epoch(max(self.taken, default=0))
+        self.replicas[number].see(max(self.taken, default=0))
 
     @rule(step=st.sampled_from([-86_400.0, -1.0, 0.0, 3_600.0]))
     def set_clock(self, step):
