@@ -1,0 +1,169 @@
+"""Faults of clients, model servers and the EPP itself, behind a real Envoy.
+
+The numbers are those of the fault list in README.md, beside this file; what the state machines and
+the core do by themselves has its tests elsewhere, and the list says where.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+
+import pytest
+from data_plane import ANSWER, DataPlane, answering, snapshot
+from ext_proc_peer import until
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start data planes that end with the test."""
+    started = []
+
+    def begin(*behaviours, **plan) -> DataPlane:
+        started.append(DataPlane(tmp_path, *behaviours, **plan))
+        return started[-1]
+
+    yield begin
+    for plane in started:
+        plane.stop()
+
+
+def test_an_epp_that_is_killed_costs_what_waited_in_it(start):
+    """T1: 200 wait and 20 run when it dies; each has one answer at once; then service is back."""
+    plane = start(answering(1.0), slots=20)
+    pending = plane.send("standard", 220)
+    plane.until_waiting(200)
+
+    killed_at = time.monotonic()
+    plane.epp.kill()
+    answers = [future.result(60) for future in pending]
+    plane.epp.restart()
+    until(lambda: plane.send("critical")[0].result(60).outcome == "200", 30)
+
+    assert all(answer.ended_at - killed_at < 3 for answer in answers)
+    assert not any(answer.outcome == "200" for answer in answers)
+    plane.check()
+    plane.until_idle()
+
+
+def test_requests_whose_time_ran_out_in_a_frozen_epp_are_not_dispatched(start):
+    """T3: frozen for longer than the TTL; when it wakes it evicts them and sends none of them."""
+    plane = start(answering(0.2), slots=1, ttl_seconds=2)
+    holding = plane.send("standard")
+    pending = plane.send("standard", 50)
+    plane.until_waiting(50)
+    plane.epp.freeze()
+    time.sleep(3)  # the fault itself
+    plane.epp.thaw()
+    holding[0].result(60)
+    answers = [future.result(60) for future in pending]
+
+    assert {answer.outcome for answer in answers} <= {"EvictedTTL", "200"}
+    assert sum(answer.outcome == "200" for answer in answers) <= 10  # those before the freeze
+    plane.check()
+    plane.until_idle()
+
+
+def test_clients_that_leave_the_queue_are_never_served(start):
+    """T12: 200 of 400 that wait go away at random; the rest keep their turn."""
+    gate = asyncio.Event()
+
+    async def when_open(_, writer):
+        await gate.wait()
+        writer.write(ANSWER)
+
+    plane = start(answering(), slots=1)
+    plane.servers.add(when_open)
+    plane.epp.write(snapshot(plane.servers.addresses[1:], slots=1))
+    until(lambda: len(plane.epp.state()["endpoints"]) == 1 and _at(plane, 1), 30)
+    held = plane.send("critical")
+    until(lambda: plane.epp.state()["in_flight"] == 1)
+    staying = plane.send("standard", 200)
+    leaving = plane.send("standard", 200, leave_after=3.0)
+    plane.until_waiting(400)
+    assert {future.result(60).outcome for future in leaving} == {"left"}
+    plane.until_waiting(200)
+    plane._thread._loop.call_soon_threadsafe(gate.set)
+
+    assert {future.result(60).outcome for future in (*held, *staying)} == {"200"}
+    assert not plane.servers.served.keys() & {future.result().id for future in leaving}
+    plane.check()
+    plane.until_idle()
+
+
+def _at(plane, number):
+    return plane.epp.state()["endpoints"][0]["address"] == plane.servers.addresses[number]
+
+
+def test_clients_that_leave_as_they_are_dispatched_leak_no_slot(start):
+    """T13: 2,000 clients leave within the milliseconds in which they are dispatched."""
+    plane = start(answering(0.002), slots=2)
+    chance = random.Random(5)
+    for _ in range(20):
+        pending = [
+            future
+            for _ in range(100)
+            for future in plane.send("standard", leave_after=chance.uniform(0.0, 0.25))
+        ]
+        for future in pending:
+            future.result(60)
+
+    totals = plane.totals()
+    assert min(totals["200"], totals["left"]) > 100, totals
+    plane.until_idle()
+    plane.check()
+
+
+def test_an_overflowing_band_refuses_and_does_not_touch_a_higher_one(start):
+    """T14: 2,000 Sheddable requests at a cap of 200; Critical ones are served meanwhile."""
+    plane = start(answering(0.02), slots=4, max_requests=200)
+    flood = plane.send("sheddable", 2000)
+    critical = [plane.send("critical")[0].result(60) for _ in range(20)]
+    answers = [future.result(60) for future in flood]
+
+    refused = [answer for answer in answers if answer.outcome == "RejectedQueueFull"]
+    assert len(refused) > 1000
+    assert all(1 <= answer.retry_after_seconds <= 60 for answer in refused)
+    assert {answer.outcome for answer in answers} == {"200", "RejectedQueueFull"}
+    assert {answer.outcome for answer in critical} == {"200"}
+    plane.check()
+    plane.until_idle()
+
+
+def test_bytes_that_wait_are_bounded(start):
+    """T16: 60 bodies of 2 MB at a cap of 32 MB; what is above is refused, and memory shows it."""
+    plane = start(answering(0.5), slots=1, max_bytes=32 << 20)
+    before_mb = plane.epp.rss_mb()
+    pending = plane.send("standard", 60, size_bytes=2 << 20)
+    until(lambda: plane.epp.state()["requests"] >= 14, 30)
+    peak_mb = plane.epp.rss_mb()
+    totals = [future.result(60).outcome for future in pending]
+
+    # Envoy answers and closes while such a client still sends, which may cost it the answer.
+    refused = {"RejectedQueueFull", "broken: ConnectionResetError"}
+    assert "200" in totals
+    assert set(totals) <= {"200", *refused}
+    assert totals.count("200") <= 18
+    # Bodies that are being read count as much again, and gRPC holds what it has not handed over.
+    assert peak_mb - before_mb < 2.5 * 34 + 64
+    plane.check()
+    plane.until_idle()
+
+
+def test_a_server_that_hangs_loses_its_slots_with_its_clients(start):
+    """T30: it takes requests and says nothing; when the clients give up their slots are free."""
+
+    async def hang(*_):
+        await asyncio.sleep(3600)
+
+    plane = start(answering(0.01), slots=2)
+    bad = plane.servers.add(hang)
+    plane.epp.write(snapshot([plane.servers.addresses[0], bad], slots=2))
+    until(lambda: len(plane.epp.state()["endpoints"]) == 2, 30)
+    outcomes = [f.result(60).outcome for f in plane.send("standard", 40, leave_after=3.0)]
+
+    assert outcomes.count("left") == 2
+    assert outcomes.count("200") == 38
+    plane.check()
+    plane.until_idle()

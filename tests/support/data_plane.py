@@ -1,0 +1,288 @@
+"""An EPP process from a plan file, Envoy in front of it, model servers that misbehave on request.
+
+Clients and model servers are coroutines of one thread, so that hundreds of them cost little.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from control_plane import Process
+from envoy_process import Envoy, free_port
+from ext_proc_peer import until
+from loop_thread import LoopThread
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+    from pathlib import Path
+
+CLIENT_SECONDS = 60
+BANDS = {"Critical": 100, "Standard": 0, "Sheddable": -100}
+ANSWER = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
+_ID = re.compile(rb"\r\nx-id: (\S+)\r\n", re.IGNORECASE)
+_OUTCOME = re.compile(r"\r\nx-forebay-outcome: (\w+)")
+_RETRY_AFTER = re.compile(r"\r\nretry-after: (\d+)")
+
+Behaviour = "Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]"
+
+
+def snapshot(
+    addresses: list[str],
+    *,
+    slots: int = 1,
+    ttl_seconds: float = 60,
+    max_requests: int = 10_000,
+    max_bytes: int = 1 << 28,
+    max_body_bytes: int = 1 << 23,
+) -> dict:
+    """A plan file's content: three bands, one model each, named as its band in lower case."""
+    return {
+        "plan": {
+            "pool": "test/pool",
+            "bands": [
+                {
+                    "name": name,
+                    "priority": priority,
+                    "fairness": "FCFS",
+                    "ordering": "FCFS",
+                    "ttlSeconds": ttl_seconds,
+                    "maxRequests": max_requests,
+                    "maxBytes": max_bytes,
+                    "flowMaxRequests": max_requests,
+                    "flowMaxBytes": max_bytes,
+                }
+                for name, priority in BANDS.items()
+            ],
+            "models": [{"name": name.lower(), "band": name} for name in BANDS],
+            "limits": {
+                "maxRequests": 3 * max_requests,
+                "maxBytes": max_bytes,
+                "maxBodyBytes": max_body_bytes,
+            },
+            "saturation": {
+                "mode": "Concurrency",
+                "maxConcurrency": slots,
+                "kvCacheUsageThreshold": 1,
+            },
+            "unmatched": {"action": "Queue", "band": "Standard"},
+            "noEndpointsTtlSeconds": 5,
+        },
+        "endpoints": {"endpoints": [{"address": address} for address in addresses]},
+    }
+
+
+class PlanFileEpp(Process):
+    """`python -m forebay_epp` on a plan file; `restart` keeps its ports."""
+
+    def __init__(self, folder: Path, content: dict, *flags: str) -> None:
+        self._plan = folder / "plan.json"
+        self.write(content)
+        self.grpc, self.health, http = free_port(), free_port(), free_port()
+        command = [
+            *(sys.executable, "-P", "-m", "forebay_epp", f"--plan-file={self._plan}"),
+            *("--bind-address=127.0.0.1", "--secure-serving=false"),
+            *(f"--grpc-port={self.grpc}", f"--grpc-health-port={self.health}"),
+            *(f"--metrics-port={http}", "--drain-timeout=5s", *flags),
+        ]
+        super().__init__(command, folder / "epp.log", http)
+
+    def write(self, content: dict) -> None:
+        """Put another plan in force."""
+        new = self._plan.with_suffix(".new")
+        new.write_text(json.dumps(content))
+        new.replace(self._plan)
+
+    def restart(self) -> None:
+        """Start the process that was killed again."""
+        with self.log_path.open("ab") as stream:
+            self.process = subprocess.Popen(self.process.args, stderr=stream, stdout=stream)
+
+    def state(self) -> dict:
+        """What waits and runs."""
+        return json.loads(self.page("/debug/queues") or "{}")
+
+
+@dataclass
+class Answer:
+    """What a client got: 200, an outcome, or what went wrong, and when (monotonic seconds)."""
+
+    id: str
+    outcome: str
+    sent_at: float
+    ended_at: float
+    retry_after_seconds: int | None = None
+
+
+@dataclass
+class Servers:
+    """Model servers; each `behaves` as told. `seen` counts the ids that reached each."""
+
+    thread: LoopThread
+    addresses: list[str] = field(default_factory=list)
+    seen: list[Counter[str]] = field(default_factory=list)
+    _open: list[asyncio.Server] = field(default_factory=list)
+
+    def add(self, behaves: Behaviour) -> str:
+        """Start one; return its address."""
+        number = len(self.seen)
+        self.seen.append(Counter())
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with suppress(asyncio.IncompleteReadError, ConnectionError):
+                while True:
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    if b"chunked" in head:
+                        await reader.readuntil(b"0\r\n\r\n")
+                    if found := _ID.search(head):
+                        self.seen[number][found[1].decode()] += 1
+                    await behaves(reader, writer)
+            writer.close()
+
+        async def start() -> str:
+            server = await asyncio.start_server(serve, "127.0.0.1", 0, backlog=4096, limit=1 << 24)
+            self._open.append(server)
+            return f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+        self.addresses.append(self.thread.do(start()))
+        return self.addresses[-1]
+
+    @property
+    def served(self) -> Counter[str]:
+        """How often each id reached any server."""
+        return sum(self.seen, Counter())
+
+    def stop(self) -> None:
+        """Accept nothing more."""
+
+        async def close() -> None:
+            for server in self._open:
+                server.close()
+
+        self.thread.do(close())
+
+
+def answering(seconds: float = 0.0) -> Behaviour:
+    """Answer every request after so many seconds."""
+
+    async def behave(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(seconds)
+        writer.write(ANSWER)
+
+    return behave
+
+
+class DataPlane:
+    """Servers, EPP, Envoy and clients of one test; all end with it.
+
+    Args:
+        folder: for plan, log and configuration.
+        behaviours: one model server each.
+        plan: arguments of `snapshot`.
+    """
+
+    def __init__(self, folder: Path, *behaviours: Behaviour, **plan) -> None:
+        self._thread = LoopThread()
+        self.servers = Servers(self._thread)
+        for behaviour in behaviours:
+            self.servers.add(behaviour)
+        self.content = snapshot(self.servers.addresses, **plan)
+        self.epp = PlanFileEpp(folder, self.content)
+        self.envoy = Envoy(folder, self.epp.grpc)
+        self.answers: list[Answer] = []
+        self._sent = 0
+        self._first = 0
+        until(lambda: self.send("critical")[0].result(60).outcome == "200", 30)
+        self.answers.clear()
+        self._first = self._sent
+
+    def send(
+        self, model: str, count: int = 1, *, size_bytes: int = 20, leave_after: float | None = None
+    ) -> list[Future[Answer]]:
+        """Send requests at once; with `leave_after` the client is gone so many seconds later."""
+        ids = [f"{model}-{self._sent + number}" for number in range(count)]
+        self._sent += count
+        return [
+            self._thread.submit(self._ask(request, model, size_bytes, leave_after))
+            for request in ids
+        ]
+
+    async def _ask(
+        self, request: str, model: str, size_bytes: int, leave_after: float | None
+    ) -> Answer:
+        sent_at = time.monotonic()
+        retry_after = None
+        try:
+            async with asyncio.timeout(CLIENT_SECONDS if leave_after is None else leave_after):
+                outcome, retry_after = await self._exchange(request, model, size_bytes)
+        except TimeoutError:
+            outcome = "no answer" if leave_after is None else "left"
+        except (OSError, asyncio.IncompleteReadError) as error:
+            outcome = f"broken: {type(error).__name__}"
+        answer = Answer(request, outcome, sent_at, time.monotonic(), retry_after)
+        self.answers.append(answer)
+        return answer
+
+    async def _exchange(self, request: str, model: str, size_bytes: int) -> tuple[str, int | None]:
+        body = json.dumps({"model": model, "prompt": "x" * size_bytes}).encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.envoy.http)
+        try:
+            writer.write(
+                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-id: %b\r\nconnection: close\r\n"
+                b"content-type: application/json\r\ncontent-length: %d\r\n\r\n"
+                % (request.encode(), len(body))
+            )
+            writer.write(body)
+            text = (await reader.read()).decode(errors="replace")
+        finally:
+            writer.close()
+        status = text.split(" ", 2)[1] if text.startswith("HTTP/") else "nothing"
+        found = _OUTCOME.search(text)
+        retry_after = _RETRY_AFTER.search(text)
+        return (
+            found[1] if found else status,
+            int(retry_after[1]) if retry_after else None,
+        )
+
+    def until_waiting(self, number: int) -> None:
+        """Wait until exactly so many requests are queued."""
+        until(lambda: self.epp.state().get("requests") == number, 30)
+
+    def until_idle(self) -> None:
+        """Wait until nothing waits, runs or is open: slots, bytes and streams are back at zero."""
+
+        def idle() -> bool:
+            state = self.epp.state()
+            return (
+                (state.get("requests"), state.get("size_bytes"), state.get("in_flight"))
+                == (0, 0, 0)
+            ) and self.epp.metric("forebay_streams_open") == 0
+
+        until(idle, 30)
+
+    def totals(self) -> Counter[str]:
+        """How many answers there were of each outcome."""
+        return Counter(answer.outcome for answer in self.answers)
+
+    def check(self) -> None:
+        """Every request had one answer; a server saw it once if that is 200, else at most once."""
+        assert len(self.answers) == self._sent - self._first
+        served = self.servers.served
+        for answer in self.answers:
+            count = served[answer.id]
+            assert count == 1 if answer.outcome == "200" else count <= 1, answer
+
+    def stop(self) -> None:
+        """End everything."""
+        self.envoy.stop()
+        self.epp.end()
+        self.servers.stop()
+        self._thread.stop()
