@@ -253,7 +253,7 @@ class EndpointPicker:
 
     def _taker(self, plan: Plan, endpoints: tuple[Endpoint, ...]) -> Callable[[float], None]:
         def take(now: float) -> None:
-            self._controller.reconfigure(plan, now)
+            self._loop.reconfigure(plan, now)
             self._controller.set_endpoints(endpoints, now)
             _log.info("plan taken", extra={"pool": plan.pool, "endpoints": len(endpoints)})
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from forebay_epp.core.controller import FlowController
+    from forebay_epp.core.plan import Plan
     from forebay_epp.core.terms import Decision
     from forebay_epp.traffic import Traffic
 
@@ -137,6 +138,7 @@ class FlowLoop:
         self._read_bytes = 0
         self._current: Exchange | None = None
         self._tick_at = 0.0
+        traffic.configure(model.name for model in controller.plan.models)
 
     # --- for transports
 
@@ -201,6 +203,15 @@ class FlowLoop:
 
     # --- for the data-plane thread
 
+    def reconfigure(self, plan: Plan, now: float) -> None:
+        """Put a new plan in force.
+
+        Raises:
+            PlanError: it is not valid; the one in force stays.
+        """
+        self.controller.reconfigure(plan, now)
+        self.traffic.configure(model.name for model in plan.models)
+
     @property
     def open_streams(self) -> int:
         """How many streams are open."""
@@ -257,7 +268,7 @@ class FlowLoop:
                 self._stop_reading(exchange)
                 refusal = exchange.stream.refusal
                 if refusal is not None:
-                    self.traffic.decided("", "", refusal, 0.0)
+                    self.traffic.decided("", None, refusal, 0.0)
         self._settle(now)
         self._current = None
 
@@ -294,7 +305,7 @@ class FlowLoop:
         self.controller.complete(exchange.id, blind=blind)
         self.traffic.completed(
             request.band,
-            request.model,
+            request.flow,
             stream.status,
             now - request.enqueued_at,
             usage.prompt_tokens,
@@ -316,7 +327,7 @@ class FlowLoop:
             raise AssertionError("a decision on a request that was not submitted")
         if isinstance(decision, Dispatched):
             self.traffic.decided(
-                request.band, request.model, Outcome.DISPATCHED, decision.waited_seconds
+                request.band, request.flow, Outcome.DISPATCHED, decision.waited_seconds
             )
             ended = stream.dispatch(decision.endpoint, decision.target_model)
             if ended is not None:
@@ -324,7 +335,7 @@ class FlowLoop:
         else:
             del self._queued_or_sent[exchange.id]
             self.traffic.decided(
-                request.band, request.model, decision.outcome, decision.waited_seconds
+                request.band, request.flow, decision.outcome, decision.waited_seconds
             )
             if stream.state is State.QUEUED:
                 stream.refuse(decision.outcome, decision.message, decision.retry_after_seconds)
@@ -341,7 +352,7 @@ class FlowLoop:
         self._stop_reading(exchange)
         retry_after = 1 if outcome is Outcome.REJECTED_QUEUE_FULL else None
         exchange.stream.refuse(outcome, message, retry_after)
-        self.traffic.decided("", "", outcome, 0.0)
+        self.traffic.decided("", None, outcome, 0.0)
 
     def _time_out(self, now: float) -> None:
         """End streams that say nothing and requests that do not come to an end."""

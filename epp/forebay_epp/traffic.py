@@ -10,12 +10,18 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
+from forebay_epp.core.registry import UNMATCHED_FLOW
 from forebay_epp.core.terms import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 MAX_MODEL_LABELS = 100
 MAX_LABEL_LENGTH = 128
 OTHER_MODEL = "other"
+UNMATCHED_MODEL = "unmatched"
 NO_STATUS = "none"
 MAX_TOKENS = 100_000_000
 
@@ -28,7 +34,9 @@ STALL_BUCKETS = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0
 
 # A rejected request never waited; its 0 s would hide how long the queue takes.
 _AFTER_QUEUEING = frozenset(
-    outcome for outcome in Outcome if not outcome.value.startswith("Rejected")
+    outcome
+    for outcome in Outcome
+    if outcome is Outcome.DISPATCHED or outcome.value.startswith("Evicted")
 )
 
 
@@ -53,34 +61,48 @@ class Histogram:
 
 
 class ModelLabels:
-    """Turns model names, which clients choose, into a bounded set of printable labels.
+    """Turns flows into a bounded set of printable labels of metrics.
 
-    The first `MAX_MODEL_LABELS` names keep their own; all later ones share `OTHER_MODEL`.
+    `MAX_MODEL_LABELS` models of the plan have their own, what matches none has `UNMATCHED_MODEL`,
+    and the rest shares `OTHER_MODEL`: so does a model whose name is one of these two. Names that
+    clients make up take no label.
     """
 
     __slots__ = ("_labels",)
 
     def __init__(self) -> None:
-        self._labels: set[str] = set()
+        self._labels: dict[str, str] = {UNMATCHED_FLOW: UNMATCHED_MODEL}
 
-    def label(self, model: str, *, admit: bool = True) -> str:
-        """Return the label of a model; a new name gets its own only if `admit` and one is left."""
-        labels = self._labels
-        if model in labels:
-            return model
-        label = printable(model)
-        if not label or label in labels:
-            return label
-        if not admit or len(labels) >= MAX_MODEL_LABELS:
-            return OTHER_MODEL
-        labels.add(label)
-        return label
+    def label(self, flow: str) -> str:
+        """Return the label of a flow. Any thread."""
+        return self._labels.get(flow, OTHER_MODEL)
+
+    def configure(self, models: Iterable[str]) -> set[str]:
+        """Give labels to these models, and take them from all others.
+
+        A model keeps the label it has; free ones are given in the order of `models`.
+
+        Returns:
+            Labels that no model has any more.
+        """
+        names = list(models)
+        kept = [name for name in names if name in self._labels]
+        new = [name for name in names if name not in self._labels]
+        labels = {UNMATCHED_FLOW: UNMATCHED_MODEL}
+        for name in (kept + new)[:MAX_MODEL_LABELS]:
+            label = printable(name)
+            if label not in (UNMATCHED_MODEL, OTHER_MODEL):
+                labels[name] = label
+        gone = set(self._labels.values()) - set(labels.values())
+        self._labels = labels
+        return gone
 
 
 class Traffic:
     """The counters. Attributes are for reading; their keys are label values.
 
     Attributes:
+        models: the labels of models.
         outcomes: requests by (band, model label, outcome).
         waits: seconds in the queue by band, of requests that were queued and have left it.
         first_tokens: seconds from dispatch to the first chunk of the answer, by band.
@@ -97,12 +119,12 @@ class Traffic:
     """
 
     __slots__ = (
-        "_models",
         "_worst_stall",
         "body_bytes",
         "completion_tokens",
         "durations",
         "first_tokens",
+        "models",
         "outcomes",
         "plan_reloads",
         "prompt_tokens",
@@ -115,7 +137,7 @@ class Traffic:
     )
 
     def __init__(self) -> None:
-        self._models = ModelLabels()
+        self.models = ModelLabels()
         self._worst_stall = 0.0
         self.outcomes: defaultdict[tuple[str, str, Outcome], int] = defaultdict(int)
         self.waits: defaultdict[str, Histogram] = defaultdict(Histogram)
@@ -131,13 +153,28 @@ class Traffic:
         self.streams_open = 0
         self.stalls = Histogram(STALL_BUCKETS)
 
-    def decided(self, band: str, model: str, outcome: Outcome, waited_seconds: float) -> None:
+    def configure(self, models: Iterable[str]) -> None:
+        """Count these models by their own labels, as far as there are enough.
+
+        What was counted for a model that has lost its label is `OTHER_MODEL`'s from now on, so that
+        models that come and go leave no series behind and no sum goes down.
+        """
+        gone = self.models.configure(models)
+        if not gone:
+            return
+        outcomes: defaultdict[tuple[str, str, Outcome], int] = defaultdict(int)
+        for (band, label, outcome), count in self.outcomes.items():
+            outcomes[band, OTHER_MODEL if label in gone else label, outcome] += count
+        self.outcomes = outcomes
+        self.prompt_tokens = _merged(self.prompt_tokens, gone)
+        self.completion_tokens = _merged(self.completion_tokens, gone)
+
+    def decided(self, band: str, flow: str | None, outcome: Outcome, waited_seconds: float) -> None:
         """Count a request that has left flow control, one way or another.
 
-        `band` and `model` are "" when the request could not be read. A name that no model has does
-        not get a label: anybody could use them all up.
+        `band` is "" and `flow` None when the request was not classified; its label is then "".
         """
-        label = self._models.label(model, admit=outcome is not Outcome.REJECTED_UNKNOWN_MODEL)
+        label = "" if flow is None else self.models.label(flow)
         self.outcomes[band, label, outcome] += 1
         if outcome in _AFTER_QUEUEING:
             self.waits[band].add(waited_seconds)
@@ -149,7 +186,7 @@ class Traffic:
     def completed(
         self,
         band: str,
-        model: str,
+        flow: str,
         status: int,
         seconds: float,
         prompt_tokens: int,
@@ -162,7 +199,7 @@ class Traffic:
         """
         self.durations[band].add(seconds)
         self.responses[f"{status // 100}xx" if 100 <= status < 600 else NO_STATUS] += 1
-        label = self._models.label(model)
+        label = self.models.label(flow)
         if 0 < prompt_tokens <= MAX_TOKENS:
             self.prompt_tokens[label] += prompt_tokens
         if 0 < completion_tokens <= MAX_TOKENS:
@@ -198,6 +235,14 @@ class Traffic:
         """Return the longest stall since the last call, in seconds."""
         worst, self._worst_stall = self._worst_stall, 0.0
         return worst
+
+
+def _merged(counts: defaultdict[str, int], gone: set[str]) -> defaultdict[str, int]:
+    """Return the counts, with those of labels that have gone under `OTHER_MODEL`."""
+    merged: defaultdict[str, int] = defaultdict(int)
+    for label, count in counts.items():
+        merged[OTHER_MODEL if label in gone else label] += count
+    return merged
 
 
 def printable(text: str) -> str:

@@ -112,7 +112,7 @@ def plan(pool: AnyPool, resources: Iterable[Resource], unread: Iterable[Metadata
     policy = _policy(pool, everything, problems)
     spec = policy.spec if policy else _NO_POLICY
     bands = _bands(spec)
-    models, sources = _models(pool, spec, everything, problems)
+    models, sources, left_out = _models(pool, spec, everything, problems)
     objectives = _objectives(pool, bands, everything, problems)
     origins: list[Resource] = [policy, *sources] if policy else [*sources]
     snapshot = pb.Snapshot(
@@ -130,7 +130,13 @@ def plan(pool: AnyPool, resources: Iterable[Resource], unread: Iterable[Metadata
                 max_concurrency=spec.saturation.max_concurrency,
                 kv_cache_usage_threshold=spec.saturation.kv_cache_usage_threshold,
             ),
-            unmatched=pb.Unmatched(action=spec.unmatched.action, band=spec.unmatched.criticality),
+            unmatched=pb.Unmatched(
+                action=spec.unmatched.action,
+                band=min(
+                    (spec.unmatched.criticality, *(model.band for model in left_out)),
+                    key={band.name: band.priority for band in bands}.__getitem__,
+                ),
+            ),
             no_endpoints_ttl_seconds=spec.no_endpoints.ttl,
             objectives=objectives,
             trust_objective_header=spec.trust.objective_header,
@@ -282,8 +288,13 @@ def _bands(spec: PolicySpec) -> list[pb.Band]:
 
 def _models(
     pool: AnyPool, spec: PolicySpec, resources: list[Resource], problems: list[Problem]
-) -> tuple[list[pb.Model], list[InferenceModel]]:
-    """Return the models, and the resources that count."""
+) -> tuple[list[pb.Model], list[InferenceModel], list[pb.Model]]:
+    """Return the models, the resources that count, and the models beyond `MAX_MODELS`.
+
+    The youngest InferenceModels are left out, never what the policy names. To an endpoint picker
+    those are like any unmatched model, so `plan` has all unmatched requests wait in the band of
+    the least critical model left out: none gains by being one too many.
+    """
     mine = [
         model
         for model in resources
@@ -291,7 +302,7 @@ def _models(
         and not model.metadata.deletion_timestamp
         and model.spec.pool_ref.name == pool.metadata.name
     ]
-    override = {model.name: model.criticality for model in spec.models}
+    override: dict[str, Criticality] = {model.name: model.criticality for model in spec.models}
     taken: dict[str, InferenceModel] = {}
     for model in mine:
         name = model.spec.model_name
@@ -300,33 +311,38 @@ def _models(
             problems.append(_problem("InferenceModel", model.metadata, "ModelNameInUse", message))
         else:
             taken[name] = model
-    models = [
-        pb.Model(
+    models = {
+        name: pb.Model(
             name=name,
-            band=override.pop(name, None) or model.spec.criticality or "Standard",
+            band=override.get(name) or model.spec.criticality or "Standard",
             targets=[
                 pb.Target(name=target.name, weight=target.weight or 1)
                 for target in model.spec.target_models
             ],
         )
         for name, model in taken.items()
-    ]
-    models.extend(pb.Model(name=name, band=band) for name, band in override.items())
-    if len(models) > MAX_MODELS:
-        message = f"has {len(models)} models; those beyond {MAX_MODELS} are treated as unmatched"
+    }
+    for name, band in override.items():
+        models.setdefault(name, pb.Model(name=name, band=band))
+    others = [name for name in taken if name not in override]
+    late = others[MAX_MODELS - len(override) :]
+    if late:
+        message = f"has {len(models)} models; those beyond {MAX_MODELS} are unmatched"
         problems.append(_problem("InferencePool", pool.metadata, "TooManyModels", message))
         problems.extend(
             _problem(
                 "InferenceModel",
-                model.metadata,
+                taken[name].metadata,
                 "TooManyModels",
-                f"InferencePool {pool.metadata.name} has {MAX_MODELS} older models already; "
-                "delete some of them",
+                f"InferencePool {pool.metadata.name} has {MAX_MODELS} other models already: delete "
+                "some of them. Until then requests for this one are unmatched, and all unmatched "
+                "requests wait in the band of the least critical model that is left out",
                 pool.metadata.name,
             )
-            for model in list(taken.values())[MAX_MODELS:]
+            for name in late
         )
-    return models[:MAX_MODELS], list(taken.values())[:MAX_MODELS]
+    left_out = [models.pop(name) for name in late]
+    return list(models.values()), [taken[name] for name in taken if name in models], left_out
 
 
 def _objectives(

@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forebay_epp.core.controller import FlowController
-from forebay_epp.core.plan import BandPlan, FairnessName, Plan, SaturationMode, SaturationPlan
+from forebay_epp.core.plan import (
+    BandPlan,
+    FairnessName,
+    ModelPlan,
+    Plan,
+    SaturationMode,
+    SaturationPlan,
+)
 from forebay_epp.core.terms import Dispatched, Endpoint, Request
 
 ADDRESS = "10.0.0.1:8000"
@@ -36,6 +43,7 @@ def dispatched_by_flow(
     """Queue everything, then give `capacity` slots away, `slots` at a time."""
     plan = Plan(
         bands=(BandPlan("Standard", 0, fairness=fairness),),
+        models=tuple(ModelPlan(f"model-{flow}", "Standard") for flow in range(flows)),
         saturation=SaturationPlan(SaturationMode.CONCURRENCY, max_concurrency=slots),
     )
     controller = FlowController(plan, Random(1))

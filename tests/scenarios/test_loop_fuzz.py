@@ -202,7 +202,7 @@ class Run:
 
     def replan(self):
         new = plan(self.random)
-        self.loop.post(lambda now: self.controller.reconfigure(new, now))
+        self.loop.post(lambda now: self.loop.reconfigure(new, now))
         self.loop.tick()
 
     def speak(self):

@@ -137,7 +137,7 @@ class Story:
         draining = ", draining" if snapshot.draining else ""
         self.lines.append(f"{snapshot.requests} requests, {snapshot.size_bytes} bytes{draining}")
         for band in snapshot.bands:
-            flows = " ".join(f"{flow.flow}={flow.requests}" for flow in band.flows)
+            flows = " ".join(f"{flow.flow or 'unmatched'}={flow.requests}" for flow in band.flows)
             ending = " (draining)" if band.draining else ""
             self.lines.append(f"  {band.band}{ending}: {flows or 'empty'}")
 

@@ -19,7 +19,7 @@ from forebay_epp.core.plan import (
     SaturationMode,
     SaturationPlan,
 )
-from forebay_epp.core.registry import MAX_FLOWS, MAX_RETRY_AFTER_SECONDS, OVERFLOW_FLOWS
+from forebay_epp.core.registry import MAX_RETRY_AFTER_SECONDS, UNMATCHED_FLOW
 from forebay_epp.core.saturation import EndpointState
 from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Request
 
@@ -200,42 +200,29 @@ def test_completing_what_is_not_in_flight_is_an_error():
         controller.complete(1)
 
 
-def test_new_flows_share_overflow_flows_once_a_band_has_too_many():
-    """Model names are the clients' choice; the flows they make are bounded."""
-    bands = (BandPlan("Standard", 0, FairnessName.ROUND_ROBIN, max_requests=50_000),)
-    controller = controller_of(Plan(bands=bands, limits=LimitsPlan(max_requests=50_000)))
-    for number in range(MAX_FLOWS + 1000):
-        controller.submit(Request(number, f"model-{number}", 1), 0.0)
+def test_invented_names_are_one_flow_whatever_they_are():
+    """Model names are the clients' choice: they make no flows, and none is like a model's."""
+    plan = Plan(bands=ONE_BAND, models=(ModelPlan("chat", "Standard"),))
+    controller = controller_of(plan)
+    names = ["", "\ud800", "unmatched", "CHAT", *(f"model-{number}" for number in range(1000))]
+    for number, name in enumerate(names):
+        controller.submit(Request(number, name, 1), 0.0)
+    controller.submit(Request(len(names), "chat", 1), 0.0)
+
     flows = controller.snapshot(0.0).bands[0].flows
-
-    overflow = [flow for flow in flows if flow.flow.startswith("overflow-")]
-
-    assert len(flows) == MAX_FLOWS + OVERFLOW_FLOWS
-    assert sum(flow.requests for flow in overflow) == 1000
+    assert {flow.flow: flow.requests for flow in flows} == {UNMATCHED_FLOW: len(names), "chat": 1}
 
 
-def test_a_known_flow_keeps_its_own_queue_when_a_band_has_too_many():
-    """The flood of others does not put a flow that waits already among them."""
-    bands = (BandPlan("Standard", 0, max_requests=50_000),)
-    controller = controller_of(Plan(bands=bands, limits=LimitsPlan(max_requests=50_000)))
-    for number in range(MAX_FLOWS):
-        controller.submit(Request(number, f"model-{number}", 1), 0.0)
-    request = Request(MAX_FLOWS, "model-0", 1)
-    controller.submit(request, 0.0)
+def test_a_model_that_leaves_the_plan_keeps_what_waits_in_its_flow():
+    """New requests of that name are unmatched."""
+    with_chat = Plan(bands=ONE_BAND, models=(ModelPlan("chat", "Standard"),))
+    controller = controller_of(with_chat)
+    controller.submit(Request(1, "chat", 1), 0.0)
+    controller.reconfigure(Plan(bands=ONE_BAND), 0.0)
+    controller.submit(Request(2, "chat", 1), 0.0)
 
-    assert request.flow == "model-0"
-
-
-def test_a_model_name_that_is_not_unicode_overflows_like_any_other():
-    """A JSON escape may make half a surrogate pair; hashing it is no error."""
-    bands = (BandPlan("Standard", 0, max_requests=50_000),)
-    controller = controller_of(Plan(bands=bands))
-    for number in range(MAX_FLOWS):
-        controller.submit(Request(number, f"model-{number}", 1), 0.0)
-    request = Request(MAX_FLOWS, "\ud800", 1)
-    controller.submit(request, 0.0)
-
-    assert request.flow.startswith("overflow-")
+    flows = controller.snapshot(0.0).bands[0].flows
+    assert {flow.flow: flow.requests for flow in flows} == {"chat": 1, UNMATCHED_FLOW: 1}
 
 
 @pytest.mark.parametrize(

@@ -230,15 +230,47 @@ def test_one_address_is_one_endpoint_however_it_is_written():
 
 
 def test_more_models_than_an_endpoint_picker_takes_are_cut_and_told():
-    """A plan that is refused as a whole would help nobody."""
-    override = {"name": "override", "criticality": "Critical"}
+    """A plan that is refused as a whole would help nobody. What the policy names is never cut."""
+    overrides = [
+        {"name": "override", "criticality": "Critical"},
+        {"name": f"m{core.MAX_MODELS - 1}", "criticality": "Critical"},
+    ]
 
     plan, _, problems = picked_up(
-        *(model(f"m{number}") for number in range(core.MAX_MODELS)), policy(models=[override])
+        *(model(f"m{number:04}") for number in range(core.MAX_MODELS)), policy(models=overrides)
     )
 
-    assert len(plan.models) == core.MAX_MODELS
-    assert [(p.reason, "4097 models" in p.message) for p in problems] == [("TooManyModels", True)]
+    assert {entry.name for entry in plan.models} == {
+        "override",
+        *(f"m{number:04}" for number in range(core.MAX_MODELS)),
+    } - {f"m{core.MAX_MODELS - 2}"}
+    assert [(p.kind, p.name) for p in problems] == [
+        ("InferencePool", "default/chat"),
+        ("InferenceModel", f"default/m{core.MAX_MODELS - 2}"),
+    ]
+    assert "4097 models" in problems[0].message
+
+
+@pytest.mark.parametrize(
+    ("criticality", "unmatched", "band"),
+    [
+        ("Sheddable", "Standard", "Sheddable"),
+        ("Critical", "Standard", "Standard"),
+        ("Standard", "Sheddable", "Sheddable"),
+        (None, "Critical", "Standard"),
+    ],
+)
+def test_a_model_gains_nothing_by_being_one_too_many(criticality, unmatched, band):
+    """It is unmatched, so unmatched requests wait no better than it should."""
+    late = {"criticality": criticality} if criticality else {}
+
+    plan, _, _ = picked_up(
+        *(model(f"m{number:04}", criticality="Critical") for number in range(core.MAX_MODELS)),
+        model("zz", **late),
+        policy(unmatched={"criticality": unmatched}),
+    )
+
+    assert plan.unmatched_band == band
 
 
 def test_what_is_for_no_pool_is_told():

@@ -86,9 +86,10 @@ def samples(text: str) -> dict[str, dict[tuple[str, ...], float]]:
 def busy_traffic() -> Traffic:
     """Counters of everything."""
     traffic = Traffic()
+    traffic.configure(["chat"])
     traffic.decided("Critical", "chat", Outcome.DISPATCHED, 0.02)
     traffic.decided("Critical", "chat", Outcome.DISPATCHED, 100.0)
-    traffic.decided("", "", Outcome.REJECTED_BAD_REQUEST, 0.0)
+    traffic.decided("", None, Outcome.REJECTED_BAD_REQUEST, 0.0)
     traffic.first_token("Critical", 0.25)
     traffic.completed("Critical", "chat", 200, 2.0, 100, 50)
     traffic.stream_opened()
@@ -112,7 +113,9 @@ async def test_publishes_the_queues_of_each_band():
 
 async def test_publishes_flows_that_have_requests():
     """An idle flow has no series."""
-    page = samples(await read())
+    traffic = Traffic()
+    traffic.configure(["chat", "batch"])
+    page = samples(await read(traffic))
 
     assert page["forebay_flow_queue_requests"] == {
         ("Critical", "chat"): 2,
@@ -219,19 +222,22 @@ async def test_reading_twice_gives_each_series_once():
 
 
 async def test_flows_beyond_the_cap_are_summed():
-    """Ten thousand flows give a hundred series and one for the rest."""
-    flows = tuple(FlowSnapshot(f"flow-{number}", 1, 10) for number in range(10_000))
+    """Four thousand flows give a hundred series and one for the rest."""
+    flows = tuple(FlowSnapshot(f"flow-{number}", 1, 10) for number in range(4_000))
     state = replace(STATE, bands=(replace(STATE.bands[0], flows=flows),))
-    series = samples(await read(state=state))["forebay_flow_queue_requests"]
+    traffic = Traffic()
+    traffic.configure(flow.flow for flow in flows)
+    series = samples(await read(traffic, state))["forebay_flow_queue_requests"]
 
     assert len(series) == MAX_MODEL_LABELS + 1
-    assert series["Critical", OTHER_MODEL] == 10_000 - MAX_MODEL_LABELS
+    assert series["Critical", OTHER_MODEL] == 4_000 - MAX_MODEL_LABELS
 
 
 @pytest.mark.parametrize("name", ["\ud800", 'a"b\\c\nd', "x" * 1_000_000, "ä€😀", "\x00", "{}="])
 async def test_any_name_leaves_the_page_readable(name):
     """Names of bands, models, flows and endpoints may be anything."""
     traffic = Traffic()
+    traffic.configure([name])
     traffic.decided(name, name, Outcome.DISPATCHED, 0.1)
     traffic.completed(name, name, 200, 1.0, 1, 1)
     band = replace(STATE.bands[0], band=name, flows=(FlowSnapshot(name, 1, 1),))
@@ -269,6 +275,7 @@ async def test_pages_can_be_read_while_another_thread_counts():
         while not stop.is_set():
             number += 1
             band, model = f"band-{number % 300}", f"model-{number}"
+            traffic.configure([model])
             traffic.decided(band, model, Outcome.DISPATCHED, 0.01)
             traffic.completed(band, model, number % 600, 0.1, 1, 1)
 

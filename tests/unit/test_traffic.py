@@ -13,6 +13,7 @@ from forebay_epp.traffic import (
     NO_STATUS,
     OTHER_MODEL,
     SECONDS_BUCKETS,
+    UNMATCHED_MODEL,
     Histogram,
     ModelLabels,
     Traffic,
@@ -34,6 +35,7 @@ def test_a_value_counts_under_the_least_bound_that_holds_it(values):
 def test_counts_outcomes_by_band_model_and_outcome():
     """Each combination has its own count."""
     traffic = Traffic()
+    traffic.configure(["chat"])
     traffic.decided("Critical", "chat", Outcome.DISPATCHED, 0.5)
     traffic.decided("Critical", "chat", Outcome.DISPATCHED, 0.5)
     traffic.decided("Sheddable", "chat", Outcome.EVICTED_TTL, 10.0)
@@ -55,54 +57,81 @@ def test_only_requests_that_were_queued_have_waited(outcome):
 
 
 def test_models_beyond_the_cap_share_a_label():
-    """Clients choose model names, so they cannot each have a series."""
+    """A plan may have thousands of models, and each label is several series."""
     traffic = Traffic()
-    for number in range(10 * MAX_MODEL_LABELS):
-        traffic.decided("Standard", f"m{number}", Outcome.DISPATCHED, 0.0)
-        traffic.completed("Standard", f"m{number}", 200, 1.0, 1, 1)
+    models = [f"m{number}" for number in range(10 * MAX_MODEL_LABELS)]
+    traffic.configure(models)
+    for model in models:
+        traffic.decided("Standard", model, Outcome.DISPATCHED, 0.0)
+        traffic.completed("Standard", model, 200, 1.0, 1, 1)
 
     labels = {model for _, model, _ in traffic.outcomes}
-    assert labels == {f"m{number}" for number in range(MAX_MODEL_LABELS)} | {OTHER_MODEL}
+    assert labels == {*models[:MAX_MODEL_LABELS], OTHER_MODEL}
     assert traffic.prompt_tokens[OTHER_MODEL] == 9 * MAX_MODEL_LABELS
     assert len(traffic.completion_tokens) == MAX_MODEL_LABELS + 1
 
 
-def test_a_model_that_nobody_serves_gets_no_label():
-    """Otherwise made-up names would take the labels of real ones."""
+def test_invented_names_take_no_label():
+    """What matches no model has one label, what was not read none, and both never run out."""
     traffic = Traffic()
+    traffic.configure(["real"])
+    for _ in range(2 * MAX_MODEL_LABELS):
+        traffic.decided("Standard", "", Outcome.DISPATCHED, 0.0)
+        traffic.decided("", None, Outcome.REJECTED_BAD_REQUEST, 0.0)
     traffic.decided("Standard", "real", Outcome.DISPATCHED, 0.0)
-    traffic.decided("Standard", "real", Outcome.REJECTED_UNKNOWN_MODEL, 0.0)
-    traffic.decided("Standard", "made-up", Outcome.REJECTED_UNKNOWN_MODEL, 0.0)
 
-    assert {model for _, model, _ in traffic.outcomes} == {"real", OTHER_MODEL}
+    assert {model for _, model, _ in traffic.outcomes} == {"real", UNMATCHED_MODEL, ""}
 
 
-def test_a_request_without_a_model_takes_no_label():
-    """Its label is empty, and never runs out."""
+@pytest.mark.parametrize("name", [UNMATCHED_MODEL, OTHER_MODEL])
+def test_a_model_may_not_pass_for_the_unmatched(name):
+    """A model of that name is counted as other, so `unmatched` is what it says."""
     labels = ModelLabels()
-    for number in range(2 * MAX_MODEL_LABELS):
-        labels.label(f"m{number}")
+    labels.configure([name, "chat"])
 
-    assert labels.label("") == ""
+    assert [labels.label(flow) for flow in (name, "chat", "")] == [
+        OTHER_MODEL,
+        "chat",
+        UNMATCHED_MODEL,
+    ]
 
 
-@given(st.text(st.characters(), max_size=3 * MAX_LABEL_LENGTH))
+def test_models_that_come_and_go_leave_no_series():
+    """What was counted for them is kept in the sum, under `other`."""
+    traffic = Traffic()
+    for number in range(1000):
+        traffic.configure(["stays", f"m{number}"])
+        for model in ("stays", f"m{number}"):
+            traffic.decided("Standard", model, Outcome.DISPATCHED, 0.0)
+            traffic.completed("Standard", model, 200, 1.0, 2, 3)
+
+    assert traffic.outcomes == {
+        ("Standard", "stays", Outcome.DISPATCHED): 1000,
+        ("Standard", "m999", Outcome.DISPATCHED): 1,
+        ("Standard", OTHER_MODEL, Outcome.DISPATCHED): 999,
+    }
+    assert traffic.prompt_tokens == {"stays": 2000, "m999": 2, OTHER_MODEL: 1998}
+    assert traffic.completion_tokens == {"stays": 3000, "m999": 3, OTHER_MODEL: 2997}
+
+
+def test_a_model_keeps_its_label_while_the_plan_has_it():
+    """Older models that appear before it in the plan do not push it out."""
+    labels = ModelLabels()
+    labels.configure(["mine"])
+    labels.configure([*(f"m{number}" for number in range(2 * MAX_MODEL_LABELS)), "mine"])
+
+    assert labels.label("mine") == "mine"
+    assert labels.label(f"m{MAX_MODEL_LABELS - 2}") == f"m{MAX_MODEL_LABELS - 2}"
+    assert labels.label(f"m{MAX_MODEL_LABELS - 1}") == OTHER_MODEL
+
+
+@given(st.text(st.characters(), min_size=1, max_size=3 * MAX_LABEL_LENGTH))
 def test_a_label_is_short_and_valid_utf_8(model):
-    """Lone surrogates and long names do not reach the page; the same name has one label."""
+    """Lone surrogates and long names do not reach the page."""
     labels = ModelLabels()
-    label = labels.label(model)
+    labels.configure([model])
 
-    assert len(label.encode().decode()) <= MAX_LABEL_LENGTH
-    assert labels.label(model) == label
-
-
-def test_long_names_do_not_take_a_second_label():
-    """Names that differ only behind the cut are one model."""
-    labels = ModelLabels()
-    for number in range(2 * MAX_MODEL_LABELS):
-        labels.label("x" * MAX_LABEL_LENGTH + str(number))
-
-    assert labels.label("another") == "another"
+    assert len(labels.label(model).encode().decode()) <= MAX_LABEL_LENGTH
 
 
 @pytest.mark.parametrize(

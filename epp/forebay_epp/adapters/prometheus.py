@@ -22,7 +22,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from forebay_epp.traffic import ModelLabels, printable
+from forebay_epp.traffic import printable
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -142,7 +142,6 @@ class _Page(Collector):
         self._control = control
         self._traffic = traffic
         self._scrapes_failed = scrapes_failed
-        self._models = ModelLabels()
 
     def collect(self) -> Iterator[Metric]:
         """Yield all families."""
@@ -178,7 +177,9 @@ class _Page(Collector):
         for band in snapshot.bands:
             for flow in band.flows:
                 if flow.requests:
-                    waiting[printable(band.band), self._models.label(flow.flow)] += flow.requests
+                    waiting[printable(band.band), self._traffic.models.label(flow.flow)] += (
+                        flow.requests
+                    )
         gauge = GaugeMetricFamily(
             "forebay_flow_queue_requests",
             "Requests that wait, of flows that have any.",

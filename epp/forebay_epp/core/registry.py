@@ -6,7 +6,6 @@ Counts, caps and deadlines of queues; deciding when to dispatch, and to where, i
 from __future__ import annotations
 
 import math
-import zlib
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
@@ -20,8 +19,7 @@ if TYPE_CHECKING:
     from forebay_epp.core.plan import BandPlan, ModelPlan, Plan
     from forebay_epp.core.terms import RandomSource, Request
 
-MAX_FLOWS = 4096
-OVERFLOW_FLOWS = 64
+UNMATCHED_FLOW = ""  # no model has this name
 DRAIN_RATE_SECONDS = 10.0
 MAX_RETRY_AFTER_SECONDS = 60
 
@@ -94,10 +92,11 @@ class Band:
             return f"the queue of band {plan.name} is full ({plan.max_bytes} bytes)"
         flow = self.flows.get(request.flow)
         requests, size_bytes = (flow.requests, flow.size_bytes) if flow else (0, 0)
+        whose = "the model's queue" if request.flow else "the queue of unmatched models"
         if requests >= plan.flow_max_requests:
-            return f"the model's queue is full ({plan.flow_max_requests} requests)"
+            return f"{whose} is full ({plan.flow_max_requests} requests)"
         if size_bytes + request.size_bytes > plan.flow_max_bytes:
-            return f"the model's queue is full ({plan.flow_max_bytes} bytes)"
+            return f"{whose} is full ({plan.flow_max_bytes} bytes)"
         return None
 
     def push(self, request: Request) -> None:
@@ -188,9 +187,9 @@ class Registry:
 
     def __init__(self, plan: Plan, random: RandomSource) -> None:
         self._random = random
-        self._salt = random.randrange(1 << 32)
         self._by_name: dict[str, Band] = {}
         self._models: dict[str, ModelPlan] = {}
+        self._targeting: dict[str, ModelPlan] = {}
         self._objectives: dict[str, str] = {}
         self.bands: tuple[Band, ...] = ()
         self.reconfigure(plan)
@@ -205,6 +204,7 @@ class Registry:
             plan.unmatched_band if plan.unmatched_action is UnmatchedAction.QUEUE else None
         )
         self._models = {model.name: model for model in plan.models}
+        self._targeting = _targeting(plan)
         self._objectives = dict(plan.objectives) if plan.trust_objective_header else {}
         wanted = {band.name for band in plan.bands}
         for name, band in list(self._by_name.items()):
@@ -240,28 +240,31 @@ class Registry:
     def classify(self, request: Request) -> Band | None:
         """Find the request's band and flow, and write them on it.
 
-        Flow ids come from callers and are therefore capped: while `MAX_FLOWS` flows wait in the
-        band, new ones share `OVERFLOW_FLOWS` flows by a salted hash.
+        A model of the plan is a flow of its own. A name that models of the plan are rewritten to
+        joins the least critical of them: whoever asks for it directly gets no better band than
+        those it is configured for. Every other name, and none, is in one flow: names come from
+        callers, and invented ones must not take turns.
 
         Returns:
-            The band, or None when the plan rejects unknown models and this is one.
+            The band, or None when the plan rejects unmatched models and this is one.
         """
-        model = self._models.get(request.model)
-        name = model.band if model is not None else self._unmatched_band
-        if name is None:
-            return None
+        model = self._models.get(request.model) or self._targeting.get(request.model)
+        if model is not None:
+            name, request.flow = model.band, model.name
+        else:
+            if self._unmatched_band is None:
+                return None
+            name, request.flow = self._unmatched_band, UNMATCHED_FLOW
         if request.objective:
             name = self._objectives.get(request.objective, name)
-        band = self._by_name[name]
         request.band = name
-        request.flow = request.model
-        if len(band.flows) >= MAX_FLOWS and request.model not in band.flows:
-            digest = zlib.crc32(request.model.encode(errors="surrogatepass"), self._salt)
-            request.flow = f"overflow-{digest % OVERFLOW_FLOWS}"
-        return band
+        return self._by_name[name]
 
     def draw_target(self, model_name: str) -> str | None:
-        """Draw the name to send upstream by weight, or None to keep the client's."""
+        """Draw the name to send upstream by weight, or None to keep the client's.
+
+        A name that is only a target is kept: the client has chosen already.
+        """
         model = self._models.get(model_name)
         if model is None or not model.targets:
             return None
@@ -275,3 +278,13 @@ class Registry:
     def waiting(self) -> Collection[Band]:
         """Return the bands in which anybody waits, highest priority first."""
         return [band for band in self.bands if band.arrival]
+
+
+def _targeting(plan: Plan) -> dict[str, ModelPlan]:
+    """Return by target name the model of the lowest band that targets it, the first of equals."""
+    priorities = {band.name: band.priority for band in plan.bands}
+    found: dict[str, ModelPlan] = {}
+    for model in sorted(plan.models, key=lambda model: priorities[model.band]):
+        for target, _ in model.targets:
+            found.setdefault(target, model)
+    return found

@@ -45,6 +45,7 @@ class Request:
         size_bytes: what the request holds in memory while it waits.
         subset: addresses the proxy restricts the choice to; None means all.
         objective: what the request's header names as its objective; "" for none.
+        flow: the name of the plan's model that the request belongs to; "" where it matches none.
     """
 
     id: int
@@ -119,7 +120,7 @@ class EndpointMetrics:
 
 @dataclass(slots=True, frozen=True)
 class FlowSnapshot:
-    """One flow's queue at a moment."""
+    """One flow's queue at a moment; `flow` is "" for requests that match no model."""
 
     flow: str
     requests: int
