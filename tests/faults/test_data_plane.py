@@ -12,6 +12,7 @@ import time
 
 import pytest
 from data_plane import ANSWER, DataPlane, answering, snapshot
+from envoy_process import ModelServer
 from ext_proc_peer import until
 
 
@@ -165,5 +166,93 @@ def test_a_server_that_hangs_loses_its_slots_with_its_clients(start):
 
     assert outcomes.count("left") == 2
     assert outcomes.count("200") == 38
+    plane.check()
+    plane.until_idle()
+
+
+DESTINATION = b"x-gateway-destination-endpoint"
+FORGERIES = [
+    b"%b: {evil}\r\n",
+    b"%b: {evil}\r\n%b: {good}\r\n",
+    b"%b: {good},{evil}\r\n",
+    b"%b-subset: {evil}\r\n",
+    b"%b-served: {evil}\r\n",
+    b"%b:{evil}\r\nconnection: %b\r\n",
+]
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_destination_from_a_client_is_never_used(start, alive):
+    """T22: 18 spellings of the header, EPP alive and dead; the server they name sees nothing."""
+    evil = ModelServer()
+    try:
+        plane = start(answering(), slots=4)
+        if not alive:
+            plane.epp.kill()
+        good = plane.servers.addresses[0].encode()
+        for spelling in (DESTINATION, DESTINATION.title(), DESTINATION.replace(b"-", b"_")):
+            for forgery in FORGERIES:
+                lines = forgery.replace(b"%b", spelling).replace(b"{good}", good)
+                lines = lines.replace(b"{evil}", evil.address.encode())
+                answer = plane.send("standard", headers=lines)[0].result(60)
+                assert (answer.outcome == "200") == alive, (lines, answer)
+        assert evil.seen == []
+        # With underscores it is another header: it means nothing to Envoy and passes.
+        named = [head for head in plane.servers.heads if evil.address.encode() in head]
+        assert all(DESTINATION.replace(b"-", b"_") in head.lower() for head in named), named
+    finally:
+        evil.stop()
+
+
+def _page(running: str, waiting: str) -> bytes:
+    text = f"vllm:num_requests_running {running}\nvllm:num_requests_waiting {waiting}\n".encode()
+    return b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(text), text)
+
+
+LIES = {
+    "nothing runs": _page("0", "0"),
+    "less than nothing": _page("-5", "-5"),
+    "no number": _page("NaN", "NaN"),
+    "too much": _page("1e308", "0"),
+    "a web page": b"HTTP/1.1 200 OK\r\ncontent-length: 13\r\n\r\n<html></html>",
+    "somewhere else": b"HTTP/1.1 302 Found\r\nlocation: http://169.254.169.254/\r\n"
+    b"content-length: 0\r\n\r\n",
+    "half an answer": b"HTTP/1.1 200 OK\r\ncontent-length: 9999\r\n\r\nvllm:num_requ",
+}
+
+
+class Batching:
+    """A server of four slots; what is above waits. Its page tells the truth, or the lie."""
+
+    def __init__(self, lie: bytes = b"") -> None:
+        self._lie = lie
+        self._slots = asyncio.Semaphore(4)
+        self._running = self._all = 0
+
+    async def __call__(self, head, writer):
+        if head.startswith(b"GET /metrics"):
+            waiting = self._all - self._running
+            writer.write(self._lie or _page(str(self._running), str(waiting)))
+            return
+        self._all += 1
+        try:
+            async with self._slots:
+                self._running += 1
+                await asyncio.sleep(0.05)
+                self._running -= 1
+        finally:
+            self._all -= 1
+        writer.write(ANSWER)
+
+
+def test_a_server_that_lies_about_itself_gets_no_more_than_others(start):
+    """T28: seven ways to lie beside three honest servers, under overload, limits learned."""
+    plane = start(*(Batching() for _ in range(3)), *map(Batching, LIES.values()), slots=0)
+    answers = [future.result(60) for future in plane.send("standard", 4000)]
+
+    assert {answer.outcome for answer in answers} == {"200"}
+    shares = [seen.total() * len(plane.servers.seen) / 4000 for seen in plane.servers.seen]
+    named = dict(zip(["honest"] * 3 + list(LIES), shares, strict=False))
+    assert all(share <= 1.5 for share in shares), named
     plane.check()
     plane.until_idle()

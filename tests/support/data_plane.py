@@ -32,7 +32,8 @@ _ID = re.compile(rb"\r\nx-id: (\S+)\r\n", re.IGNORECASE)
 _OUTCOME = re.compile(r"\r\nx-forebay-outcome: (\w+)")
 _RETRY_AFTER = re.compile(r"\r\nretry-after: (\d+)")
 
-Behaviour = "Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]"
+# Answers a request, whose head it is given.
+Behaviour = "Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]"
 
 
 def snapshot(
@@ -44,7 +45,10 @@ def snapshot(
     max_bytes: int = 1 << 28,
     max_body_bytes: int = 1 << 23,
 ) -> dict:
-    """A plan file's content: three bands, one model each, named as its band in lower case."""
+    """A plan file's content: three bands, one model each, named as its band in lower case.
+
+    Without `slots` (0) limits are learned.
+    """
     return {
         "plan": {
             "pool": "test/pool",
@@ -69,8 +73,8 @@ def snapshot(
                 "maxBodyBytes": max_body_bytes,
             },
             "saturation": {
-                "mode": "Concurrency",
-                "maxConcurrency": slots,
+                "mode": "Concurrency" if slots else "Adaptive",
+                "maxConcurrency": slots or 1,
                 "kvCacheUsageThreshold": 1,
             },
             "unmatched": {"action": "Queue", "band": "Standard"},
@@ -124,10 +128,14 @@ class Answer:
 
 @dataclass
 class Servers:
-    """Model servers; each `behaves` as told. `seen` counts the ids that reached each."""
+    """Model servers; each `behaves` as told.
+
+    `seen` counts the ids that reached each, `heads` are the heads of all requests with an id.
+    """
 
     thread: LoopThread
     addresses: list[str] = field(default_factory=list)
+    heads: list[bytes] = field(default_factory=list)
     seen: list[Counter[str]] = field(default_factory=list)
     _open: list[asyncio.Server] = field(default_factory=list)
 
@@ -144,7 +152,8 @@ class Servers:
                         await reader.readuntil(b"0\r\n\r\n")
                     if found := _ID.search(head):
                         self.seen[number][found[1].decode()] += 1
-                    await behaves(reader, writer)
+                        self.heads.append(head)
+                    await behaves(head, writer)
             writer.close()
 
         async def start() -> str:
@@ -173,7 +182,7 @@ class Servers:
 def answering(seconds: float = 0.0) -> Behaviour:
     """Answer every request after so many seconds."""
 
-    async def behave(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def behave(_: bytes, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(seconds)
         writer.write(ANSWER)
 
@@ -205,24 +214,38 @@ class DataPlane:
         self._first = self._sent
 
     def send(
-        self, model: str, count: int = 1, *, size_bytes: int = 20, leave_after: float | None = None
+        self,
+        model: str,
+        count: int = 1,
+        *,
+        size_bytes: int = 20,
+        leave_after: float | None = None,
+        headers: bytes = b"",
     ) -> list[Future[Answer]]:
-        """Send requests at once; with `leave_after` the client is gone so many seconds later."""
+        """Send requests at once.
+
+        Args:
+            model: whose.
+            count: how many.
+            size_bytes: of the prompt.
+            leave_after: seconds after which the client is gone.
+            headers: more of them, as lines.
+        """
         ids = [f"{model}-{self._sent + number}" for number in range(count)]
         self._sent += count
+        body = json.dumps({"model": model, "prompt": "x" * size_bytes}).encode()
         return [
-            self._thread.submit(self._ask(request, model, size_bytes, leave_after))
-            for request in ids
+            self._thread.submit(self._ask(request, headers, body, leave_after)) for request in ids
         ]
 
     async def _ask(
-        self, request: str, model: str, size_bytes: int, leave_after: float | None
+        self, request: str, headers: bytes, body: bytes, leave_after: float | None
     ) -> Answer:
         sent_at = time.monotonic()
         retry_after = None
         try:
             async with asyncio.timeout(CLIENT_SECONDS if leave_after is None else leave_after):
-                outcome, retry_after = await self._exchange(request, model, size_bytes)
+                outcome, retry_after = await self._exchange(request, headers, body)
         except TimeoutError:
             outcome = "no answer" if leave_after is None else "left"
         except (OSError, asyncio.IncompleteReadError) as error:
@@ -231,14 +254,13 @@ class DataPlane:
         self.answers.append(answer)
         return answer
 
-    async def _exchange(self, request: str, model: str, size_bytes: int) -> tuple[str, int | None]:
-        body = json.dumps({"model": model, "prompt": "x" * size_bytes}).encode()
+    async def _exchange(self, request: str, headers: bytes, body: bytes) -> tuple[str, int | None]:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.envoy.http)
         try:
             writer.write(
                 b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-id: %b\r\nconnection: close\r\n"
-                b"content-type: application/json\r\ncontent-length: %d\r\n\r\n"
-                % (request.encode(), len(body))
+                b"content-type: application/json\r\ncontent-length: %d\r\n%b\r\n"
+                % (request.encode(), len(body), headers)
             )
             writer.write(body)
             text = (await reader.read()).decode(errors="replace")
