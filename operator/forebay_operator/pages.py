@@ -1,7 +1,13 @@
-"""The operator's HTTP pages: probes, metrics, and what it has planned and reported."""
+"""The operator's HTTP pages: probes, metrics, and what it has planned and reported.
+
+/resources names objects of every namespace, so only loopback peers get it; `kubectl port-forward`
+is one. /metrics names pools, and whoever reaches the port may read it: the chart's NetworkPolicy
+says who that is.
+"""
 
 from __future__ import annotations
 
+import ipaddress
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +41,22 @@ async def serve(
     Raises:
         OSError: the address cannot be bound.
     """
+    app = web.Application()
+    app.add_routes(routes(reconciler, store, waits_for))
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, address, port).start()
+    except OSError:
+        await runner.cleanup()
+        raise
+    return runner
+
+
+def routes(
+    reconciler: Reconciler, store: Store, waits_for: Callable[[], str]
+) -> list[web.RouteDef]:
+    """Return the pages; the arguments are those of `serve`."""
 
     async def livez(_: web.Request) -> web.Response:
         late = time.monotonic() - reconciler.alive_at
@@ -52,26 +74,18 @@ async def serve(
         data, kind = exposition.choose_encoder(request.headers.get("accept", ""))
         return web.Response(body=data(REGISTRY), headers={"content-type": kind})
 
-    async def resources(_: web.Request) -> web.Response:
+    async def resources(request: web.Request) -> web.Response:
+        if not _is_loopback(request.remote):
+            message = "served to loopback only: use kubectl port-forward\n"
+            return web.Response(text=message, status=403)
         return web.json_response({"items": listed(reconciler, store)})
 
-    app = web.Application()
-    app.add_routes(
-        [
-            web.get("/livez", livez),
-            web.get("/readyz", readyz),
-            web.get("/metrics", metrics),
-            web.get("/resources", resources),
-        ]
-    )
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, address, port).start()
-    except OSError:
-        await runner.cleanup()
-        raise
-    return runner
+    return [
+        web.get("/livez", livez),
+        web.get("/readyz", readyz),
+        web.get("/metrics", metrics),
+        web.get("/resources", resources),
+    ]
 
 
 def listed(reconciler: Reconciler, store: Store) -> list[dict[str, Any]]:
@@ -90,3 +104,13 @@ def listed(reconciler: Reconciler, store: Store) -> list[dict[str, Any]]:
         for namespace in store.namespaces()
         for entry, status in reconciler.statuses(namespace)
     ]
+
+
+def _is_loopback(peer: str | None) -> bool:
+    """Tell whether an IP address is this machine's own, also when IPv4 is written as IPv6."""
+    try:
+        address = ipaddress.ip_address(peer or "")
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
