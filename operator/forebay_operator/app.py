@@ -21,6 +21,7 @@ from forebay_operator.election import Elector, Leadership
 from forebay_operator.folder import FolderOperator
 from forebay_operator.issuing import Issuer, Places
 from forebay_operator.reconcile import Reconciler
+from forebay_operator.resources import KINDS, EndpointSlice
 from forebay_operator.store import Store
 from forebay_operator.trust import CertificateTrust, TokenTrust, believe
 from forebay_operator.watching import DeafError, Watching
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from forebay_operator.store import Entry
 
 FINISH_SECONDS = 5.0
+# An EndpointSlice may hold any address, those of other namespaces' pods too (CVE-2021-25740).
+KINDS_BY_DEFAULT = tuple(kind for kind in KINDS if kind.model is not EndpointSlice)
 
 _log = logging.getLogger("forebay_operator")
 
@@ -130,6 +133,7 @@ class ClusterOperator:
             self._reconciler.touch,
             settings.namespaces,
             settings.sweep_interval_seconds,
+            KINDS if settings.endpoint_slices else KINDS_BY_DEFAULT,
         )
         instance = settings.identity or uuid.uuid4().hex
         self._elector = Elector(

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import kopf
 
 from forebay_operator import cluster
-from forebay_operator.resources import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,13 +32,18 @@ class Watches:
 
     Args:
         on_event: called in that thread with every event.
+        kinds: which are watched.
         namespaces: which are watched; none means all.
     """
 
     def __init__(
-        self, on_event: Callable[[Kind, Any], None], namespaces: tuple[str, ...] = ()
+        self,
+        on_event: Callable[[Kind, Any], None],
+        kinds: tuple[Kind, ...],
+        namespaces: tuple[str, ...] = (),
     ) -> None:
-        self._registry = registry(on_event)
+        self._registry = registry(on_event, kinds)
+        self._kinds = kinds
         self._namespaces = namespaces
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
@@ -78,7 +82,7 @@ class Watches:
         self._loop.set_exception_handler(lambda _loop, _context: None)
         tasks = await kopf.spawn_tasks(
             registry=self._registry,
-            settings=_settings(),
+            settings=_settings(self._kinds),
             # Unused without peers, but kopf's own would be the user's name, which a container's
             # user need not have.
             identity="forebay-operator",  # type: ignore[arg-type]  # a str whose type is private
@@ -105,15 +109,17 @@ class Watches:
             self._loop.run_until_complete(asyncio.wait(tasks, timeout=END_SECONDS / END_TRIES))
 
 
-def registry(on_event: Callable[[Kind, Any], None]) -> kopf.OperatorRegistry:
-    """Return a registry in which every kind that is read has a handler."""
+def registry(
+    on_event: Callable[[Kind, Any], None], kinds: tuple[Kind, ...]
+) -> kopf.OperatorRegistry:
+    """Return a registry in which each of the kinds has a handler."""
     found = kopf.OperatorRegistry()
 
     @kopf.on.login(registry=found)
     def login(**_: Any) -> kopf.ConnectionInfo:
         return cluster.login()
 
-    for kind in KINDS:
+    for kind in kinds:
         _watch(found, kind, on_event)
     return found
 
@@ -126,7 +132,7 @@ def _watch(found: kopf.OperatorRegistry, kind: Kind, on_event: Callable[[Kind, A
         on_event(kind, event)
 
 
-def _settings() -> kopf.OperatorSettings:
+def _settings(kinds: tuple[Kind, ...]) -> kopf.OperatorSettings:
     """Return kopf's settings; the reasons are in facts/reliability.md 1.3."""
     settings = kopf.OperatorSettings()
     settings.posting.enabled = False
@@ -136,7 +142,7 @@ def _settings() -> kopf.OperatorSettings:
     settings.watching.client_timeout = 330
     settings.watching.connect_timeout = 10
     settings.watching.chunk_size = 500
-    for kind in KINDS:
+    for kind in kinds:
         if kind.label:
             settings.watching.label_selectors[kind.group, kind.version, kind.plural] = kind.label
     settings.networking.request_timeout = 30

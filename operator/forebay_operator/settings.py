@@ -38,6 +38,7 @@ class Settings:
     lease_namespace: str
     lease_name: str
     identity: str
+    endpoint_slices: bool
     sweep_interval_seconds: float
     verbosity: int
 
@@ -85,6 +86,12 @@ def parse(arguments: list[str] | None = None) -> Settings:
         help="watch only this namespace; may be given several times (default: all)",
     )
     add("--manifests", type=Path, metavar="DIR", help="a folder of YAML instead of a cluster")
+    add(
+        "--endpoint-slices",
+        action="store_true",
+        help="take servers from EndpointSlices that name a pool by label, too: whoever may create "
+        "one can then have requests sent to any address",
+    )
     add("--control-bind-address", type=_ip, default="0.0.0.0", help="control channel")  # noqa: S104  # a pod's
     add("--control-port", type=_port, default=8443, help="control channel, gRPC")
     add(
@@ -146,6 +153,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
         lease_namespace=given.lease_namespace,
         lease_name=given.lease_name,
         identity=given.identity,
+        endpoint_slices=given.endpoint_slices,
         sweep_interval_seconds=given.sweep_interval,
         verbosity=given.verbosity,
     )
@@ -217,7 +225,7 @@ def _check_folder(parser: argparse.ArgumentParser, given: argparse.Namespace) ->
     """Refuse what has no effect with a folder; its control channel is plaintext and open."""
     if given.control_client_auth != "none":
         parser.error("--manifests needs --control-client-auth none: nobody reviews tokens there")
-    for flag in ("control_tls_path", "control_tls_secret"):
+    for flag in ("control_tls_path", "control_tls_secret", "endpoint_slices"):
         if getattr(given, flag):
             name = flag.replace("_", "-")
             parser.error(f"--{name} has no effect with --manifests: leave it out")

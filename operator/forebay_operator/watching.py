@@ -54,6 +54,7 @@ class Watching:
         touch: called with the namespaces that have changed.
         namespaces: which are watched; none means all.
         sweep_seconds: between LISTs of everything.
+        kinds: which are read.
         clock: monotonic seconds.
 
     Attributes:
@@ -67,6 +68,7 @@ class Watching:
         touch: Callable[[set[str]], None],
         namespaces: tuple[str, ...] = (),
         sweep_seconds: float = 60.0,
+        kinds: tuple[Kind, ...] = KINDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cluster = cluster
@@ -74,6 +76,7 @@ class Watching:
         self._touch = touch
         self._namespaces = namespaces
         self._sweep_seconds = sweep_seconds
+        self._kinds = kinds
         self._clock = clock
         self._gap = asyncio.Event()
         self._listed_by_kopf_until = 0.0
@@ -184,7 +187,7 @@ class Watching:
     async def _list_all(self) -> list[str]:
         """Sweep every kind; return what went wrong."""
         failures: dict[str, None] = {}
-        for kind in KINDS:
+        for kind in self._kinds:
             try:
                 await self._list(kind)
             except api.ApiError as error:
@@ -245,7 +248,7 @@ class Watching:
             self._listed_by_kopf_until = began_at + DELIVERY_SECONDS
             # What has changed between our LIST and its own is found by a sweep.
             settled = running.call_later(DELIVERY_SECONDS, self._gap.set)
-            watches = handlers.Watches(on_event, self._namespaces)
+            watches = handlers.Watches(on_event, self._kinds, self._namespaces)
             anew = asyncio.create_task(self._begin_anew.wait())
             ended = watches.start()
             try:

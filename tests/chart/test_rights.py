@@ -47,7 +47,6 @@ WATCHED = (
     | expected("list watch", X_K8S, "inferencepools inferencemodels inferenceobjectives")
     | expected("list watch", "llm-d.ai", "inferenceobjectives")
     | expected("list watch", "", "pods services")
-    | expected("list watch", "discovery.k8s.io", "endpointslices")
     | expected("patch", "forebay.dev", "flowcontrolpolicies/status")
     | expected("patch", X_K8S, "inferencemodels/status")
     | expected("create", "", "events")

@@ -15,11 +15,20 @@ from control_plane import (
     Operator,
     PickerPod,
     PickerProcess,
+    endpoint_slice,
     model,
     policy,
 )
 from ext_proc_peer import until
-from operator_site import SECONDS, RestartableOperator, Site, answer, install, make_namespace
+from operator_site import (
+    SECONDS,
+    RestartableOperator,
+    Site,
+    answer,
+    endpoints,
+    install,
+    make_namespace,
+)
 
 POLICIES = "flowcontrolpolicies.forebay.dev"
 POOLS = "inferencepools.inference.networking.k8s.io"
@@ -60,7 +69,9 @@ def start(cluster, authority, tmp_path):
         home = make_namespace(cluster, f"home-{secrets.token_hex(4)}")
         if namespaces:
             kubeconfig = operator_account.namespaced(
-                *(cluster, home, tmp_path, *namespaces), tokens=not flags
+                *(cluster, home, tmp_path, *namespaces),
+                tokens="--control-client-auth=certificate" not in flags,
+                slices="--endpoint-slices" in flags,
             )
         else:
             kubeconfig = operator_account.cluster_wide(cluster, home, tmp_path)
@@ -152,6 +163,23 @@ def test_one_namespace_only(cluster, namespace, start, site, authority):
     assert namespace in shown
     assert elsewhere not in shown
     assert there.status("p") == {}
+
+
+@pytest.mark.usefixtures("crds")
+@pytest.mark.parametrize("flags", [(), ("--endpoint-slices",)], ids=["default", "opted in"])
+def test_endpoint_slices_name_servers_only_where_that_is_wanted(namespace, start, site, flags):
+    """They may hold any address; by default they are not even read, nor is that allowed."""
+    operator = start(namespace, flags=flags)
+    operator.until_leading()
+    here = site(operator)
+    here.pool()
+    here.apply(endpoint_slice("chat", "192.0.2.1"))
+    picker = here.picker()
+    here.server("vllm-0", "192.0.2.2")
+    until(lambda: "192.0.2.2:8000" in endpoints(picker), SECONDS)
+
+    expected = ["192.0.2.1:8000", "192.0.2.2:8000"] if flags else ["192.0.2.2:8000"]
+    assert endpoints(picker) == expected
 
 
 @pytest.mark.usefixtures("crds")

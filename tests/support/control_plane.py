@@ -524,7 +524,7 @@ class Stage:
     def operator(self, name: str = "operator-0", *flags: str, **options) -> Operator:
         """Start an operator of this namespace alone and wait until it is ready."""
         operator = Operator(
-            *(self.cluster, self.folder, self.tls, *flags),
+            *(self.cluster, self.folder, self.tls, "--endpoint-slices", *flags),
             name=name,
             lease_namespace=self.namespace,
             namespaces=(self.namespace,),
@@ -568,15 +568,7 @@ class Stage:
 
     def serve(self) -> None:
         """Give the pool a server."""
-        server = {
-            "apiVersion": "discovery.k8s.io/v1",
-            "kind": "EndpointSlice",
-            "metadata": {"name": "chat", "labels": {POOL_LABEL: "chat"}},
-            "addressType": "IPv4",
-            "endpoints": [{"addresses": ["10.0.0.1"]}],
-            "ports": [{"name": "http", "port": 8000}],
-        }
-        apply(self.cluster, self.namespace, server)
+        apply(self.cluster, self.namespace, endpoint_slice("chat", "10.0.0.1"))
 
     def lease(self) -> dict | None:
         """The operators' Lease."""
@@ -629,6 +621,18 @@ def service(name: str = "epp") -> dict:
         "kind": "Service",
         "metadata": {"name": name},
         "spec": {"selector": {"app": name}, "ports": [{"port": 9002}]},
+    }
+
+
+def endpoint_slice(pool_name: str, *addresses: str) -> dict:
+    """Servers of a pool that are no pods."""
+    return {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {"name": pool_name, "labels": {POOL_LABEL: pool_name}},
+        "addressType": "IPv4",
+        "endpoints": [{"addresses": list(addresses)}],
+        "ports": [{"name": "http", "port": 8000}],
     }
 
 

@@ -29,15 +29,20 @@ def cluster_wide(cluster: ApiServer, home: str, folder: Path) -> Path:
 
 
 def namespaced(
-    cluster: ApiServer, home: str, folder: Path, *namespaces: str, tokens: bool = True
+    cluster: ApiServer,
+    home: str,
+    folder: Path,
+    *namespaces: str,
+    tokens: bool = True,
+    slices: bool = False,
 ) -> Path:
     """An account in the namespace `home` that may watch some namespaces; return its kubeconfig."""
     _create(cluster, home, "namespaced.yaml")
     for namespace in namespaces:
         if namespace != home:
             cluster.kubectl("apply", "-n", namespace, "-f", str(RBAC / "namespaced.yaml"))
-        where = (f"--role={ACCOUNT}", "-n", namespace)
-        _bind(cluster, "rolebinding", ACCOUNT, home, *where)
+        for role in (ACCOUNT, *([f"{ACCOUNT}-endpoint-slices"] if slices else [])):
+            _bind(cluster, "rolebinding", role, home, f"--role={role}", "-n", namespace)
     if tokens:
         role = f"{ACCOUNT}-tokens"
         _bind(cluster, "clusterrolebinding", role, home, f"--clusterrole={role}")
