@@ -10,10 +10,14 @@ import asyncio
 import random
 import time
 
+import grpc
 import pytest
 from data_plane import ANSWER, DataPlane, answering, snapshot
 from envoy_process import ModelServer
 from ext_proc_peer import until
+
+from forebay_epp.transport import PROCESS
+from forebay_extproc.v3 import external_processor_pb2 as pb
 
 
 @pytest.fixture
@@ -85,12 +89,16 @@ def test_clients_that_leave_the_queue_are_never_served(start):
     plane.until_waiting(400)
     assert {future.result(60).outcome for future in leaving} == {"left"}
     plane.until_waiting(200)
-    plane._thread._loop.call_soon_threadsafe(gate.set)
+    plane.thread.do(_open(gate))
 
     assert {future.result(60).outcome for future in (*held, *staying)} == {"200"}
     assert not plane.servers.served.keys() & {future.result().id for future in leaving}
     plane.check()
     plane.until_idle()
+
+
+async def _open(gate):
+    gate.set()
 
 
 def _at(plane, number):
@@ -256,3 +264,30 @@ def test_a_server_that_lies_about_itself_gets_no_more_than_others(start):
     assert all(share <= 1.5 for share in shares), named
     plane.check()
     plane.until_idle()
+
+
+def test_streams_that_are_reset_as_soon_as_they_are_opened_leave_nothing(start):
+    """T19: 5,000 of them, 250 at a time, straight at the EPP; an honest request is served."""
+    plane = start(answering(), slots=4)
+    headers = pb.HttpHeaders(
+        headers=pb.HeaderMap(headers=[pb.HeaderValue(key=":method", raw_value=b"POST")])
+    )
+
+    async def flood():
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{plane.epp.grpc}") as channel:
+            process = channel.stream_stream(
+                PROCESS, request_serializer=pb.ProcessingRequest.SerializeToString
+            )
+            for _ in range(20):
+                calls = [process() for _ in range(250)]
+                await asyncio.gather(
+                    *(call.write(pb.ProcessingRequest(request_headers=headers)) for call in calls)
+                )
+                for call in calls:
+                    call.cancel()
+
+    plane.thread.do(flood())
+
+    assert plane.send("standard")[0].result(60).outcome == "200"
+    plane.until_idle()
+    assert plane.epp.metric("forebay_streams_opened_total") > 5000

@@ -199,8 +199,8 @@ class DataPlane:
     """
 
     def __init__(self, folder: Path, *behaviours: Behaviour, **plan) -> None:
-        self._thread = LoopThread()
-        self.servers = Servers(self._thread)
+        self.thread = LoopThread()
+        self.servers = Servers(self.thread)
         for behaviour in behaviours:
             self.servers.add(behaviour)
         self.content = snapshot(self.servers.addresses, **plan)
@@ -235,7 +235,7 @@ class DataPlane:
         self._sent += count
         body = json.dumps({"model": model, "prompt": "x" * size_bytes}).encode()
         return [
-            self._thread.submit(self._ask(request, headers, body, leave_after)) for request in ids
+            self.thread.submit(self._ask(request, headers, body, leave_after)) for request in ids
         ]
 
     async def _ask(
@@ -307,4 +307,4 @@ class DataPlane:
         self.envoy.stop()
         self.epp.end()
         self.servers.stop()
-        self._thread.stop()
+        self.thread.stop()
