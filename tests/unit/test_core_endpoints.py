@@ -121,3 +121,87 @@ def test_a_full_kv_cache_takes_one_request_whose_end_nobody_reports():
             controller.complete(decision.request_id, blind=True)
 
     assert sent == [0]
+
+
+# --- an address that another pod has taken over
+
+
+def learned(uid: str) -> FlowController:
+    """One endpoint of the pod `uid`, whose limit has been learned as 2; requests 1 and 2 run."""
+    controller = FlowController(Plan(), Random(7))
+    controller.set_endpoints([Endpoint(A, "old", uid)], 0.0)
+    controller.observe(EndpointMetrics(A, running=2, waiting=9, kv_usage=None, started_at=0.5), 0.6)
+    controller.observe(EndpointMetrics(A, running=0, waiting=0, kv_usage=None, started_at=0.8), 0.9)
+    for number in (1, 2):
+        controller.submit(Request(number, "m", 1), 1.0)
+    assert len(controller.poll(1.0)) == 2
+    assert (state_of(controller, 1.0).limit, state_of(controller, 1.0).in_flight) == (2, 2)
+    return controller
+
+
+def test_another_pod_at_the_address_is_another_endpoint():
+    """What was learned of the old one, and what it runs, says nothing about the new one."""
+    fresh = state_of(controller_of(Plan(), A), 0.0)
+    controller = learned("pod-1")
+    controller.set_endpoints([Endpoint(A, "new", "pod-2")], 2.0)
+
+    state = state_of(controller, 2.0)
+    assert (state.name, state.limit, state.in_flight) == ("new", fresh.limit, 0)
+    assert (state.free, state.fresh) == (fresh.free, False)
+
+
+def test_a_request_that_ends_on_the_old_pod_frees_no_slot_on_the_new_one():
+    """It ends exactly once, also when it is cancelled, and the counters return to zero."""
+    controller = learned("pod-1")
+    controller.set_endpoints([Endpoint(A, "new", "pod-2")], 2.0)
+    limit = state_of(controller, 2.0).limit
+    for number in range(3, 3 + limit + 1):
+        controller.submit(Request(number, "m", 1), 2.0)
+    assert len(controller.poll(2.0)) == limit
+
+    controller.complete(1)
+    controller.cancel(2, 2.0)
+    assert controller.poll(2.0) == []
+    state = state_of(controller, 2.0)
+    assert (state.in_flight, state.free, controller.waiting) == (limit, 0, 1)
+
+    controller.complete(3)
+    assert [decision.request_id for decision in controller.poll(2.0)] == [3 + limit]
+    for number in range(4, 3 + limit + 1):
+        controller.complete(number)
+    assert controller.snapshot(2.0).in_flight == 0
+    assert state_of(controller, 2.0).in_flight == 0
+
+
+def test_a_scrape_of_the_old_pod_says_nothing_about_the_new_one():
+    """It was on its way when the address changed hands."""
+    controller = learned("pod-1")
+    controller.set_endpoints([Endpoint(A, "new", "pod-2")], 2.0)
+    controller.observe(EndpointMetrics(A, running=1, waiting=9, kv_usage=1.0, started_at=1.9), 2.1)
+    assert not state_of(controller, 2.1).fresh
+
+    controller.observe(EndpointMetrics(A, running=0, waiting=0, kv_usage=0.0, started_at=2.2), 2.3)
+    assert state_of(controller, 2.3).fresh
+
+
+@pytest.mark.parametrize("uids", [("pod-1", "pod-1"), ("", "pod-1"), ("pod-1", "")])
+def test_the_same_pod_keeps_what_was_learned(uids):
+    """So does one whose uid an operator or EPP of release 0.1 does not tell."""
+    before, after = uids
+    controller = learned(before)
+    controller.set_endpoints([Endpoint(A, "same", after)], 2.0)
+
+    assert (state_of(controller, 2.0).limit, state_of(controller, 2.0).in_flight) == (2, 2)
+
+
+def test_a_pod_that_left_with_requests_does_not_lend_them_to_its_successor():
+    """The address was gone for a while before it came back with another pod."""
+    controller = learned("pod-1")
+    controller.set_endpoints([], 2.0)
+    controller.set_endpoints([Endpoint(A, "new", "pod-2")], 3.0)
+    assert state_of(controller, 3.0).in_flight == 0
+
+    controller.complete(1)
+    controller.complete(2)
+    assert state_of(controller, 3.0).in_flight == 0
+    assert controller.snapshot(3.0).in_flight == 0

@@ -43,7 +43,7 @@ class Version(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., revision: _Optional[int] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "pool", "pod_namespace", "pod_name", "pod_uid", "boot_id", "build", "applied", "highest_epoch")
+    __slots__ = ("protocol", "pool", "pod_namespace", "pod_name", "pod_uid", "boot_id", "build", "applied", "highest_epoch", "features")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
     POD_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,7 @@ class Hello(_message.Message):
     BUILD_FIELD_NUMBER: _ClassVar[int]
     APPLIED_FIELD_NUMBER: _ClassVar[int]
     HIGHEST_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     pool: str
     pod_namespace: str
@@ -62,17 +63,20 @@ class Hello(_message.Message):
     build: str
     applied: Applied
     highest_epoch: int
-    def __init__(self, protocol: _Optional[int] = ..., pool: _Optional[str] = ..., pod_namespace: _Optional[str] = ..., pod_name: _Optional[str] = ..., pod_uid: _Optional[str] = ..., boot_id: _Optional[str] = ..., build: _Optional[str] = ..., applied: _Optional[_Union[Applied, _Mapping]] = ..., highest_epoch: _Optional[int] = ...) -> None: ...
+    features: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, protocol: _Optional[int] = ..., pool: _Optional[str] = ..., pod_namespace: _Optional[str] = ..., pod_name: _Optional[str] = ..., pod_uid: _Optional[str] = ..., boot_id: _Optional[str] = ..., build: _Optional[str] = ..., applied: _Optional[_Union[Applied, _Mapping]] = ..., highest_epoch: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Applied(_message.Message):
-    __slots__ = ("version", "sha256", "source")
+    __slots__ = ("version", "sha256", "source", "plan_sha256")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
+    PLAN_SHA256_FIELD_NUMBER: _ClassVar[int]
     version: Version
     sha256: bytes
     source: str
-    def __init__(self, version: _Optional[_Union[Version, _Mapping]] = ..., sha256: _Optional[bytes] = ..., source: _Optional[str] = ...) -> None: ...
+    plan_sha256: bytes
+    def __init__(self, version: _Optional[_Union[Version, _Mapping]] = ..., sha256: _Optional[bytes] = ..., source: _Optional[str] = ..., plan_sha256: _Optional[bytes] = ...) -> None: ...
 
 class Program(_message.Message):
     __slots__ = ("nonce", "version", "sha256", "snapshot")
@@ -87,32 +91,36 @@ class Program(_message.Message):
     def __init__(self, nonce: _Optional[int] = ..., version: _Optional[_Union[Version, _Mapping]] = ..., sha256: _Optional[bytes] = ..., snapshot: _Optional[bytes] = ...) -> None: ...
 
 class Ack(_message.Message):
-    __slots__ = ("nonce", "version", "sha256", "apply_seconds")
+    __slots__ = ("nonce", "version", "sha256", "apply_seconds", "plan_sha256")
     NONCE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
     APPLY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PLAN_SHA256_FIELD_NUMBER: _ClassVar[int]
     nonce: int
     version: Version
     sha256: bytes
     apply_seconds: float
-    def __init__(self, nonce: _Optional[int] = ..., version: _Optional[_Union[Version, _Mapping]] = ..., sha256: _Optional[bytes] = ..., apply_seconds: _Optional[float] = ...) -> None: ...
+    plan_sha256: bytes
+    def __init__(self, nonce: _Optional[int] = ..., version: _Optional[_Union[Version, _Mapping]] = ..., sha256: _Optional[bytes] = ..., apply_seconds: _Optional[float] = ..., plan_sha256: _Optional[bytes] = ...) -> None: ...
 
 class Nack(_message.Message):
-    __slots__ = ("nonce", "version", "code", "errors", "still_running", "highest_epoch")
+    __slots__ = ("nonce", "version", "code", "errors", "still_running", "highest_epoch", "applied")
     NONCE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CODE_FIELD_NUMBER: _ClassVar[int]
     ERRORS_FIELD_NUMBER: _ClassVar[int]
     STILL_RUNNING_FIELD_NUMBER: _ClassVar[int]
     HIGHEST_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    APPLIED_FIELD_NUMBER: _ClassVar[int]
     nonce: int
     version: Version
     code: str
     errors: _containers.RepeatedCompositeFieldContainer[FieldError]
     still_running: Applied
     highest_epoch: int
-    def __init__(self, nonce: _Optional[int] = ..., version: _Optional[_Union[Version, _Mapping]] = ..., code: _Optional[str] = ..., errors: _Optional[_Iterable[_Union[FieldError, _Mapping]]] = ..., still_running: _Optional[_Union[Applied, _Mapping]] = ..., highest_epoch: _Optional[int] = ...) -> None: ...
+    applied: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, nonce: _Optional[int] = ..., version: _Optional[_Union[Version, _Mapping]] = ..., code: _Optional[str] = ..., errors: _Optional[_Iterable[_Union[FieldError, _Mapping]]] = ..., still_running: _Optional[_Union[Applied, _Mapping]] = ..., highest_epoch: _Optional[int] = ..., applied: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class FieldError(_message.Message):
     __slots__ = ("path", "message")
@@ -173,16 +181,18 @@ class Close(_message.Message):
     def __init__(self, retry_after_seconds: _Optional[float] = ...) -> None: ...
 
 class Snapshot(_message.Message):
-    __slots__ = ("plan", "endpoints", "pool_uid", "sources")
+    __slots__ = ("plan", "endpoints", "pool_uid", "sources", "deleted")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
     POOL_UID_FIELD_NUMBER: _ClassVar[int]
     SOURCES_FIELD_NUMBER: _ClassVar[int]
+    DELETED_FIELD_NUMBER: _ClassVar[int]
     plan: Plan
     endpoints: Endpoints
     pool_uid: str
     sources: _containers.RepeatedCompositeFieldContainer[Source]
-    def __init__(self, plan: _Optional[_Union[Plan, _Mapping]] = ..., endpoints: _Optional[_Union[Endpoints, _Mapping]] = ..., pool_uid: _Optional[str] = ..., sources: _Optional[_Iterable[_Union[Source, _Mapping]]] = ...) -> None: ...
+    deleted: bool
+    def __init__(self, plan: _Optional[_Union[Plan, _Mapping]] = ..., endpoints: _Optional[_Union[Endpoints, _Mapping]] = ..., pool_uid: _Optional[str] = ..., sources: _Optional[_Iterable[_Union[Source, _Mapping]]] = ..., deleted: _Optional[bool] = ...) -> None: ...
 
 class Source(_message.Message):
     __slots__ = ("kind", "namespace", "name", "uid", "generation")
@@ -303,9 +313,11 @@ class Endpoints(_message.Message):
     def __init__(self, endpoints: _Optional[_Iterable[_Union[Endpoint, _Mapping]]] = ...) -> None: ...
 
 class Endpoint(_message.Message):
-    __slots__ = ("address", "name")
+    __slots__ = ("address", "name", "uid")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
+    UID_FIELD_NUMBER: _ClassVar[int]
     address: str
     name: str
-    def __init__(self, address: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
+    uid: str
+    def __init__(self, address: _Optional[str] = ..., name: _Optional[str] = ..., uid: _Optional[str] = ...) -> None: ...

@@ -144,7 +144,7 @@ def _endpoints(message: pb.Endpoints, problems: Problems) -> tuple[Endpoint, ...
         elif endpoint.address in seen:
             problems.append((path, f"{endpoint.address!r} is there twice"))
         seen.add(endpoint.address)
-        endpoints.append(Endpoint(endpoint.address, endpoint.name))
+        endpoints.append(Endpoint(endpoint.address, endpoint.name, endpoint.uid))
     return tuple(endpoints)
 
 

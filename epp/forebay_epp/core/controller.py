@@ -54,7 +54,7 @@ class FlowController:
         self._regime_since = -NEVER
         self._waiting: dict[int, Request] = {}
         self._size_bytes = 0
-        self._dispatched: dict[int, Request] = {}
+        self._dispatched: dict[int, tuple[Request, EndpointState]] = {}
         self._decisions: list[Decision] = []
         self._draining = False
         self._free = 0
@@ -88,19 +88,24 @@ class FlowController:
         self._reschedule(now)
 
     def set_endpoints(self, endpoints: Iterable[Endpoint], now: float) -> None:
-        """Replace the pool's endpoints; what is in flight on one that left may still complete."""
+        """Replace the pool's endpoints; what is in flight on one that left may still complete.
+
+        A different pod at a known address is a new endpoint; the old one's requests stay its own.
+        """
         wanted = {endpoint.address: endpoint for endpoint in endpoints}
         for address, state in list(self._endpoints.items()):
-            if address not in wanted and state.present:
+            replaced = address in wanted and state.is_another(wanted[address])
+            if (address not in wanted and state.present) or replaced:
                 with_slots = state.free
                 state.leave()
                 self._moved(state, with_slots)
-                if not state.in_flight:
+                if replaced or not state.in_flight:
                     del self._endpoints[address]
         for address, endpoint in wanted.items():
             state_or_none = self._endpoints.get(address)
             if state_or_none is None:
-                state = self._endpoints[address] = EndpointState(endpoint, self._plan.saturation)
+                state = EndpointState(endpoint, self._plan.saturation, believed_from=now)
+                self._endpoints[address] = state
                 self._moved(state, 0)
             else:
                 with_slots = state_or_none.free
@@ -195,12 +200,12 @@ class FlowController:
         Raises:
             KeyError: the request is not in flight.
         """
-        request = self._dispatched.pop(request_id)
-        endpoint = self._endpoints[request.endpoint]
+        request, endpoint = self._dispatched.pop(request_id)
         with_slots = endpoint.free
         endpoint.completed(request.dispatched_at, blind=blind)
         self._moved(endpoint, with_slots)
-        if not endpoint.present and not endpoint.in_flight:
+        left = not endpoint.present and not endpoint.in_flight
+        if left and self._endpoints.get(endpoint.address) is endpoint:
             del self._endpoints[endpoint.address]
 
     def poll(self, now: float) -> list[Decision]:
@@ -322,7 +327,7 @@ class FlowController:
         self._leave_queue(request)
         request.endpoint = endpoint.address
         request.dispatched_at = now
-        self._dispatched[request.id] = request
+        self._dispatched[request.id] = (request, endpoint)
         with_slots = endpoint.free
         endpoint.dispatched()
         self._moved(endpoint, with_slots)

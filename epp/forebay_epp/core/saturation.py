@@ -147,7 +147,8 @@ class EndpointState:
     its place until a scrape that was started after it has been seen, or metrics are stale.
     `foreign` is what the server reports beyond that: other clients' requests. `free` is always up
     to date; it may be negative when a limit shrinks. `stale_at` is when the last scrape is no
-    longer believed; infinity when none is.
+    longer believed; infinity when none is. A scrape that was started before `believed_from` is of
+    whatever had the address then.
     """
 
     __slots__ = (
@@ -167,11 +168,15 @@ class EndpointState:
         "present",
         "running",
         "stale_at",
+        "uid",
         "waiting",
     )
 
-    def __init__(self, endpoint: Endpoint, plan: SaturationPlan) -> None:
+    def __init__(
+        self, endpoint: Endpoint, plan: SaturationPlan, believed_from: float = -NEVER
+    ) -> None:
         self.address = endpoint.address
+        self.uid = endpoint.uid
         self.name = endpoint.name or endpoint.address
         self.present = True
         self.in_flight = 0
@@ -181,7 +186,7 @@ class EndpointState:
         self.kv_usage: float | None = None
         self.fresh = False
         self.stale_at = NEVER
-        self._observed_at = -NEVER
+        self._observed_at = believed_from
         self._peak = 0
         self._arrivals = 0
         self._blind: deque[float] = deque()
@@ -281,8 +286,13 @@ class EndpointState:
         self.present = False
         self._refresh()
 
+    def is_another(self, endpoint: Endpoint) -> bool:
+        """Whether a different pod has this address now."""
+        return bool(self.uid and endpoint.uid and self.uid != endpoint.uid)
+
     def rejoin(self, endpoint: Endpoint) -> None:
         """The endpoint is in the pool (again)."""
         self.present = True
+        self.uid = endpoint.uid or self.uid
         self.name = endpoint.name or endpoint.address
         self._refresh()

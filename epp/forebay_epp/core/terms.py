@@ -92,10 +92,15 @@ Decision = Dispatched | Refused
 
 @dataclass(slots=True, frozen=True)
 class Endpoint:
-    """One model server of the pool: `address` is ip:port, `name` is for people."""
+    """One model server of the pool.
+
+    `address` is ip:port, `name` is for people. `uid` is the pod's: another one at the same address
+    is another endpoint. Empty where it is not known, which is then no reason to think so.
+    """
 
     address: str
     name: str = ""
+    uid: str = ""
 
 
 @dataclass(slots=True, frozen=True)
