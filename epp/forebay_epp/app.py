@@ -261,6 +261,7 @@ class EndpointPicker:
 
     def _aim_scraper(self, plan: Plan, endpoints: tuple[Endpoint, ...]) -> None:
         """Scrape where metrics decide anything."""
+        self._scraper.set_metrics(plan.metrics)
         adaptive = plan.saturation.mode is SaturationMode.ADAPTIVE
         self._scraper.set_addresses(
             frozenset(endpoint.address for endpoint in endpoints) if adaptive else frozenset()

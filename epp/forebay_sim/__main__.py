@@ -8,6 +8,7 @@ import signal
 import sys
 
 from forebay_sim.engine import EngineSettings
+from forebay_sim.metricspage import ENGINES
 from forebay_sim.server import ServerSettings, serve
 
 
@@ -34,7 +35,7 @@ def _arguments() -> argparse.Namespace:
     add("--block-size", type=int, default=defaults.block_size_tokens)
     add("--max-waiting", type=int, default=100_000, help="requests waiting inside; beyond: 429")
     add("--max-loras", type=int, default=defaults.max_loras)
-    add("--old-metric-names", action="store_true", help="as vLLM before the end of 2025")
+    add("--metrics", choices=ENGINES, default="vllm", help="whose metrics page it has")
     return parser.parse_args()
 
 
@@ -65,7 +66,7 @@ def main() -> int:
             max_loras=given.max_loras,
         )
         settings = ServerSettings(
-            _names(given.model) or ("*",), _names(given.lora), engine, given.old_metric_names
+            _names(given.model) or ("*",), _names(given.lora), engine, given.metrics
         )
         asyncio.run(_run(settings, given.host, given.port))
     except (ValueError, OSError) as error:

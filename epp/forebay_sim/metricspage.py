@@ -1,17 +1,49 @@
-"""The simulated server's /metrics page, under vLLM's names and labels.
+"""The simulated server's metrics page: vLLM's, or the load as other model servers publish it.
 
-Pure text; what the numbers are is the engine's business.
+Pure text. Where the numbers come from (engine.py) does not belong here.
 """
 
 from __future__ import annotations
 
 import time
 from bisect import bisect_left
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from forebay_sim.engine import Engine
+
+# Where an engine publishes, and its gauges of running, waiting and KV usage.
+# "vllm-2025" is vLLM before the end of 2025, "other" a server that only a policy can describe.
+ENGINES = {
+    "vllm": "/metrics",
+    "vllm-2025": "/metrics",
+    "sglang": "/metrics",
+    "trtllm": "/prometheus/metrics",
+    "triton": "/metrics",
+    "tgi": "/metrics",
+    "other": "/stats",
+}
+_GAUGES = {
+    "sglang": (
+        'sglang:num_running_reqs{{{labels},engine_type="unified",pp_rank="0",tp_rank="0"}}',
+        'sglang:num_queue_reqs{{{labels},engine_type="unified",pp_rank="0",tp_rank="0"}}',
+        'sglang:token_usage{{{labels},engine_type="unified",pp_rank="0",tp_rank="0"}}',
+    ),
+    "trtllm": (
+        "trtllm_num_requests_running{{{labels}}}",
+        "trtllm_num_requests_waiting{{{labels}}}",
+        "trtllm_kv_cache_utilization{{{labels}}}",
+    ),
+    "triton": (
+        'nv_trt_llm_request_metrics{{model="tensorrt_llm",request_type="scheduled",version="1"}}',
+        'nv_trt_llm_request_metrics{{model="tensorrt_llm",request_type="waiting",version="1"}}',
+        'nv_trt_llm_kv_cache_block_metrics{{kv_cache_block_type="fraction",model="tensorrt_llm",version="1"}}',
+    ),
+    "tgi": ("tgi_batch_current_size", "tgi_queue_size"),
+    "other": ('requests{{state="running"}}', 'requests{{state="waiting"}}', "cache_usage"),
+}
 
 SECONDS_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -43,6 +75,23 @@ class Histogram:
         ]
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a page says of a server's load.
+
+    Attributes:
+        running: requests in the batch.
+        waiting: requests that wait for room in it.
+        kv: fraction 0-1 of the KV cache in use.
+        deferred: requests that wait for something else, such as their grammar.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    kv: float = 0.0
+    deferred: int = 0
+
+
 class MetricsPage:
     """Renders the page.
 
@@ -50,26 +99,37 @@ class MetricsPage:
         engine: whose state is shown.
         model: the label model_name.
         loras: whether LoRA is enabled; only then its series exists.
-        old_names: use the KV cache's name of before the end of 2025.
+        kind: one of `ENGINES`.
     """
 
-    def __init__(self, engine: Engine, model: str, *, loras: bool, old_names: bool) -> None:
+    def __init__(self, engine: Engine, model: str, *, loras: bool, kind: str = "vllm") -> None:
         self._engine = engine
         self._loras = loras
         self._labels = f'engine="0",model_name="{_escape(model)}"'
-        self._kv_name = "vllm:gpu_cache_usage_perc" if old_names else "vllm:kv_cache_usage_perc"
+        self._kind = kind
         self.first_token = Histogram()
         self.end_to_end = Histogram()
         self.finished = {"stop": 0, "length": 0, "abort": 0}
 
-    def render(self, running: int, waiting: int, kv_usage: float) -> str:
-        """Return the page with these loads, which are the engine's unless a test lies."""
+    def render(self, load: Load) -> str:
+        """Return the page with this load, which is the engine's unless a test lies."""
+        if self._kind.startswith("vllm"):
+            return self._vllm(load)
+        lines = []
+        values = (load.running, load.waiting + load.deferred, load.kv)
+        for gauge, value in zip(_GAUGES[self._kind], values, strict=False):
+            series = gauge.format(labels=self._labels)
+            lines += [f"# TYPE {series.partition('{')[0]} gauge", f"{series} {float(value)}"]
+        return "\n".join(lines) + "\n"
+
+    def _vllm(self, load: Load) -> str:
         engine, labels, settings = self._engine, self._labels, self._engine.settings
         totals = engine.totals
+        old = self._kind == "vllm-2025"
         gauges = {
-            "vllm:num_requests_running": float(running),
-            "vllm:num_requests_waiting": float(waiting),
-            self._kv_name: kv_usage,
+            "vllm:num_requests_running": float(load.running),
+            "vllm:num_requests_waiting": float(load.waiting + load.deferred),
+            "vllm:gpu_cache_usage_perc" if old else "vllm:kv_cache_usage_perc": load.kv,
         }
         counters = {
             "vllm:prompt_tokens_total": totals.prompt_tokens,
@@ -82,6 +142,13 @@ class MetricsPage:
         for kind, series in (("gauge", gauges), ("counter", counters)):
             for name, value in series.items():
                 lines += [f"# TYPE {name} {kind}", f"{name}{{{labels}}} {value}"]
+        if not old:
+            name = "vllm:num_requests_waiting_by_reason"
+            lines += [
+                f"# TYPE {name} gauge",
+                f'{name}{{{labels},reason="capacity"}} {float(load.waiting)}',
+                f'{name}{{{labels},reason="deferred"}} {float(load.deferred)}',
+            ]
         lines.append("# TYPE vllm:request_success_total counter")
         lines += [
             f'vllm:request_success_total{{{labels},finished_reason="{reason}"}} {count}'

@@ -27,7 +27,7 @@ from forebay_sim.engine import (
     TokensProduced,
     TooLongError,
 )
-from forebay_sim.metricspage import MetricsPage
+from forebay_sim.metricspage import ENGINES, Load, MetricsPage
 
 if TYPE_CHECKING:
     from forebay_sim.engine import Event, Usage
@@ -46,13 +46,13 @@ class ServerSettings:
         models: names it serves; "*" serves every name.
         loras: LoRA adapters it can load; each is a model name too.
         engine: the simulated hardware.
-        old_metric_names: as vLLM before the end of 2025.
+        metrics: whose metrics page it has, one of metricspage.ENGINES.
     """
 
     models: tuple[str, ...] = (ANY_MODEL,)
     loras: tuple[str, ...] = ()
     engine: EngineSettings = field(default_factory=EngineSettings)
-    old_metric_names: bool = False
+    metrics: str = "vllm"
 
 
 class _Call:
@@ -114,7 +114,7 @@ class SimulatedServer:
             self._engine,
             settings.models[0],
             loras=bool(settings.loras),
-            old_names=settings.old_metric_names,
+            kind=settings.metrics,
         )
         self._calls: dict[int, _Call] = {}
         self._next_id = 0
@@ -133,11 +133,13 @@ class SimulatedServer:
                 web.post("/v1/completions", self._complete),
                 web.get("/v1/models", self._models),
                 web.get("/health", self._health),
-                web.get("/metrics", self._show_metrics),
+                web.get(ENGINES[self._settings.metrics], self._show_metrics),
                 web.post("/admin/config", self._configure),
                 web.get("/admin/requests", self._show_requests),
             ]
         )
+        if self._settings.metrics == "trtllm":  # trtllm-serve has its own statistics there
+            app.router.add_get("/metrics", _no_statistics)
         app.cleanup_ctx.append(self._driving)
         return app
 
@@ -305,10 +307,9 @@ class SimulatedServer:
             case "error":
                 return web.Response(status=500, text="broken on purpose")
             case "fake":
-                page = self._page.render(fake["running"], fake["waiting"], fake["kv"])
-                return web.Response(text=page)
-        page = self._page.render(engine.running, engine.waiting, engine.kv_usage)
-        return web.Response(text=page)
+                return web.Response(text=self._page.render(Load(**fake["load"])))
+        load = Load(engine.running, engine.waiting, engine.kv_usage)
+        return web.Response(text=self._page.render(load))
 
     async def _configure(self, request: web.Request) -> web.Response:
         """Lie or fail on /metrics from now on: {"metrics": {"mode": ..., "running": ...}}."""
@@ -319,11 +320,16 @@ class SimulatedServer:
         if given.get("mode") not in METRICS_MODES:
             modes = ", ".join(METRICS_MODES)
             return self._error(400, f"metrics.mode must be one of {modes}", "BadRequestError")
-        self._metrics = {"running": 0, "waiting": 0, "kv": 0.0, **given}
+        load = {name: given[name] for name in Load.__slots__ if name in given}
+        self._metrics = {"mode": given["mode"], "load": load}
         return web.json_response({"metrics": self._metrics})
 
     async def _show_requests(self, _: web.Request) -> web.Response:
         return web.json_response({"count": self._requests, "ids": self._seen})
+
+
+async def _no_statistics(_: web.Request) -> web.Response:
+    return web.json_response([])
 
 
 async def serve(settings: ServerSettings, host: str, port: int) -> tuple[web.AppRunner, int]:

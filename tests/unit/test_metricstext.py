@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forebay_epp.codec.metricstext import MAX_LINE_BYTES, MAX_SERIES, PageMetrics, parse_page
+from forebay_epp.codec.metricstext import (
+    MAX_LINE_BYTES,
+    MAX_SERIES,
+    PageMetrics,
+    engines,
+    parse_page,
+)
+from forebay_epp.core.plan import MetricsPlan, SeriesPlan
+from forebay_sim.engine import Engine, EngineSettings
+from forebay_sim.metricspage import ENGINES, Load, MetricsPage
 
 MODEL = 'engine="0",model_name="meta-llama/Llama-3.1-8B-Instruct"'
 UNKNOWN = PageMetrics(None, None, None)
@@ -90,11 +99,86 @@ def test_prefers_the_new_name_of_the_cache_usage():
     assert parse_page(page).kv_usage == 0.5
 
 
-def test_reads_sglang():
-    """SGLang has other names for the same."""
-    page = b'sglang:num_running_reqs{a="b"} 5\nsglang:num_queue_reqs 1\nsglang:token_usage 0.3\n'
+@pytest.mark.parametrize("kind", ENGINES.keys() - {"other"})
+def test_reads_the_page_of_every_known_model_server(kind):
+    """Each has its own names and labels; only text-generation-inference hides its cache."""
+    page = MetricsPage(Engine(EngineSettings()), 'a"b', loras=True, kind=kind)
 
-    assert parse_page(page) == PageMetrics(5, 1, 0.3)
+    metrics = parse_page(page.render(Load(running=5, waiting=2, kv=0.25)).encode())
+
+    assert metrics == PageMetrics(5, 2, None if kind == "tgi" else 0.25)
+
+
+def test_what_waits_for_its_grammar_does_not_count_as_waiting():
+    """What vLLM calls deferred says nothing of the room in its batch."""
+    page = MetricsPage(Engine(EngineSettings()), "m", loras=False)
+
+    assert parse_page(page.render(Load(running=1, waiting=2, deferred=5)).encode()).waiting == 2
+
+
+def test_a_page_of_waiting_by_reason_without_the_known_reason_is_read_as_before():
+    """The sum is better than nothing."""
+    page = b'vllm:num_requests_waiting 4\nvllm:num_requests_waiting_by_reason{reason="other"} 4\n'
+
+    assert parse_page(page).waiting == 4
+
+
+# As the real servers write them, shortened.
+REAL_PAGES = {
+    "triton": (
+        b"# HELP nv_trt_llm_request_metrics TRT LLM request metrics\n"
+        b"# TYPE nv_trt_llm_request_metrics gauge\n"
+        b'nv_trt_llm_request_metrics{model="tensorrt_llm",request_type="waiting",version="1"} 1\n'
+        b'nv_trt_llm_request_metrics{model="tensorrt_llm",request_type="context",version="1"} NaN\n'
+        b'nv_trt_llm_request_metrics{model="tensorrt_llm",request_type="scheduled",version="1"} 3\n'
+        b'nv_trt_llm_request_metrics{model="tensorrt_llm",request_type="max",version="1"} 512\n'
+        b'nv_trt_llm_request_metrics{model="other",request_type="scheduled",version="1"} 4\n'
+        b'nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="max",model="tensorrt_llm"} 64\n'
+        b'nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="fraction",model="other"} 0.5\n'
+    ),
+    "openmetrics": (
+        b"# TYPE trtllm_num_requests_running gauge\n"
+        b'trtllm_num_requests_running{model_name="m"} 7.0 1790000000.123\n'
+        b'trtllm_num_requests_waiting{model_name="m"} 1.0 1.79e9 # {trace_id="a b"} 0.67 1.0\n'
+        b"trtllm_kv_cache_utilization 0.5\n# EOF\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REAL_PAGES)
+def test_other_labels_and_forms_do_not_disturb(name):
+    """Only series with the right label count, over all models; timestamps may be fractions."""
+    assert parse_page(REAL_PAGES[name]) == PageMetrics(7, 1, 0.5)
+
+
+def test_comments_within_a_group_of_samples_do_not_end_it():
+    """Some exporters repeat them for each sample."""
+    page = (
+        b"# TYPE tgi_queue_size gauge\n"
+        b'tgi_queue_size{a="1"} 1\n# TYPE tgi_queue_size gauge\n# x\ntgi_queue_size{a="2"} 2\n#'
+    )
+
+    assert parse_page(page).waiting == 3
+
+
+def test_a_policy_can_name_the_series():
+    """By name and labels, which are compared as the page escapes them; a missing one is empty."""
+    plan = MetricsPlan(
+        running=SeriesPlan("jobs", (("state", "run"), ("node", 'a"b\\c\nd'))),
+        waiting=SeriesPlan("jobs", (("state", ""),)),
+        kv_cache_usage=SeriesPlan("cache", (("kind", "kv"),)),
+    )
+    page = (
+        b'jobs{state="run",node="a\\"b\\\\c\\nd"} 2\n'
+        b'jobs{node="x",state="run"} 50\n'
+        b'jobs{node="a\\"b\\\\c\\nd" , state = "run",} 3\n'
+        b'jobs{note="state=\\"run\\""} 4\n'
+        b"jobs 1\n"
+        b'cache{kind="kv"} 0.75\ncache{kind="disk"} 0.9\n'
+    )
+
+    assert parse_page(page, engines(plan)) == PageMetrics(5, 5, 0.75)
+    assert parse_page(b"vllm:num_requests_running 3\n", engines(plan)) == UNKNOWN
 
 
 @pytest.mark.parametrize(
@@ -180,6 +264,15 @@ def test_too_many_series_are_unknown():
 
     assert running(page) is None
     assert running(page[: page.rindex(b"vllm")]) == MAX_SERIES
+
+
+@pytest.mark.parametrize("line", [b'nv_trt_llm_request_metrics{a="b"} 1\n', b"#\n"])
+def test_a_page_of_nothing_else_is_not_read_to_its_end(line):
+    """Samples that are not selected are bounded too, and so are comments between samples."""
+    page = b'nv_trt_llm_request_metrics{request_type="scheduled"} 1\n' + line * 2 * MAX_SERIES
+    page += b'nv_trt_llm_request_metrics{request_type="scheduled"} 1\n'
+
+    assert running(page) in {None, 1}
 
 
 def test_a_line_without_end_is_unknown():

@@ -9,12 +9,14 @@ import socket
 import struct
 import time
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from forebay_epp.adapters import scraper as scraper_module
 from forebay_epp.adapters.scraper import CAUSES, MAX_PAGE_BYTES, Scraper
+from forebay_epp.core.plan import MetricsPlan, SeriesPlan
 from forebay_epp.core.terms import EndpointMetrics
 
 PAGE = b"vllm:num_requests_running 3\nvllm:num_requests_waiting 1\nvllm:kv_cache_usage_perc 0.5\n"
@@ -183,6 +185,67 @@ async def test_asks_for_an_uncompressed_page_on_one_connection():
     assert server.connections == 1
     assert server.requests[0].startswith(b"GET /metrics HTTP/1.1\r\n")
     assert b"Accept-Encoding: identity\r\n" in server.requests[0]
+
+
+def by_path(pages: dict[str, bytes]):
+    """A server that answers by path, 404 elsewhere; it notes what was asked for."""
+    server = RawServer(None)
+
+    async def behave(writer) -> None:
+        path = server.requests[-1].split()[1].decode()
+        missing = answer(b"", status="404 Not Found")
+        writer.write(answer(pages[path]) if path in pages else missing)
+        await writer.drain()
+
+    server.behave = behave
+    return server
+
+
+@pytest.mark.parametrize("first", [None, b"[]"], ids=["404", "no load"])
+async def test_finds_the_page_at_the_other_known_path_and_stays_there(first):
+    """As trtllm-serve has it, without a failure; when it fails the first is tried again."""
+    pages = {"/prometheus/metrics": PAGE} | ({"/metrics": first} if first else {})
+    async with (
+        by_path(pages).listening() as server,
+        scraping(server.address) as (scraper, reports),
+    ):
+        await until(lambda: len(reports) >= 3)
+        asked = [request.split()[1] for request in server.requests[:3]]
+        assert asked == [b"/metrics", *[b"/prometheus/metrics"] * 2]
+        assert not any(scraper.failures.values())
+
+        pages["/metrics"] = pages.pop("/prometheus/metrics")
+        before = len(reports)
+        await until(lambda: len(reports) > before)
+
+
+async def test_a_server_without_a_page_fails_once_a_scrape():
+    """Both paths are one scrape, and the first one's failure is told."""
+    async with (
+        by_path({}).listening() as server,
+        scraping(server.address) as (scraper, _),
+    ):
+        await until(lambda: scraper.failures["status"] >= 2)
+
+    assert abs(len(server.requests) - 2 * scraper.failures["status"]) <= 2
+
+
+async def test_a_plan_says_where_the_page_is_and_what_is_on_it():
+    """Port, path and series; the next scrape follows a change."""
+    plan = MetricsPlan("/stats", 0, SeriesPlan("r"), SeriesPlan("w"), SeriesPlan("kv"))
+    async with (
+        by_path({"/stats": b"r 5\nw 6\nkv 0.75\n", "/metrics": PAGE}).listening() as pages,
+        by_path({}).listening() as model_server,
+        scraping(model_server.address) as (scraper, reports),
+    ):
+        port = int(pages.address.rpartition(":")[2])
+        scraper.set_metrics(replace(plan, port=port))
+        await until(lambda: reports)
+        assert (reports[0].running, reports[0].waiting, reports[0].kv_usage) == (5, 6, 0.75)
+        assert reports[0].address == model_server.address
+
+        scraper.set_metrics(MetricsPlan(port=port))
+        await until(lambda: reports[-1].running == 3)
 
 
 BAD_SERVERS = {

@@ -145,7 +145,7 @@ async def test_adapters_are_models_and_have_metrics(start, http):
 
 async def test_metrics_can_lie_and_fail_on_demand(start, http):
     """For tests of whoever scrapes."""
-    url = await start(old_metric_names=True)
+    url = await start(metrics="vllm-2025")
     lie = {"metrics": {"mode": "fake", "running": 7, "waiting": 3, "kv": 0.5}}
 
     async with http.post(f"{url}/admin/config", json=lie) as answer:

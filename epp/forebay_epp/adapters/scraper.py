@@ -1,8 +1,8 @@
 """Asks every model server of the pool for its metrics, several times a second.
 
 Model servers are not trusted: an answer is bounded in time and size, redirects and compression are
-refused, and an answer that does not hold is the same as no answer. What a page means is
-codec/metricstext.py's business, and when silence makes metrics stale is the core's.
+refused, and an answer that does not hold is the same as no answer. What a page means
+(codec/metricstext.py) and when silence makes metrics stale (the core) do not belong here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from aiohttp import (
     TCPConnector,
 )
 
-from forebay_epp.codec.metricstext import parse_page
+from forebay_epp.codec.metricstext import engines, parse_page
+from forebay_epp.core.plan import MetricsPlan
 from forebay_epp.core.terms import EndpointMetrics
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 MAX_PAGE_BYTES = 1 << 20
 TIMEOUT_SECONDS = 1.0
 MAX_SCRAPES_PER_SECOND = 200.0  # of all endpoints together: half a millisecond of CPU each
+PATHS = ("/metrics", "/prometheus/metrics")  # the second is trtllm-serve's
 CAUSES = ("timeout", "connect", "status", "redirect", "too_large", "unparsable")
 
 # Consecutive multiples of it, modulo 1, are spread evenly however many there are.
@@ -47,8 +49,14 @@ class _ScrapeError(Exception):
         self.cause = cause
 
 
+class _NoPageError(_ScrapeError):
+    """What is at this path is not a page of the load; it may be at another."""
+
+
 class Scraper:
-    """Scrapes http://ADDRESS/metrics of each current endpoint once per interval.
+    """Scrapes the metrics page of each current endpoint once per interval.
+
+    Where the plan names no path, the first of `PATHS` that has the load is kept until it fails.
 
     Each endpoint has its own task and its own moment within the interval, so that one that hangs
     delays no other, and all of them together make an even load. At most one request is in flight
@@ -81,6 +89,9 @@ class Scraper:
         self._clock = clock
         self._addresses: frozenset[str] = frozenset()
         self._failing: set[str] = set()
+        self._metrics = MetricsPlan()
+        self._engines = engines(self._metrics)
+        self._paths: dict[str, str] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._running: tuple[ClientSession, asyncio.TaskGroup] | None = None
         self._phase = 0.0
@@ -93,6 +104,13 @@ class Scraper:
         self._addresses = addresses
         if self._running is not None:
             self._follow_addresses(*self._running)
+
+    def set_metrics(self, metrics: MetricsPlan) -> None:
+        """Look for the load there from the next scrape on; in the thread of the event loop."""
+        if metrics != self._metrics:
+            self._metrics = metrics
+            self._engines = engines(metrics)
+            self._paths.clear()
 
     async def run(self) -> None:
         """Scrape until cancelled.
@@ -123,6 +141,7 @@ class Scraper:
         for address in self._tasks.keys() - self._addresses:
             self._tasks.pop(address).cancel()
             self._failing.discard(address)
+            self._paths.pop(address, None)
         for address in sorted(self._addresses - self._tasks.keys()):
             self._phase = (self._phase + _GOLDEN_RATIO) % 1.0
             watch = self._watch(session, address, self._phase)
@@ -143,11 +162,30 @@ class Scraper:
                 self._report(metrics)
 
     async def _scrape(self, session: ClientSession, address: str) -> EndpointMetrics:
-        started_at = self._clock()
-        page = parse_page(await _fetch(session, f"http://{address}/metrics"))
+        metrics, known = self._metrics, self._paths.pop(address, "")
+        failures = []
+        for path in (metrics.path,) if metrics.path else (known,) if known else PATHS:
+            started_at = self._clock()
+            try:
+                page = self._load(await _fetch(session, _url(address, metrics.port, path)))
+            except _NoPageError as error:
+                failures.append(error)
+                continue
+            if metrics is self._metrics and address in self._tasks:
+                self._paths[address] = path
+            return EndpointMetrics(address, *page, started_at)
+        raise failures[0]
+
+    def _load(self, text: bytes) -> tuple[int, int, float | None]:
+        """Return running, waiting and KV usage.
+
+        Raises:
+            _NoPageError: the page does not have the first two.
+        """
+        page = parse_page(text, self._engines)
         if page.running is None or page.waiting is None:
-            raise _ScrapeError("unparsable", "the page does not tell what is running and waiting")
-        return EndpointMetrics(address, page.running, page.waiting, page.kv_usage, started_at)
+            raise _NoPageError("unparsable", "the page does not tell what is running and waiting")
+        return page.running, page.waiting, page.kv_usage
 
     def _failed(self, address: str, error: Exception) -> None:
         cause = _cause(error)
@@ -165,6 +203,12 @@ class Scraper:
             _log.info("scraping the endpoint's metrics works again", extra={"endpoint": address})
 
 
+def _url(address: str, port: int, path: str) -> str:
+    """Return where an endpoint's page is; port 0 is the endpoint's own."""
+    host, _, own_port = address.rpartition(":")
+    return f"http://{host}:{port or own_port}{path}"
+
+
 async def _fetch(session: ClientSession, url: str) -> bytes:
     """Return the page, without trusting who sends it.
 
@@ -177,7 +221,8 @@ async def _fetch(session: ClientSession, url: str) -> bytes:
         if response.status != 200:
             cause = "redirect" if 300 <= response.status < 400 else "status"
             response.close()
-            raise _ScrapeError(cause, f"HTTP status {response.status}")
+            kind = _NoPageError if response.status == 404 else _ScrapeError
+            raise kind(cause, f"HTTP status {response.status}")
         encoding = response.headers.get("Content-Encoding", "identity")
         if encoding.strip().lower() != "identity":
             response.close()

@@ -1,49 +1,145 @@
-"""What a model server's /metrics page says about its load: a few numbers out of 300 kB of text.
+"""Reads a model server's load from its /metrics page: a few numbers out of 300 kB of text.
 
-The page is Prometheus text. It is not parsed as a whole: only the lines that matter are looked
-for, because an endpoint picker reads such a page several times a second from every server. The
-server is not trusted: a number that cannot be true makes its signal unknown, and never 0. Fetching
-the page (adapters/scraper.py) and deciding by it (core/saturation.py) do not belong here.
+The page is Prometheus or OpenMetrics text. It is not parsed as a whole: only the lines that matter
+are looked for, because an EPP reads such a page several times a second from every server. `ENGINES`
+names the series of the known model servers; a policy may name others (`engines`). The server is
+not trusted: a number that cannot be true makes its signal unknown, and never 0. Fetching the page
+(adapters/scraper.py) and deciding by it (core/saturation.py) do not belong here.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Names of a signal, newest first; the first one that the page has counts, the others are ignored.
-SIGNAL_NAMES = {
-    "running": (b"vllm:num_requests_running", b"sglang:num_running_reqs"),
-    "waiting": (b"vllm:num_requests_waiting", b"sglang:num_queue_reqs"),
-    "kv_usage": (
-        b"vllm:kv_cache_usage_perc",
-        b"vllm:gpu_cache_usage_perc",  # vLLM before the end of 2025
-        b"sglang:token_usage",
-    ),
-}
+    from forebay_epp.core.plan import MetricsPlan, SeriesPlan
 
 MAX_REQUESTS = 1_000_000
 MAX_SERIES = 1_000
+MAX_COMMENTS = 4  # between two samples of a metric
 MAX_LINE_BYTES = 16 << 10
 
-# What follows the name: labels in which braces and blanks may be quoted, the value, a timestamp.
-# Counts and fractions start with a digit, so this refuses NaN, Inf and what is below zero.
+# What follows the name: labels in which braces and blanks may be quoted, the value, a timestamp
+# (OpenMetrics: a fraction) and OpenMetrics' exemplar.
 _SAMPLE = re.compile(
-    rb"""(?:[ \t]*\{ (?: [^"}] | "(?:[^"\\]|\\.)*+" )*+ \})?
-         [ \t]+ ([0-9][0-9.eE+-]*+)
-         (?:[ \t]+ -?[0-9]++)?
+    rb"""(?:[ \t]*(\{ (?: [^"}] | "(?:[^"\\]|\\.)*+" )*+ \}))?
+         [ \t]+ ([^ \t\r{}]++)
+         (?:[ \t]+ -?[0-9][0-9.eE+-]*+)?
+         (?:[ \t]+ \#[ ][^\r]*+)?
          [ \t]*\r?""",
     re.VERBOSE,
 )
+_LABEL = re.compile(rb'([a-zA-Z_][a-zA-Z0-9_]*+)[ \t]*=[ \t]*"((?:[^"\\]|\\.)*+)"')
+# Counts and fractions start with a digit: this refuses NaN, Inf and what is below zero.
+_NUMBER = re.compile(rb"[0-9][0-9.eE+-]*+")
 
 
 class _UnbelievableError(ValueError):
     """A sample of the signal that has no value which could be true."""
+
+
+class Series:
+    """The samples of one metric whose labels have these values, as PromQL selects them.
+
+    A label that a sample lacks has the value "", and labels that are not named may have any.
+
+    Attributes:
+        name: the metric's name.
+        labels: label names and values as a page writes them.
+    """
+
+    __slots__ = ("labels", "line_start", "name")
+
+    def __init__(self, name: str, labels: tuple[tuple[str, str], ...] = ()) -> None:
+        self.name = name.encode()
+        self.line_start = b"\n" + self.name
+        self.labels = tuple((label.encode(), _escaped(value)) for label, value in labels)
+
+    def selects(self, labels: bytes | None) -> bool:
+        """Return whether a sample with these labels, `{a="b"}` as on the page, is one of them."""
+        given = dict(_LABEL.findall(labels or b""))
+        return all(given.get(name, b"") == value for name, value in self.labels)
+
+
+def _escaped(value: str) -> bytes:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """Where a kind of model server publishes its load.
+
+    The first series of a signal that the page has counts, the others are ignored.
+
+    Attributes:
+        prefix: what names of its metrics begin with, and no other server's; empty: any page is its.
+        running, waiting, kv_usage: see `PageMetrics`.
+    """
+
+    prefix: str
+    running: tuple[Series, ...]
+    waiting: tuple[Series, ...]
+    kv_usage: tuple[Series, ...] = ()
+
+    def publishes(self, page: bytes) -> bool:
+        """Return whether the page is one of this kind of server."""
+        prefix = self.prefix.encode()
+        return page.startswith(prefix) or b"\n" + prefix in page
+
+
+ENGINES = (
+    Engine(
+        "vllm:",
+        (Series("vllm:num_requests_running"),),
+        (
+            # Others are deferred: they wait for their grammar, LoRA or KV transfer, not for room.
+            Series("vllm:num_requests_waiting_by_reason", (("reason", "capacity"),)),
+            Series("vllm:num_requests_waiting"),
+        ),
+        (
+            Series("vllm:kv_cache_usage_perc"),
+            Series("vllm:gpu_cache_usage_perc"),  # before the end of 2025
+        ),
+    ),
+    Engine(
+        "sglang:",
+        (Series("sglang:num_running_reqs"),),
+        (Series("sglang:num_queue_reqs"),),
+        (Series("sglang:token_usage"),),
+    ),
+    Engine(
+        "trtllm_",  # trtllm-serve
+        (Series("trtllm_num_requests_running"),),
+        (Series("trtllm_num_requests_waiting"),),
+        (Series("trtllm_kv_cache_utilization"),),
+    ),
+    Engine(
+        "nv_trt_llm_",  # Triton with its TensorRT-LLM backend
+        (Series("nv_trt_llm_request_metrics", (("request_type", "scheduled"),)),),
+        (Series("nv_trt_llm_request_metrics", (("request_type", "waiting"),)),),
+        (Series("nv_trt_llm_kv_cache_block_metrics", (("kv_cache_block_type", "fraction"),)),),
+    ),
+    Engine(
+        "tgi_",  # text-generation-inference; tells nothing of its KV cache
+        (Series("tgi_batch_current_size"),),
+        (Series("tgi_queue_size"),),
+    ),
+)
+
+
+def engines(plan: MetricsPlan) -> tuple[Engine, ...]:
+    """Return the engines whose pages a pool's servers may have: the plan's own, or all known."""
+    if plan.running is None or plan.waiting is None:
+        return ENGINES
+    return (Engine("", _series(plan.running), _series(plan.waiting), _series(plan.kv_cache_usage)),)
+
+
+def _series(plan: SeriesPlan | None) -> tuple[Series, ...]:
+    return () if plan is None else (Series(plan.name, plan.labels),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +148,7 @@ class PageMetrics:
 
     Attributes:
         running: requests in the batch, summed over engines.
-        waiting: requests queued inside the server, summed over engines.
+        waiting: requests queued inside the server for lack of room, summed over engines.
         kv_usage: fraction 0-1 of KV cache in use, the fullest engine.
     """
 
@@ -61,66 +157,103 @@ class PageMetrics:
     kv_usage: float | None
 
 
-def parse_page(page: bytes) -> PageMetrics:
-    """Read the signals from a page; whatever the page holds, this does not raise."""
-    return PageMetrics(
-        running=_count(page, SIGNAL_NAMES["running"]),
-        waiting=_count(page, SIGNAL_NAMES["waiting"]),
-        kv_usage=_fullest(page, SIGNAL_NAMES["kv_usage"]),
-    )
+UNKNOWN = PageMetrics(None, None, None)
 
 
-def _count(page: bytes, names: tuple[bytes, ...]) -> int | None:
-    values = _values(page, names)
+def parse_page(page: bytes, known: tuple[Engine, ...] = ENGINES) -> PageMetrics:
+    """Read the signals of the first engine whose page it is; never raises."""
+    for engine in known:
+        if engine.publishes(page):
+            return PageMetrics(
+                running=_count(page, engine.running),
+                waiting=_count(page, engine.waiting),
+                kv_usage=_fullest(page, engine.kv_usage),
+            )
+    return UNKNOWN
+
+
+def _count(page: bytes, series: tuple[Series, ...]) -> int | None:
+    values = _values(page, series)
     if not values or any(value > MAX_REQUESTS or value != int(value) for value in values):
         return None
     return int(sum(values))
 
 
-def _fullest(page: bytes, names: tuple[bytes, ...]) -> float | None:
-    fullest = max(_values(page, names), default=None)
+def _fullest(page: bytes, series: tuple[Series, ...]) -> float | None:
+    fullest = max(_values(page, series), default=None)
     return None if fullest is None or fullest > 1 else fullest
 
 
-def _values(page: bytes, names: tuple[bytes, ...]) -> list[float]:
-    """Return the values of the first name the page has; none when one of them is unbelievable."""
+def _values(page: bytes, series: tuple[Series, ...]) -> list[float]:
+    """Return the values of the first series the page has; none if one of them is unbelievable."""
     try:
-        for name in names:
-            if values := list(islice(_samples(page, name), MAX_SERIES + 1)):
-                return values if len(values) <= MAX_SERIES else []
+        for one in series:
+            if values := list(_samples(page, one)):
+                return values
     except _UnbelievableError:
         pass
     return []
 
 
-def _samples(page: bytes, name: bytes) -> Iterator[float]:
-    """Yield the value of each line that begins with exactly this name.
+def _samples(page: bytes, series: Series) -> Iterator[float]:
+    """Yield the value of each sample of the series.
+
+    All samples of a metric are one group of lines (both formats demand it), so the search ends with
+    the group and most of the page is never looked at. Comments inside a group are not the end.
 
     Raises:
-        _UnbelievableError: a line does not have the form of a sample of a count or fraction.
+        _UnbelievableError: a line does not have the form of a sample of a count or fraction, or
+            there are too many.
     """
-    if page.startswith(name):
-        yield from _sample(page, len(name))
-    line_with_name = b"\n" + name
-    at = page.find(line_with_name)
+    end_of_name = _first_sample(page, series)
+    if end_of_name < 0:
+        return
+    for _ in range(MAX_SERIES):
+        end_of_line = page.find(b"\n", end_of_name, end_of_name + MAX_LINE_BYTES)
+        if end_of_line < 0:
+            end_of_line = len(page)
+        if end_of_line - end_of_name > MAX_LINE_BYTES:
+            raise _UnbelievableError
+        yield from _sample(page, end_of_name, end_of_line, series)
+        for _ in range(MAX_COMMENTS):
+            if not page.startswith(b"\n#", end_of_line):
+                break
+            end_of_line = page.find(b"\n", end_of_line + 1)
+        end_of_name = end_of_line + len(series.line_start)
+        if not page.startswith(series.line_start, end_of_line) or _goes_on(page, end_of_name):
+            return
+    raise _UnbelievableError
+
+
+def _first_sample(page: bytes, series: Series) -> int:
+    """Return where the name ends in the first line that begins with it; -1 if there is none."""
+    if page.startswith(series.name) and not _goes_on(page, len(series.name)):
+        return len(series.name)
+    at = page.find(series.line_start)
     while at >= 0:
-        end = at + len(line_with_name)
-        yield from _sample(page, end)
-        at = page.find(line_with_name, end)
+        end = at + len(series.line_start)
+        if not _goes_on(page, end):
+            return end
+        at = page.find(series.line_start, end)
+    return -1
 
 
-def _sample(page: bytes, end_of_name: int) -> Iterator[float]:
-    if page[end_of_name : end_of_name + 1] not in (b"{", b" ", b"\t"):
-        return  # a longer name that begins like this one
-    end_of_line = page.find(b"\n", end_of_name, end_of_name + MAX_LINE_BYTES)
-    if end_of_line < 0:
-        end_of_line = len(page)
-    if end_of_line - end_of_name > MAX_LINE_BYTES:
-        raise _UnbelievableError
-    match = _SAMPLE.fullmatch(page, end_of_name, end_of_line)
+def _goes_on(page: bytes, end: int) -> bool:
+    """Return whether this is not the end of a name but another name that begins like it."""
+    return page[end : end + 1] not in (b"{", b" ", b"\t")
+
+
+def _sample(page: bytes, start: int, end: int, series: Series) -> Iterator[float]:
+    """Yield the value of a line whose name ends at `start`, if the series has it."""
+    match = _SAMPLE.fullmatch(page, start, end)
     if match is None:
         raise _UnbelievableError
+    labels, value = match.groups()
+    if series.labels and not series.selects(labels):
+        return
+    if not _NUMBER.fullmatch(value):
+        raise _UnbelievableError
     try:
-        yield float(match[1])
+        yield float(value)
     except ValueError as error:  # 1.2.3
         raise _UnbelievableError from error

@@ -6,6 +6,7 @@ Plain frozen data and its own validation. Where a plan comes from does not belon
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -13,6 +14,10 @@ MAX_BANDS = 64
 MAX_MODELS = 4096
 MAX_TARGETS = 10
 MAX_OBJECTIVES = 1024
+
+_PATH = re.compile(r"/[!-~]*")
+_METRIC = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
+_LABEL = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 
 
 class SaturationMode(StrEnum):
@@ -99,6 +104,29 @@ class SaturationPlan:
     kv_cache_usage_threshold: float = 0.95
 
 
+@dataclass(frozen=True, slots=True)
+class SeriesPlan:
+    """Samples of a metric whose labels have these values, as PromQL's `name{label="value"}`."""
+
+    name: str
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsPlan:
+    """Where model servers publish their load; the default finds it at every known kind of server.
+
+    `path` "" tries the known ones and `port` 0 is the endpoint's own. `running` and `waiting` go
+    together; without them the series of the known servers are looked for.
+    """
+
+    path: str = ""
+    port: int = 0
+    running: SeriesPlan | None = None
+    waiting: SeriesPlan | None = None
+    kv_cache_usage: SeriesPlan | None = None
+
+
 DEFAULT_BANDS = (
     BandPlan("Critical", 100),
     BandPlan("Standard", 0),
@@ -124,6 +152,7 @@ class Plan:
     no_endpoints_ttl_seconds: float = 60.0
     objectives: tuple[tuple[str, str], ...] = ()
     trust_objective_header: bool = False
+    metrics: MetricsPlan = field(default_factory=MetricsPlan)
 
     def validate(self) -> None:
         """Check everything a controller relies on.
@@ -135,6 +164,7 @@ class Plan:
             *self._band_problems(),
             *self._model_problems(),
             *self._objective_problems(),
+            *self._metrics_problems(),
         ]
         if self.unmatched_band not in {band.name for band in self.bands}:
             problems.append(("unmatched.band", f"no band is named {self.unmatched_band!r}"))
@@ -202,6 +232,29 @@ class Plan:
                     problems.append(
                         (f"{path}.targets[{number}]", "needs a name and a weight of at least 1")
                     )
+        return problems
+
+    def _metrics_problems(self) -> list[tuple[str, str]]:
+        metrics = self.metrics
+        problems: list[tuple[str, str]] = []
+        if metrics.path and not _PATH.fullmatch(metrics.path):
+            problems.append(("metrics.path", f"must be an absolute path: {metrics.path!r}"))
+        if not 0 <= metrics.port <= 65535:
+            problems.append(("metrics.port", f"must be at most 65535, is {metrics.port}"))
+        if (metrics.running is None) != (metrics.waiting is None):
+            problems.append(("metrics", "running and waiting must be set together"))
+        if metrics.kv_cache_usage is not None and metrics.running is None:
+            problems.append(("metrics.kvCacheUsage", "needs running and waiting"))
+        for path, series in (
+            ("metrics.running", metrics.running),
+            ("metrics.waiting", metrics.waiting),
+            ("metrics.kvCacheUsage", metrics.kv_cache_usage),
+        ):
+            if series is not None and not (
+                _METRIC.fullmatch(series.name)
+                and all(_LABEL.fullmatch(label) for label, _ in series.labels)
+            ):
+                problems.append((path, f"is not a metric with labels: {series.name!r}"))
         return problems
 
     def _objective_problems(self) -> list[tuple[str, str]]:
