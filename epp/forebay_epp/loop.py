@@ -49,7 +49,7 @@ class Exchange:
         self._loop = loop
         self.id = exchange_id
         self.on_output = on_output
-        self.stream = ExtProcStream(loop.max_body_bytes)
+        self.stream = ExtProcStream(loop.max_body_bytes, loop.controller.plan.default_model)
         self.request: Request | None = None
         self.reading = True
         self._read_bytes = 0

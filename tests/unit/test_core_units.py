@@ -146,6 +146,15 @@ def test_a_plan_that_cannot_be_applied_says_where_and_why(plan, path, what):
     assert f"{path}: {what}" in str(raised.value)
 
 
+def test_a_request_without_a_model_means_the_only_one():
+    """Of several, none; without any, no model in particular."""
+    chat, code = ModelPlan("chat", "Standard"), ModelPlan("code", "Standard")
+
+    assert Plan().default_model == ""
+    assert Plan(models=(chat,)).default_model == "chat"
+    assert Plan(models=(chat, code)).default_model is None
+
+
 def test_every_problem_of_a_plan_is_told_at_once():
     """Whoever repairs a plan sees all of it, not the first problem of each attempt."""
     plan = Plan(

@@ -215,6 +215,72 @@ def test_buffered_changes_body_and_length_together():
     assert set_headers(decision.request_body.response)["content-length"] == str(len(changed))
 
 
+FORM = (
+    b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper\r\n'
+    b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
+    b"\xff\xfe\r\n--b--\r\n"
+)
+
+
+def test_the_model_of_a_form_is_read_and_rewritten():
+    """Audio comes as multipart; the length is that of the new form."""
+    given = {":path": "/v1/audio/transcriptions", "content-type": "multipart/form-data; boundary=b"}
+    peer = Peer()
+    peer.say(headers(modes=(pb.BUFFERED, pb.NONE), **given))
+    assert peer.say(body(FORM)) is Event.ARRIVED
+    peer.take()
+
+    peer.stream.dispatch("10.0.0.1:8000", "whisper-large-v3")
+
+    (decision,) = peer.take()
+    changed = decision.request_body.response.body_mutation.body
+    assert peer.stream.model == "whisper"
+    assert changed == FORM.replace(b"whisper", b"whisper-large-v3")
+    assert set_headers(decision.request_body.response)["content-length"] == str(len(changed))
+
+
+def test_a_request_that_names_no_model_is_for_the_default_one():
+    """And is sent on under the name it is rewritten to."""
+    peer = Peer()
+    peer.stream = ExtProcStream(LIMIT, default_model="chat")
+    peer.arrived(headers(), body(b'{"prompt":"hello"}'))
+
+    peer.stream.dispatch("10.0.0.1:8000", "chat-v1")
+
+    assert peer.stream.model == "chat"
+    (sent,) = pieces(peer.take(), "request_body")
+    assert json.loads(sent.body) == {"prompt": "hello", "model": "chat-v1"}
+
+
+def test_a_path_where_the_model_is_optional_passes_without():
+    """As an unmatched request."""
+    peer = Peer().arrived(headers(**{":path": "/tokenize"}), body(b'{"prompt":"hello"}'))
+
+    assert peer.stream.model == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "outcome"),
+    [
+        ("content-encoding", ["gzip", "identity"], Outcome.REJECTED_UNSUPPORTED_ENCODING),
+        (
+            "content-type",
+            ["multipart/form-data; boundary=b", "multipart/form-data; boundary=c"],
+            Outcome.REJECTED_BAD_REQUEST,
+        ),
+    ],
+)
+def test_a_header_that_comes_twice_hides_nothing(name, values, outcome):
+    """The server may believe the other one."""
+    message = headers(**{":path": "/v1/audio/transcriptions"})
+    for value in values:
+        message.request_headers.headers.headers.add(key=name, raw_value=value.encode())
+    peer = Peer()
+
+    assert Event.REFUSED in [peer.say(message), peer.say(body(FORM))]
+    assert peer.stream.refusal is outcome
+
+
 def test_streamed_decides_on_the_headers_and_owes_an_answer_per_piece():
     """The body is not shown before; what came meanwhile is answered in order."""
     modes = (pb.STREAMED, pb.STREAMED)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forebay_epp.codec import openai
+from forebay_epp.codec.openai import answers
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.text(max_size=8),
@@ -20,22 +21,41 @@ JSON = st.recursive(
 @pytest.mark.parametrize(
     ("method", "path", "expected"),
     [
-        ("POST", "/v1/chat/completions", True),
-        ("POST", "/gateway/v1/completions?x=1", True),
-        ("POST", "/v1/embeddings/", True),
-        ("POST", "/v1/audio/transcriptions", False),
-        ("GET", "/v1/chat/completions", False),
-        ("GET", "/v1/models", False),
-        ("POST", "/v1/chat/completion%73", True),
-        ("POST", "/v1/chat%2Fcompletions?x=%3f", True),
-        ("POST", "/v1/models%3f/completions", True),
-        ("POST", "/v1/models?/completions", False),
-        ("", "", True),
+        ("POST", "/v1/chat/completions", "REQUIRED"),
+        ("POST", "/v1/chat/completions/batch", "REQUIRED"),
+        ("POST", "/gateway/v1/completions?x=1", "REQUIRED"),
+        ("POST", "/v1/embeddings/", "REQUIRED"),
+        ("POST", "/v1/messages/count_tokens", "REQUIRED"),
+        ("POST", "/v1/audio/transcriptions", "REQUIRED"),
+        ("POST", "/v1/audio/translations", "REQUIRED"),
+        ("POST", "/v1/audio/speech", "REQUIRED"),
+        ("POST", "/v1/images/generations", "OPTIONAL"),
+        ("POST", "/v1/images/edits", "OPTIONAL"),
+        ("POST", "/v1/images/variations", "OPTIONAL"),
+        ("POST", "/invocations", "OPTIONAL"),
+        ("POST", "/rerank", "OPTIONAL"),
+        ("POST", "/v2/rerank", "OPTIONAL"),
+        ("POST", "/v1/score", "OPTIONAL"),
+        ("POST", "/pooling", "OPTIONAL"),
+        ("POST", "/classify", "OPTIONAL"),
+        ("POST", "/tokenize", "OPTIONAL"),
+        ("POST", "/detokenize", "OPTIONAL"),
+        ("POST", "/generate", "OPTIONAL"),
+        ("POST", "/inference/v1/generate", "OPTIONAL"),
+        ("POST", "/generative_scoring", "OPTIONAL"),
+        ("POST", "/v1/chat/completion%73", "REQUIRED"),
+        ("POST", "/v1/chat%2Fcompletions?x=%3f", "REQUIRED"),
+        ("POST", "/v1/models%3f/completions", "REQUIRED"),
+        ("POST", "/v1/models?/completions", "NONE"),
+        ("POST", "/v1/load_lora_adapter", "NONE"),
+        ("GET", "/v1/chat/completions", "NONE"),
+        ("GET", "/v1/models", "NONE"),
+        ("", "", "REQUIRED"),
     ],
 )
 def test_which_paths_name_a_model(method, path, expected):
     """Suffixes of POST paths as servers decode them; no path is taken for completions."""
-    assert openai.names_model(method, path) is expected
+    assert openai.model_field(method, path).name == expected
 
 
 @pytest.mark.parametrize(
@@ -46,7 +66,7 @@ def test_which_paths_name_a_model(method, path, expected):
         (b"[]", "must be a JSON object"),
         (b"{}", "model not found"),
         (b'{"model":1}', "model must be a string"),
-        (b'{"model":null}', "model must be a string"),
+        (b'{"model":null}', "model not found"),
         (b'{"model":""}', "must not be empty"),
         (b'{"model":"' + b"m" * 257 + b'"}', "at most 256"),
         (b'{"model":"a\\u0000"}', "control characters"),
@@ -64,6 +84,51 @@ def test_a_body_without_a_usable_model_is_refused_in_words(body, message):
     """The text tells the client what to mend."""
     with pytest.raises(openai.BadRequestError, match=message):
         openai.read_model(body)
+
+
+@pytest.mark.parametrize("body", [b"{}", b'{"model":null}'])
+@pytest.mark.parametrize("optional", [True, False])
+def test_a_body_that_names_no_model_means_the_default(body, optional):
+    """As a model server takes it that serves one model."""
+    assert openai.read_model(body, optional=optional, default="chat") == "chat"
+    assert openai.read_model(body, optional=optional, default="") == ""
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [
+        (b"", "application/json"),
+        (b"{}", "application/json"),
+        (b"[1]", "application/json"),
+        (b"1,2,3", "text/csv"),
+        (b"\xff", "application/octet-stream"),
+    ],
+)
+def test_where_the_model_is_optional_other_bodies_pass(body, content_type):
+    """Not everything that is sent to /invocations is JSON."""
+    assert openai.read_model(body, content_type, optional=True) == ""
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [
+        (b"{", "application/json"),
+        (b"{", ""),
+        (b"\xff", "application/vnd.x+json; charset=utf-8"),
+        (b'{"model":1}', "text/plain"),
+        (b'{"model":""}', "text/plain"),
+    ],
+)
+def test_where_the_model_is_optional_broken_json_does_not_hide_one(body, content_type):
+    """A server may read more leniently what this reader cannot."""
+    with pytest.raises(openai.BadRequestError):
+        openai.read_model(body, content_type, optional=True)
+
+
+def test_a_model_is_read_whatever_the_content_type_says():
+    """Many servers do not look at it either."""
+    assert openai.read_model(b'{"model":"m"}', "text/plain") == "m"
+    assert openai.read_model(b'{"model":"m"}', "text/plain", optional=True) == "m"
 
 
 @given(data=st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
@@ -119,7 +184,7 @@ def test_usage_of_a_stream_is_read_from_its_end_in_bounded_memory():
     reader.feed(b'data: {"usage":{"prompt_tokens":1,"completion_tokens":2}}\n\n')
 
     assert reader.usage() == openai.Usage(1, 2)
-    assert sum(map(len, reader._chunks)) <= openai.MAX_EVENT_BYTES + 100
+    assert sum(map(len, reader._chunks)) <= answers.MAX_EVENT_BYTES + 100
 
 
 @pytest.mark.parametrize("size", [1, 100, 4096])
@@ -137,7 +202,7 @@ def test_an_answer_that_is_too_long_has_no_usage():
     """And is not kept."""
     reader = openai.UsageReader(events=False)
     for _ in range(3):
-        reader.feed(b"x" * (openai.MAX_USAGE_BYTES // 2))
+        reader.feed(b"x" * (answers.MAX_USAGE_BYTES // 2))
 
     assert reader.usage() is None
     assert not reader._chunks

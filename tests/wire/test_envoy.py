@@ -129,6 +129,25 @@ def test_a_target_model_is_sent_and_the_clients_name_comes_back(stack, mode, str
     assert b"a-longer-target-name" not in answer
 
 
+@pytest.mark.parametrize("mode", ["duplex", "buffered"])
+def test_the_model_of_a_form_is_rewritten_too(stack, mode):
+    """Every other byte of it reaches the server as it was."""
+    text = (
+        '--b\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
+        f"{'ä' * 100_000}\r\n"
+        '--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nalias\r\n--b--\r\n'
+    )
+
+    status, _, _ = stack.envoy(mode).request(
+        text.encode(),
+        path="/v1/audio/transcriptions",
+        **{"content-type": "multipart/form-data; boundary=b"},
+    )
+
+    assert status == 200
+    assert stack.server.seen[0]["body"] == text.replace("alias", "a-longer-target-name")
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_forged_destination_is_not_obeyed(stack, mode):
     """A client cannot choose the server, not even by naming one that exists."""

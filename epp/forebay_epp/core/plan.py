@@ -154,6 +154,19 @@ class Plan:
     trust_objective_header: bool = False
     metrics: MetricsPlan = field(default_factory=MetricsPlan)
 
+    @property
+    def default_model(self) -> str | None:
+        """The model meant by a request that names none: the plan's only one.
+
+        "" where the plan has none, so that the request is unmatched; None where it has several.
+        """
+        match self.models:
+            case ():
+                return ""
+            case (model,):
+                return model.name
+        return None
+
     def validate(self) -> None:
         """Check everything a controller relies on.
 

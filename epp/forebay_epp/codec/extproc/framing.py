@@ -7,8 +7,12 @@ comes per token; tests compare them with protobuf's. Which message is due when i
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from forebay_extproc.v3 import external_processor_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MAX_CHUNK_BYTES = 62_000
 DESTINATION = "x-gateway-destination-endpoint"
@@ -51,6 +55,13 @@ def streamed(tag: bytes, body: bytes, *, end_of_stream: bool) -> bytes:
     if end_of_stream:
         inner += _END_OF_STREAM
     return frame(tag, len(inner)) + inner
+
+
+def split(body: bytes, size_bytes: int = MAX_CHUNK_BYTES) -> Sequence[bytes]:
+    """Cut a body into pieces of at most `size_bytes`; an empty body is one empty piece."""
+    if len(body) <= size_bytes:
+        return (body,)
+    return [body[start : start + size_bytes] for start in range(0, len(body), size_bytes)]
 
 
 def header(key: str, value: str) -> pb.HeaderValueOption:

@@ -44,7 +44,9 @@ OUTCOME = "x-forebay-outcome"
 OBJECTIVE = "x-gateway-inference-objective"
 MAX_OBJECTIVE_CHARACTERS = 253  # the name of a Kubernetes object
 
-_READ_HEADERS = frozenset({":method", ":path", "content-length", "content-encoding", OBJECTIVE})
+_READ_HEADERS = frozenset(
+    {":method", ":path", "content-length", "content-type", "content-encoding", OBJECTIVE}
+)
 
 
 class State(Enum):
@@ -87,6 +89,8 @@ class ExtProcStream:
 
     Args:
         max_body_bytes: larger request bodies are refused.
+        default_model: the model that is meant where a request that could name one does not; None
+            where there is none to mean, and the request is refused if it must name one.
     """
 
     __slots__ = (
@@ -94,10 +98,12 @@ class ExtProcStream:
         "_begun",
         "_body",
         "_chunks",
+        "_content_type",
+        "_default_model",
         "_duplex",
         "_half_closed",
         "_max_body_bytes",
-        "_method",
+        "_model_field",
         "_owed_bodies",
         "_path",
         "_reader",
@@ -117,8 +123,9 @@ class ExtProcStream:
         "subset",
     )
 
-    def __init__(self, max_body_bytes: int) -> None:
+    def __init__(self, max_body_bytes: int, default_model: str | None = None) -> None:
         self._max_body_bytes = max_body_bytes
+        self._default_model = default_model
         self.state = State.HEADERS
         self.outbox: deque[bytes] = deque()
         self.ended = False
@@ -129,8 +136,9 @@ class ExtProcStream:
         self.objective = ""
         self.refusal: Outcome | None = None
         self.status = 0
-        self._method = ""
         self._path = ""
+        self._model_field = openai.ModelField.NONE
+        self._content_type = ""
         self._chunks: list[bytes] = []
         self._body: bytes | None = None
         self._request_mode: int = pb.FULL_DUPLEX_STREAMED
@@ -231,7 +239,7 @@ class ExtProcStream:
         self._body = None
         if target_model is not None and self.model and body is not None:
             try:
-                body = openai.with_model(body, target_model)
+                body = openai.with_model(body, target_model, self._content_type)
             except openai.BadRequestError as error:
                 self.refuse(Outcome.REJECTED_BAD_REQUEST, str(error))
                 return Event.FINISHED
@@ -308,16 +316,19 @@ class ExtProcStream:
         for header in message.request_headers.headers.headers:
             key = header.key
             if key in _READ_HEADERS:
-                found[key] = header.raw_value.decode("latin-1") or header.value
-        self._method = found.get(":method", "")
+                value = header.raw_value.decode("latin-1") or header.value
+                # A header that comes twice is one list, so that neither can hide the other.
+                found[key] = f"{found[key]}, {value}" if key in found else value
         self._path = found.get(":path", "")
+        self._model_field = openai.model_field(found.get(":method", ""), self._path)
+        self._content_type = found.get("content-type", "")
         self.objective = found.get(OBJECTIVE, "")[:MAX_OBJECTIVE_CHARACTERS]
         self.state = State.BODY
         length = found.get("content-length", "")
         if length.isdecimal() and len(length) < 20 and int(length) > self._max_body_bytes:
             return self._too_large()
         encoding = found.get("content-encoding", "identity").strip().lower()
-        if encoding not in ("", "identity") and self._names_model():
+        if encoding not in ("", "identity") and self._model_field is not openai.ModelField.NONE:
             return self._refuse(
                 Outcome.REJECTED_UNSUPPORTED_ENCODING,
                 f"content-encoding {encoding[:40]!r} is not supported: send the body uncompressed",
@@ -359,14 +370,17 @@ class ExtProcStream:
         self._chunks = []
         return body
 
-    def _names_model(self) -> bool:
-        return openai.names_model(self._method, self._path)
-
     def _arrive(self, body: bytes | None) -> Event | None:
         """The request is complete; `body` is None where it has none."""
-        if self._names_model() and not (body is None and not self._path):
+        field = self._model_field
+        if field is not openai.ModelField.NONE and not (body is None and not self._path):
             try:
-                self.model = openai.read_model(body or b"")
+                self.model = openai.read_model(
+                    body or b"",
+                    self._content_type,
+                    optional=field is openai.ModelField.OPTIONAL,
+                    default=self._default_model,
+                )
             except openai.BadRequestError as error:
                 return self._refuse(Outcome.REJECTED_BAD_REQUEST, str(error), error.param)
         return self._queue(body)
@@ -400,7 +414,7 @@ class ExtProcStream:
         self.outbox.append(message.SerializeToString())
 
     def _send_duplex(self, body: bytes) -> None:
-        pieces = openai.split(body, framing.MAX_CHUNK_BYTES)
+        pieces = framing.split(body)
         last = len(pieces) - 1
         for number, piece in enumerate(pieces):
             end = number == last and not self._trailers
@@ -505,7 +519,7 @@ class ExtProcStream:
         return self._progress(body, end_of_stream=end_of_stream)
 
     def _send_pieces(self, body: bytes, *, end_of_stream: bool) -> None:
-        pieces = openai.split(body, framing.MAX_CHUNK_BYTES)
+        pieces = framing.split(body)
         last = len(pieces) - 1
         for number, piece in enumerate(pieces):
             end = end_of_stream and number == last

@@ -1,0 +1,23 @@
+"""What an endpoint picker reads and writes of OpenAI-style HTTP bodies.
+
+Requests: the model name, and the same body under another one. Answers: usage, the client's model
+name put back. Refusals: OpenAI's error object. How bodies travel is codec/extproc.
+"""
+
+from forebay_epp.codec.openai.answers import ModelRestorer, Usage, UsageReader
+from forebay_epp.codec.openai.errors import HTTP_STATUS, BadRequestError, error_body
+from forebay_epp.codec.openai.paths import ModelField, model_field
+from forebay_epp.codec.openai.requests import read_model, with_model
+
+__all__ = [
+    "HTTP_STATUS",
+    "BadRequestError",
+    "ModelField",
+    "ModelRestorer",
+    "Usage",
+    "UsageReader",
+    "error_body",
+    "model_field",
+    "read_model",
+    "with_model",
+]

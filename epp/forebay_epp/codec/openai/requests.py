@@ -1,0 +1,121 @@
+"""The model name in a request's body, JSON or a form: read, and replaced."""
+
+from __future__ import annotations
+
+import msgspec
+
+from forebay_epp.codec.openai import forms
+from forebay_epp.codec.openai.errors import BadRequestError
+
+MAX_MODEL_LENGTH = 256
+_TOO_DEEP = "the body is not accepted: it is nested too deeply"
+_MISSING = "model not found in request body: name the model to use"
+
+
+class _NotAnObjectError(BadRequestError):
+    """The body is JSON that has no members."""
+
+
+class _Fields(msgspec.Struct):
+    model: str | None = None
+
+
+_fields = msgspec.json.Decoder(_Fields)
+_members = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+def read_model(
+    body: bytes, content_type: str = "", *, optional: bool = False, default: str | None = None
+) -> str:
+    """Return the name of the model that a request is for, or "" where it says none.
+
+    Only that field is decoded; the rest is checked to be JSON, or a form, and skipped.
+
+    Args:
+        body: the whole body.
+        content_type: the header's value; a body that is no form is read as JSON whatever it says.
+        optional: the request need not name a model, nor be JSON if it does not say so.
+        default: the model that is meant where none is named; None where there is none to mean.
+
+    Raises:
+        BadRequestError: not UTF-8, not JSON or not a form, too deeply nested, or no usable model.
+    """
+    if optional and not body:
+        return ""
+    if forms.is_form(content_type):
+        place = forms.find_field(body, content_type, "model")
+        model = None if place is None else _decode(body[place], "model")
+    else:
+        try:
+            model = _read_json(body)
+        except BadRequestError as error:
+            if optional and _without_model(error, content_type):
+                return ""
+            raise
+    if model is not None:
+        return _checked(model)
+    if default is None and not optional:
+        raise BadRequestError(_MISSING, "model")
+    return default or ""
+
+
+def with_model(body: bytes, model: str, content_type: str = "") -> bytes:
+    """Return the same JSON object or form under another model name; the rest keeps its bytes.
+
+    Raises:
+        BadRequestError: nested too deeply for what is left of the stack, which may be less than
+            `read_model` had; or the name cannot be written into a form.
+    """
+    if forms.is_form(content_type):
+        return forms.with_field(body, content_type, "model", model)
+    try:
+        members = _members.decode(body)
+    except RecursionError:
+        raise BadRequestError(_TOO_DEEP) from None
+    members["model"] = msgspec.Raw(msgspec.json.encode(model))
+    return msgspec.json.encode(members)
+
+
+def _checked(model: str) -> str:
+    if not model:
+        raise BadRequestError("model must not be empty", "model")
+    if len(model) > MAX_MODEL_LENGTH:
+        raise BadRequestError(
+            f"model must be at most {MAX_MODEL_LENGTH} characters, has {len(model)}", "model"
+        )
+    if not model.isprintable():
+        raise BadRequestError("model must not contain control characters", "model")
+    return model
+
+
+def _read_json(body: bytes) -> str | None:
+    _decode(body, None)
+    try:
+        return _fields.decode(body).model
+    except msgspec.ValidationError as error:
+        if "$.model" in str(error):
+            raise BadRequestError("model must be a string", "model") from None
+        raise _NotAnObjectError("the body must be a JSON object with a member model") from None
+    except msgspec.DecodeError as error:
+        reason = "it is empty" if not body else str(error)
+        raise BadRequestError(f"the body is not valid JSON: {reason}") from None
+    except RecursionError:
+        raise BadRequestError(_TOO_DEEP) from None
+
+
+def _decode(text: bytes, param: str | None) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        what = param or "the body"
+        raise BadRequestError(f"{what} is not UTF-8: {error.reason}", param) from None
+
+
+def _without_model(error: BadRequestError, content_type: str) -> bool:
+    """Tell whether a body that cannot be read as a JSON object surely names no model.
+
+    One that says it is JSON, or says nothing, may be read more leniently by a server.
+    """
+    kind = content_type.partition(";")[0].strip().lower()
+    is_json = not kind or kind == "application/json" or kind.endswith("+json")
+    return isinstance(error, _NotAnObjectError) or (error.param is None and not is_json)
