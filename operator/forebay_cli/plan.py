@@ -98,6 +98,8 @@ def tree(snapshot: pb.Snapshot) -> Tree:
         else f"found out; closed above {saturation.kv_cache_usage_threshold:.0%} of its KV cache"
     )
     root.add(f"room of a server: {room}")
+    if plan.HasField("metrics"):
+        _add_metrics(root, plan.metrics)
     root.add(f"without servers requests wait up to {plan.no_endpoints_ttl_seconds:g} s")
     servers = root.add(f"{len(snapshot.endpoints.endpoints)} servers in the files")
     for endpoint in snapshot.endpoints.endpoints:
@@ -109,6 +111,19 @@ def _model(model: pb.Model) -> str:
     total = sum(target.weight for target in model.targets)
     targets = ", ".join(f"{target.name} {target.weight / total:.0%}" for target in model.targets)
     return wording.printable(f"{model.name} -> {targets}" if targets else model.name)
+
+
+def _add_metrics(root: Tree, metrics: pb.Metrics) -> None:
+    path, port = metrics.path or "/metrics or /prometheus/metrics", metrics.port or "of requests"
+    branch = root.add(wording.printable(f"load of a server: {path}, port {port}"))
+    for name, field in (("running", "running"), ("waiting", "waiting"), ("KV", "kv_cache_usage")):
+        if metrics.HasField(field):
+            branch.add(wording.printable(f"{name}: {_series(getattr(metrics, field))}"))
+
+
+def _series(series: pb.Series) -> str:
+    labels = ",".join(f'{label.name}="{label.value}"' for label in series.labels)
+    return f"{series.name}{{{labels}}}" if labels else series.name
 
 
 def _bytes(size: int) -> str:

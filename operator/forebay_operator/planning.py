@@ -25,6 +25,7 @@ from forebay_operator.resources import (
     PolicySpec,
     Service,
 )
+from forebay_operator.resources.fields import series
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from forebay_operator.resources import Criticality, Metadata, Resource
+    from forebay_operator.resources.policy import ModelServerMetrics
 
 PRIORITIES: dict[Criticality, int] = {"Critical": 100, "Standard": 0, "Sheddable": -100}
 
@@ -140,6 +142,7 @@ def plan(pool: AnyPool, resources: Iterable[Resource], unread: Iterable[Metadata
             no_endpoints_ttl_seconds=spec.no_endpoints.ttl,
             objectives=objectives,
             trust_objective_header=spec.trust.objective_header,
+            metrics=_metrics(spec.model_server_metrics),
         ),
         endpoints=_endpoints(pool, everything, problems),
         pool_uid=pool.metadata.uid,
@@ -261,6 +264,27 @@ def _source(resource: Resource) -> pb.Source:
         name=metadata.name,
         uid=metadata.uid,
         generation=metadata.generation,
+    )
+
+
+def _metrics(given: ModelServerMetrics | None) -> pb.Metrics | None:
+    if given is None:
+        return None
+    return pb.Metrics(
+        path=given.path or "",
+        port=given.port or 0,
+        running=_series(given.running),
+        waiting=_series(given.waiting),
+        kv_cache_usage=_series(given.kv_cache_usage),
+    )
+
+
+def _series(text: str | None) -> pb.Series | None:
+    if text is None:
+        return None
+    name, labels = series(text)
+    return pb.Series(
+        name=name, labels=[pb.SeriesLabel(name=label, value=value) for label, value in labels]
     )
 
 

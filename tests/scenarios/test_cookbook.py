@@ -17,6 +17,7 @@ import yaml
 
 from forebay_cli import check
 from forebay_control.v1 import control_pb2 as pb
+from forebay_epp.codec import metricstext
 from forebay_epp.codec import plan as plan_codec
 from forebay_epp.core.controller import FlowController
 from forebay_epp.core.terms import Dispatched, Endpoint, Request
@@ -240,6 +241,21 @@ def test_known_models_only():
 
     assert play.outcomes(play.send("llama-chat")) == {"Dispatched": 1}
     assert play.outcomes(play.send("gpt-x")) == {"RejectedUnknownModel": 1}
+
+
+def test_servers_with_other_metrics():
+    """The series that it names are found on a page, and only with the right labels."""
+    plan, _ = Play._read(planned("servers-with-other-metrics"))
+    page = (
+        b'jobs{state="running",node="a"} 3\njobs{state="running",node="b"} 4\n'
+        b'jobs{state="queued"} 2\njobs{state="done"} 900\n'
+        b'cache_used_ratio{kind="disk"} 0.9\ncache_used_ratio{kind="kv"} 0.5\n'
+    )
+
+    read = metricstext.parse_page(page, metricstext.engines(plan.metrics))
+
+    assert (plan.metrics.port, plan.metrics.path) == (9400, "/stats")
+    assert read == metricstext.PageMetrics(7, 2, 0.5)
 
 
 def test_servers_without_metrics():

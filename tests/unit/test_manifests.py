@@ -76,7 +76,7 @@ def test_sizes_are_quantities(text, size):
             "spec.bands[0].fairness.policy",
             "is not one of FCFS, RoundRobin",
         ),
-        ("limts: {}", "spec.limts", "known are bands, limits, models"),
+        ("limts: {}", "spec.limts", "known are bands, limits, modelServerMetrics, models"),
         (
             "bands: [{criticality: Critical, queue: {maxRequest: 1}}]",
             "spec.bands[0].queue.maxRequest",

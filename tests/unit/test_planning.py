@@ -407,3 +407,42 @@ def test_a_header_names_an_objective_where_the_policy_trusts_callers(trusted):
     plan, _ = plan_codec.parse_snapshot(planned.snapshot)
     assert plan.trust_objective_header is trusted
     assert plan.objectives == (("urgent", "Critical"),)
+
+
+def test_series_are_told_apart_into_name_and_labels():
+    """Quotes of either kind and their escapes; nothing is said of what the policy does not."""
+    metrics = {"running": """a:b { x = "1\\"\\\\\\n}" , y='"=,' , }""", "waiting": "w{}"}
+    (planned,) = [planning.plan(pool(), [policy(modelServerMetrics=metrics)])]
+
+    plan, _ = plan_codec.parse_snapshot(planned.snapshot)
+
+    assert plan.metrics == core.MetricsPlan(
+        running=core.SeriesPlan("a:b", (("x", '1"\\\n}'), ("y", '"=,'))),
+        waiting=core.SeriesPlan("w"),
+    )
+    assert not planning.plan(pool(), [policy()]).snapshot.plan.HasField("metrics")
+
+
+@pytest.mark.parametrize(
+    ("metrics", "path"),
+    [
+        ({"path": "metrics"}, "plan.metrics.path"),
+        ({"port": 70000}, "plan.metrics.port"),
+        ({"running": {"name": "a"}}, "plan.metrics"),
+        ({"kvCacheUsage": {"name": "a"}}, "plan.metrics.kvCacheUsage"),
+        ({"running": {"name": "a"}, "waiting": {"name": "a{"}}, "plan.metrics.waiting"),
+        (
+            {"running": {"name": "a", "labels": [{"name": "a b"}]}, "waiting": {"name": "a"}},
+            "plan.metrics.running",
+        ),
+    ],
+)
+def test_an_endpoint_picker_refuses_metrics_that_it_cannot_read(metrics, path):
+    """Whoever planned them."""
+    snapshot = planning.plan(pool(), []).snapshot
+    json_format.ParseDict(metrics, snapshot.plan.metrics)
+
+    with pytest.raises(core.PlanError) as error:
+        plan_codec.parse_snapshot(snapshot)
+
+    assert [problem for problem, _ in error.value.problems] == [path]

@@ -209,7 +209,7 @@ class Source(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., namespace: _Optional[str] = ..., name: _Optional[str] = ..., uid: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("pool", "bands", "models", "limits", "saturation", "unmatched", "no_endpoints_ttl_seconds", "objectives", "trust_objective_header")
+    __slots__ = ("pool", "bands", "models", "limits", "saturation", "unmatched", "no_endpoints_ttl_seconds", "objectives", "trust_objective_header", "metrics")
     POOL_FIELD_NUMBER: _ClassVar[int]
     BANDS_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
@@ -219,6 +219,7 @@ class Plan(_message.Message):
     NO_ENDPOINTS_TTL_SECONDS_FIELD_NUMBER: _ClassVar[int]
     OBJECTIVES_FIELD_NUMBER: _ClassVar[int]
     TRUST_OBJECTIVE_HEADER_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
     pool: str
     bands: _containers.RepeatedCompositeFieldContainer[Band]
     models: _containers.RepeatedCompositeFieldContainer[Model]
@@ -228,7 +229,38 @@ class Plan(_message.Message):
     no_endpoints_ttl_seconds: float
     objectives: _containers.RepeatedCompositeFieldContainer[Objective]
     trust_objective_header: bool
-    def __init__(self, pool: _Optional[str] = ..., bands: _Optional[_Iterable[_Union[Band, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., saturation: _Optional[_Union[Saturation, _Mapping]] = ..., unmatched: _Optional[_Union[Unmatched, _Mapping]] = ..., no_endpoints_ttl_seconds: _Optional[float] = ..., objectives: _Optional[_Iterable[_Union[Objective, _Mapping]]] = ..., trust_objective_header: _Optional[bool] = ...) -> None: ...
+    metrics: Metrics
+    def __init__(self, pool: _Optional[str] = ..., bands: _Optional[_Iterable[_Union[Band, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., saturation: _Optional[_Union[Saturation, _Mapping]] = ..., unmatched: _Optional[_Union[Unmatched, _Mapping]] = ..., no_endpoints_ttl_seconds: _Optional[float] = ..., objectives: _Optional[_Iterable[_Union[Objective, _Mapping]]] = ..., trust_objective_header: _Optional[bool] = ..., metrics: _Optional[_Union[Metrics, _Mapping]] = ...) -> None: ...
+
+class Metrics(_message.Message):
+    __slots__ = ("path", "port", "running", "waiting", "kv_cache_usage")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    KV_CACHE_USAGE_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    port: int
+    running: Series
+    waiting: Series
+    kv_cache_usage: Series
+    def __init__(self, path: _Optional[str] = ..., port: _Optional[int] = ..., running: _Optional[_Union[Series, _Mapping]] = ..., waiting: _Optional[_Union[Series, _Mapping]] = ..., kv_cache_usage: _Optional[_Union[Series, _Mapping]] = ...) -> None: ...
+
+class Series(_message.Message):
+    __slots__ = ("name", "labels")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    labels: _containers.RepeatedCompositeFieldContainer[SeriesLabel]
+    def __init__(self, name: _Optional[str] = ..., labels: _Optional[_Iterable[_Union[SeriesLabel, _Mapping]]] = ...) -> None: ...
+
+class SeriesLabel(_message.Message):
+    __slots__ = ("name", "value")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    value: str
+    def __init__(self, name: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
 
 class Band(_message.Message):
     __slots__ = ("name", "priority", "fairness", "ordering", "ttl_seconds", "max_requests", "max_bytes", "flow_max_requests", "flow_max_bytes")

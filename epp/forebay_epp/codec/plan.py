@@ -15,12 +15,14 @@ from forebay_epp.core.plan import (
     BandPlan,
     FairnessName,
     LimitsPlan,
+    MetricsPlan,
     ModelPlan,
     OrderingName,
     Plan,
     PlanError,
     SaturationMode,
     SaturationPlan,
+    SeriesPlan,
     UnmatchedAction,
 )
 from forebay_epp.core.terms import Endpoint
@@ -123,7 +125,21 @@ def _plan(message: pb.Plan, problems: Problems) -> Plan:
         no_endpoints_ttl_seconds=message.no_endpoints_ttl_seconds,
         objectives=tuple((objective.name, objective.band) for objective in message.objectives),
         trust_objective_header=message.trust_objective_header,
+        metrics=MetricsPlan(
+            message.metrics.path,
+            message.metrics.port,
+            _series(message.metrics, "running"),
+            _series(message.metrics, "waiting"),
+            _series(message.metrics, "kv_cache_usage"),
+        ),
     )
+
+
+def _series(message: pb.Metrics, field: str) -> SeriesPlan | None:
+    if not message.HasField(field):
+        return None
+    series: pb.Series = getattr(message, field)
+    return SeriesPlan(series.name, tuple((label.name, label.value) for label in series.labels))
 
 
 def _one_of(names: type[_Name], value: str, path: str, problems: Problems) -> _Name:

@@ -36,6 +36,13 @@ MAX_COUNT = 1_000_000
 MAX_BYTES = 1 << 40
 
 _SUBDOMAIN = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
+_URL_PATH = r'/[!-"$-&(-~]*'  # printable but "#" and, for the rule's own sake, \x27
+_METRIC = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
+_LABEL = r"[a-zA-Z_][a-zA-Z0-9_]*"
+# A string of PromQL in either kind of quotes (\x27 is the single one) and the escapes of a page.
+_STRING = r'(?:"(?:[^"\\\x00-\x1f]|\\["\\n])*"|\x27(?:[^\x27\\\x00-\x1f]|\\[\x27\\n])*\x27)'
+_EQUALITY = f"(?: *{_LABEL} *= *{_STRING} *)"
+_SERIES = rf"{_METRIC}(?: *\{{(?:{_EQUALITY}(?:,{_EQUALITY})*)?,? *\}})?"
 _NUMBER = r"[0-9]{1,6}(?:\.[0-9]{1,3})?"
 _DURATION = re.compile("".join(f"(?:({_NUMBER}){unit})?" for unit in ("h", "m", "s", "ms")))
 _UNIT_SECONDS = (Decimal(3600), Decimal(60), Decimal(1), Decimal("0.001"))
@@ -183,6 +190,17 @@ def _nothing(_: object) -> None:
     """Read nothing."""
 
 
+def series(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """Return the name of a `Series` and the values of its labels."""
+    name, _, labels = text.partition("{")
+    found = re.findall(f"({_LABEL}) *= *({_STRING})", labels)
+    return name.strip(), tuple((label, _unquoted(quoted)) for label, quoted in found)
+
+
+def _unquoted(text: str) -> str:
+    return re.sub(r"\\(.)", lambda escape: "\n" if escape[1] == "n" else escape[1], text[1:-1])
+
+
 T = TypeVar("T")
 # Part of the schema, and thrown away when read: whatever is in it, the object counts.
 Unread = Annotated[T | None, BeforeValidator(_nothing)]
@@ -245,6 +263,24 @@ ControllerName = Annotated[
     ),
 ]
 Port = Annotated[int, Field(ge=1, le=65535, strict=True), WHOLE]
+UrlPath = Annotated[
+    str,
+    Field(min_length=1, max_length=256),
+    Rule(
+        'must be an absolute path of a URL, such as "/metrics"',
+        f"self.matches(r'^{_URL_PATH}$')",
+        re.compile(_URL_PATH).fullmatch,
+    ),
+]
+Series = Annotated[
+    str,
+    Field(min_length=1, max_length=512),
+    Rule(
+        """must be a metric's name, with labels if any: requests{state="running"}; = only""",
+        f"self.matches(r'^{_SERIES}$')",
+        re.compile(_SERIES).fullmatch,
+    ),
+]
 
 
 class Part(BaseModel):

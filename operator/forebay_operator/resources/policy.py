@@ -15,9 +15,13 @@ from forebay_operator.resources.fields import (
     ModelName,
     Name,
     Own,
+    Port,
+    Rule,
     Seconds,
+    Series,
     Unique,
     Unread,
+    UrlPath,
 )
 from forebay_operator.resources.status import (
     PolicyStatus,
@@ -107,6 +111,25 @@ class Saturation(Own):
     """The share of its KV cache above which a server gets no more requests."""
 
 
+class ModelServerMetrics(Own):
+    """Where the servers publish their load, for mode Adaptive.
+
+    Unset, it is found at vLLM, SGLang, trtllm-serve, Triton with TensorRT-LLM and
+    text-generation-inference. The text there is that of Prometheus or OpenMetrics.
+    """
+
+    path: UrlPath | None = None
+    """The page, such as /metrics; where unset, /metrics or else /prometheus/metrics."""
+    port: Port | None = None
+    """The page's port, where it is not the one that requests go to; Triton's is 8002."""
+    running: Series | None = None
+    """The series of requests in the batch, such as jobs{state="running"}; it is summed."""
+    waiting: Series | None = None
+    """The series of requests that wait in the server for room in the batch; it is summed."""
+    kv_cache_usage: Series | None = None
+    """The series of the share of KV cache in use, 0 to 1; the greatest counts."""
+
+
 class Unmatched(Own):
     """What happens to requests that no InferenceModel of the pool is for."""
 
@@ -145,6 +168,21 @@ class PolicySpec(Own):
     """Models that are to have another criticality than their InferenceModel's."""
     limits: Limits = Limits()
     saturation: Saturation = Saturation()
+    model_server_metrics: (
+        Annotated[
+            ModelServerMetrics,
+            Rule(
+                "running and waiting must be set together, and kvCacheUsage only with them",
+                "has(self.running) == has(self.waiting) "
+                "&& (has(self.running) || !has(self.kvCacheUsage))",
+                lambda metrics: (
+                    (metrics.running is None) == (metrics.waiting is None)
+                    and (metrics.running is not None or metrics.kv_cache_usage is None)
+                ),
+            ),
+        ]
+        | None
+    ) = None
     unmatched: Unmatched = Unmatched()
     no_endpoints: NoEndpoints = NoEndpoints()
     trust: Trust = Trust()
