@@ -1,13 +1,16 @@
-"""From a stream of somebody unknown to the Hello of an endpoint picker that may be served.
+"""Admits a control stream: reads its Hello and has the EPP's pod authenticated by trust.py.
 
 Until then nothing that comes is believed and little of it is kept: streams that say nothing are
-few, and the oldest of them makes room for the next. Whose a Hello is, trust.py finds out.
+few, and the oldest of them makes room for the next.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -18,7 +21,7 @@ from forebay_operator.session import MAX_NAME
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
-    Authorize = Callable[[pb.Hello, Mapping[str, Any], Mapping[str, Any]], Awaitable[str]]
+    Authorize = Callable[[pb.Hello, "Caller"], Awaitable[str]]
 
 PROTOCOL = 1
 HELLO_SECONDS = 10.0
@@ -33,6 +36,21 @@ class RefusedError(Exception):
         super().__init__(message)
         self.code = code
         self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who has opened a stream, as far as the connection tells.
+
+    Attributes:
+        metadata: of the call, by key.
+        auth: what TLS has verified, as in grpc's auth_context.
+        address: IP address; empty for a peer that has none.
+    """
+
+    metadata: Mapping[str, Any]
+    auth: Mapping[str, Any]
+    address: str
 
 
 class Admission:
@@ -81,7 +99,8 @@ class Admission:
             RefusedError: it is not that of one of the pool's endpoint pickers.
         """
         metadata = dict(context.invocation_metadata() or ())
-        return await self._authorize(hello, metadata, context.auth_context())
+        caller = Caller(metadata, context.auth_context(), address_of(context.peer()))
+        return await self._authorize(hello, caller)
 
     def _take_place(self, deadline: asyncio.Timeout) -> None:
         """Be one of the few who may be silent; the one who is so longest has to go for it."""
@@ -91,6 +110,20 @@ class Admission:
             if not oldest.expired():
                 oldest.reschedule(0)
         self._silent[deadline] = None
+
+
+def address_of(peer: str) -> str:
+    """Return the IP address in grpc's name of a peer, such as `ipv6:%5B::1%5D:50000`.
+
+    IPv4 that is written as IPv6 is returned as IPv4.
+    """
+    host = unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return ""
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return str(mapped or address)
 
 
 def not_a_message() -> RefusedError:

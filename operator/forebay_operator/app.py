@@ -21,9 +21,9 @@ from forebay_operator.election import Elector, Leadership
 from forebay_operator.folder import FolderOperator
 from forebay_operator.issuing import Issuer, Places
 from forebay_operator.reconcile import Reconciler
-from forebay_operator.resources import KINDS, EndpointSlice
+from forebay_operator.resources import KINDS, POD, EndpointSlice, Pod
 from forebay_operator.store import Store
-from forebay_operator.trust import CertificateTrust, TokenTrust, believe
+from forebay_operator.trust import CertificateTrust, Pods, TokenTrust, believe
 from forebay_operator.watching import DeafError, Watching
 
 if TYPE_CHECKING:
@@ -159,13 +159,18 @@ class ClusterOperator:
         def expected(pool: str) -> Any:
             return self._reconciler.expected(pool)
 
-        match self._settings.control_client_auth:
+        def addresses(uid: str) -> frozenset[str]:
+            entry = self._store.get(POD, uid)
+            pod = entry.resource if entry is not None else None
+            return pod.addresses if isinstance(pod, Pod) else frozenset()
+
+        settings = self._settings
+        pods = Pods(expected, addresses if settings.control_peer_address == "pod" else None)
+        match settings.control_client_auth:
             case "token":
-                return TokenTrust(
-                    self._cluster.review_token, expected, self._settings.control_audience
-                )
+                return TokenTrust(self._cluster.review_token, pods, settings.control_audience)
             case "certificate":
-                return CertificateTrust(expected)
+                return CertificateTrust(pods)
         return believe
 
     def _pickers_changed(self, pool: str) -> None:

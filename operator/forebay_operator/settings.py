@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from forebay_operator.resources.fields import Seconds
 
 CLIENT_AUTHS = ("token", "certificate", "none")
+PEER_ADDRESSES = ("pod", "any")
 AUDIENCE = "forebay-control"
 
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -33,6 +34,7 @@ class Settings:
     control_server_name: str
     control_client_auth: str
     control_audience: str
+    control_peer_address: str
     http_bind_address: str
     http_port: int
     lease_namespace: str
@@ -111,6 +113,13 @@ def parse(arguments: list[str] | None = None) -> Settings:
         "client certificate with a SPIFFE URI, or not at all (on a loopback address only)",
     )
     add("--control-audience", default=AUDIENCE, help="audience of endpoint pickers' tokens")
+    add(
+        "--control-peer-address",
+        choices=PEER_ADDRESSES,
+        default="pod",
+        help="where a pod's token or certificate may come from: an address of the pod, or any, for "
+        "networks and meshes that rewrite addresses",
+    )
     add("--http-bind-address", type=_ip, default="0.0.0.0", help="pages")  # noqa: S104  # a pod's
     add("--http-port", type=_port, default=8080, help="/metrics, /livez, /readyz, /resources")
     add(
@@ -148,6 +157,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
         control_server_name=given.control_server_name,
         control_client_auth=given.control_client_auth,
         control_audience=given.control_audience,
+        control_peer_address=given.control_peer_address,
         http_bind_address=given.http_bind_address,
         http_port=given.http_port,
         lease_namespace=given.lease_namespace,

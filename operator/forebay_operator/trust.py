@@ -1,9 +1,11 @@
-"""Whether a control stream comes from an endpoint picker of the pool it names.
+"""Whether a control stream comes from an endpoint picker (EPP) of the pool it names.
 
-In a cluster a picker shows a projected service account token, bound to its pod and to our audience;
+In a cluster an EPP shows a projected service account token, bound to its pod and to our audience;
 the API server says whose it is (TokenReview), and the pod has to be one behind the pool's endpoint
-picker Service. With certificates instead, the service account stands in the certificate's URI
-(spiffe://<trust domain>/ns/<namespace>/sa/<name>) and the pod is taken from the Hello. Without
+picker Service. What the token says of itself is checked first, so that hardly anything forged
+reaches the API server. With certificates instead, the service account stands in the certificate's
+URI (spiffe://<trust domain>/ns/<namespace>/sa/<name>) and the pod is taken from the Hello. Either
+has to come from the address of its pod, so that a stolen one is worth nothing elsewhere. Without
 either, on loopback, the Hello is believed. Sources: KEP-1205 (bound tokens), SPIFFE-ID.
 """
 
@@ -13,9 +15,11 @@ import asyncio
 import base64
 import hashlib
 import json
+import math
 import time
-from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
 
@@ -23,24 +27,78 @@ from forebay_operator.admission import RefusedError
 from forebay_operator.cluster import ApiError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Collection, Mapping
 
     from forebay_control.v1 import control_pb2 as pb
+    from forebay_operator.admission import Caller
 
 MAX_TOKEN_BYTES = 16 << 10
 MAX_REVIEWS = 4096
+MAX_REFUSALS = 1024
+MAX_ERROR = 200
 MAX_REVIEWING = 16  # at once: whoever reaches the port could otherwise load the API server
+MAX_REVIEWING_PER_PEER = 4
 REVIEW_SECONDS = 600.0
+REFUSAL_SECONDS = 5.0
+# Only the API server's clock counts exactly: ours may be a day wrong and EPPs still connect.
+CLOCK_SECONDS = 90_000.0
 _POD_NAME = "authentication.kubernetes.io/pod-name"
 _POD_UID = "authentication.kubernetes.io/pod-uid"
 
 _UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED
 _DENIED = grpc.StatusCode.PERMISSION_DENIED
+_UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
 
-async def believe(hello: pb.Hello, _metadata: Mapping[str, Any], _auth: Mapping[str, Any]) -> str:
+async def believe(hello: pb.Hello, _caller: Caller) -> str:
     """Believe the Hello: everybody on this machine's loopback may program what runs here."""
     return hello.pod_uid or hello.boot_id
+
+
+class _Pod(NamedTuple):
+    uid: str
+    name: str
+    namespace: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pods:
+    """What is known of EPPs.
+
+    Attributes:
+        expected: the EPPs of a pool (name by pod uid), or None for an unknown pool.
+        addresses: the IP addresses of a pod by its uid, or None where any address will do.
+    """
+
+    expected: Callable[[str], Mapping[str, str] | None]
+    addresses: Callable[[str], Collection[str]] | None
+
+    def check(self, pool: str, namespace: str, uid: str, address: str) -> None:
+        """Raise RefusedError unless the pod is an EPP of the pool and has this address."""
+        if pool.partition("/")[0] != namespace:
+            raise RefusedError(
+                _DENIED,
+                "other_namespace",
+                f"a pod of namespace {namespace} cannot serve pool {pool}",
+            )
+        expected = self.expected(pool)
+        if expected is None:
+            raise RefusedError(_UNAVAILABLE, "no_pool", f"InferencePool {pool} is not known (yet)")
+        if uid not in expected:
+            raise RefusedError(
+                _UNAVAILABLE,
+                "not_selected",
+                f"the pod is not (yet) running behind the endpointPickerRef Service of {pool}: "
+                "check the Service's selector",
+            )
+        if self.addresses is not None and address not in self.addresses(uid):
+            raise RefusedError(
+                _UNAVAILABLE,  # the pod may have a new one that is not known yet
+                "other_address",
+                f"the stream comes from {address or 'no IP address'}, which is not (yet) the "
+                "pod's: where the network or a mesh rewrites addresses, run the operator with "
+                "--control-peer-address any",
+            )
 
 
 class TokenTrust:
@@ -48,7 +106,7 @@ class TokenTrust:
 
     Args:
         review: asks the API server about a token; see cluster.Cluster.review_token.
-        expected: the endpoint pickers of a pool (name by pod uid), or None for an unknown pool.
+        pods: what is known of EPPs.
         audience: the token has to be for us.
         clock: monotonic seconds.
     """
@@ -56,22 +114,22 @@ class TokenTrust:
     def __init__(
         self,
         review: Callable[[str, str], Awaitable[dict[str, Any]]],
-        expected: Callable[[str], Mapping[str, str] | None],
+        pods: Pods,
         audience: str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._review = review
-        self._expected = expected
+        self._pods = pods
         self._audience = audience
         self._clock = clock
-        self._reviews: OrderedDict[bytes, tuple[float, dict[str, Any]]] = OrderedDict()
+        self._accepted = _Remembered(MAX_REVIEWS)
+        self._refused = _Remembered(MAX_REFUSALS)
         self._reviewing = asyncio.Semaphore(MAX_REVIEWING)
+        self._reviewing_for: Counter[str] = Counter()  # by address
 
-    async def __call__(
-        self, hello: pb.Hello, metadata: Mapping[str, Any], _auth: Mapping[str, Any]
-    ) -> str:
+    async def __call__(self, hello: pb.Hello, caller: Caller) -> str:
         """Return the pod's uid, or raise RefusedError."""
-        scheme, _, token = str(metadata.get("authorization", "")).partition(" ")
+        scheme, _, token = str(caller.metadata.get("authorization", "")).partition(" ")
         if scheme.lower() != "bearer" or not token or len(token) > MAX_TOKEN_BYTES:
             raise RefusedError(
                 _UNAUTHENTICATED,
@@ -79,68 +137,128 @@ class TokenTrust:
                 f"no bearer token: mount a service account token for audience {self._audience} "
                 "and name it with --control-token-path",
             )
-        status = await self._reviewed(token)
+        self._check(hello, caller, self._claimed(token))
+        status = await self._reviewed(token, caller.address)
         if not status.get("authenticated") or self._audience not in (status.get("audiences") or ()):
-            raise RefusedError(
-                _UNAUTHENTICATED,
-                "token",
-                "the API server does not accept the token for audience "
-                f"{self._audience}: {status.get('error') or 'not authenticated'}",
-            )
-        user = status.get("user") or {}
-        extra = user.get("extra") or {}
-        uid, name = (str((extra.get(key) or [""])[0]) for key in (_POD_UID, _POD_NAME))
-        parts = str(user.get("username", "")).split(":")
-        namespace = parts[2] if parts[:2] == ["system", "serviceaccount"] else ""
-        if not uid or not namespace:
+            why = status.get("error") or "not authenticated"
+            raise self._bad_token(f"the API server says: {why}")
+        pod = _pod_of(status)
+        self._check(hello, caller, pod)  # for good, and again: asking has taken its time
+        return pod.uid
+
+    def _check(self, hello: pb.Hello, caller: Caller, pod: _Pod) -> None:
+        """Refuse a pod that is not the Hello's, or not one of the pool's EPPs."""
+        if not pod.uid or not pod.namespace:
             raise RefusedError(
                 _DENIED, "unbound_token", "the token is not bound to a pod: use a projected one"
             )
-        if (hello.pod_uid, hello.pod_name, hello.pod_namespace) != (uid, name, namespace):
+        if (hello.pod_uid, hello.pod_name, hello.pod_namespace) != pod:
             raise RefusedError(
                 _DENIED,
                 "other_pod",
-                f"the token is that of pod {namespace}/{name}, not the Hello's",
+                f"the token is that of pod {pod.namespace}/{pod.name}, not the Hello's",
             )
-        _check_pool(hello.pool, namespace, uid, self._expected)
-        return uid
+        self._pods.check(hello.pool, pod.namespace, pod.uid, caller.address)
 
-    async def _reviewed(self, token: str) -> dict[str, Any]:
-        """Ask once per token and its life, so that an API outage does not cut pickers off."""
+    def _bad_token(self, why: str) -> RefusedError:
+        return RefusedError(
+            _UNAUTHENTICATED,
+            "token",
+            f"the token is not accepted for audience {self._audience}: {why}",
+        )
+
+    def _claimed(self, token: str) -> _Pod:
+        """Return the pod that a token claims to be of, by what nobody has verified.
+
+        Raises:
+            RefusedError: the API server would not accept it.
+        """
+        claims = _claims(token)
+        if claims is None or not isinstance(claims.get("iss"), str) or not claims["iss"]:
+            raise self._bad_token("it is no service account token")
+        audiences = claims.get("aud")
+        if self._audience not in (audiences if isinstance(audiences, list) else [audiences]):
+            raise self._bad_token("it is for another audience")
+        now = time.time()
+        begins, ends = _number(claims.get("nbf", 0)), _number(claims.get("exp"))
+        if not (begins - CLOCK_SECONDS <= now <= ends + CLOCK_SECONDS):
+            raise self._bad_token("it has expired or is not valid yet")
+        bound = _table(claims.get("kubernetes.io"))
+        pod = _table(bound.get("pod"))
+        return _Pod(
+            *(str(part or "") for part in (pod.get("uid"), pod.get("name"), bound.get("namespace")))
+        )
+
+    async def _reviewed(self, token: str, address: str) -> dict[str, Any]:
+        """Ask once per token and its life, so that an API outage does not cut EPPs off.
+
+        A refusal is remembered for seconds: the pod may be too young for the API server's cache.
+        """
         key = hashlib.sha256(token.encode(errors="replace")).digest()
         now = self._clock()
-        known = self._reviews.get(key)
-        if known is not None and now < known[0]:
-            return known[1]
+        known = self._accepted.get(key, now) or self._refused.get(key, now)
+        if known is not None:
+            return known
+        if self._reviewing_for[address] >= MAX_REVIEWING_PER_PEER:
+            raise RefusedError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                "reviews",
+                f"{MAX_REVIEWING_PER_PEER} tokens from {address} are being reviewed already",
+            )
+        self._reviewing_for[address] += 1
         try:
             async with self._reviewing:
                 status = await self._review(token, self._audience)
         except ApiError as error:
             raise RefusedError(
-                grpc.StatusCode.UNAVAILABLE, "review", f"the token cannot be reviewed: {error}"
+                _UNAVAILABLE, "review", f"the token cannot be reviewed: {error}"
             ) from error
+        finally:
+            self._reviewing_for[address] -= 1
+            if not self._reviewing_for[address]:
+                del self._reviewing_for[address]
         if status.get("authenticated"):
-            self._reviews[key] = (now + min(REVIEW_SECONDS, _life(token)), status)
-            while len(self._reviews) > MAX_REVIEWS:
-                self._reviews.popitem(last=False)
+            self._accepted.put(key, status, now + min(REVIEW_SECONDS, _life(token)))
+        else:
+            self._refused.put(
+                key, {"error": str(status.get("error") or "")[:MAX_ERROR]}, now + REFUSAL_SECONDS
+            )
         return status
+
+
+class _Remembered:
+    """The API server's answers by token hash, each for a while; the oldest makes room."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._answers: OrderedDict[bytes, tuple[float, dict[str, Any]]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def get(self, key: bytes, now: float) -> dict[str, Any] | None:
+        until, answer = self._answers.get(key, (0.0, None))
+        return answer if answer is not None and now < until else None
+
+    def put(self, key: bytes, answer: dict[str, Any], until: float) -> None:
+        self._answers[key] = (until, answer)
+        while len(self._answers) > self._most:
+            self._answers.popitem(last=False)
 
 
 class CertificateTrust:
     """Reads the client's certificate; TLS has already checked its chain.
 
     Args:
-        expected: the endpoint pickers of a pool (name by pod uid), or None for an unknown pool.
+        pods: what is known of EPPs.
     """
 
-    def __init__(self, expected: Callable[[str], Mapping[str, str] | None]) -> None:
-        self._expected = expected
+    def __init__(self, pods: Pods) -> None:
+        self._pods = pods
 
-    async def __call__(
-        self, hello: pb.Hello, _metadata: Mapping[str, Any], auth: Mapping[str, Any]
-    ) -> str:
+    async def __call__(self, hello: pb.Hello, caller: Caller) -> str:
         """Return the pod's uid, or raise RefusedError."""
-        names = [bytes(name).decode(errors="replace") for name in auth.get(_SAN, ())]
+        names = [bytes(name).decode(errors="replace") for name in caller.auth.get(_SAN, ())]
         found = [name.split("/") for name in names if name.startswith("spiffe://")]
         # spiffe: / "" / domain / ns / namespace / sa / name
         if not found or len(found[0]) != 7 or found[0][3] != "ns" or found[0][5] != "sa":
@@ -154,43 +272,44 @@ class CertificateTrust:
             raise RefusedError(
                 _DENIED, "other_pod", f"the certificate is for namespace {namespace}"
             )
-        _check_pool(hello.pool, namespace, hello.pod_uid, self._expected)
+        self._pods.check(hello.pool, namespace, hello.pod_uid, caller.address)
         return hello.pod_uid
 
 
 _SAN = "x509_subject_alternative_name"
 
 
-def _check_pool(
-    pool: str,
-    namespace: str,
-    uid: str,
-    expected: Callable[[str], Mapping[str, str] | None],
-) -> None:
-    """Refuse a pod that is not one of the pool's endpoint pickers."""
-    if pool.partition("/")[0] != namespace:
-        raise RefusedError(
-            _DENIED, "other_namespace", f"a pod of namespace {namespace} cannot serve pool {pool}"
-        )
-    pickers = expected(pool)
-    if pickers is None:
-        raise RefusedError(
-            grpc.StatusCode.UNAVAILABLE, "no_pool", f"InferencePool {pool} is not known (yet)"
-        )
-    if uid not in pickers:
-        raise RefusedError(
-            grpc.StatusCode.UNAVAILABLE,
-            "not_selected",
-            f"the pod is not (yet) running behind the endpointPickerRef Service of {pool}: "
-            "check the Service's selector",
-        )
+def _pod_of(status: dict[str, Any]) -> _Pod:
+    """Return the pod that the API server says a token is bound to; parts that are unknown empty."""
+    user = status.get("user") or {}
+    extra = user.get("extra") or {}
+    uid, name = (str((extra.get(key) or [""])[0]) for key in (_POD_UID, _POD_NAME))
+    parts = str(user.get("username", "")).split(":")
+    namespace = parts[2] if parts[:2] == ["system", "serviceaccount"] else ""
+    return _Pod(uid, name, namespace)
+
+
+def _claims(token: str) -> dict[str, Any] | None:
+    """Return what a JWT says, unverified; None for what is none."""
+    parts = token.split(".")
+    if len(parts) != 3 or not all(parts):
+        return None
+    try:
+        claims = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
+    except (ValueError, RecursionError):
+        return None
+    return claims if isinstance(claims, dict) else None
+
+
+def _table(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _number(value: object) -> float:
+    """Return a time that a token tells; NaN for what is none."""
+    return float(value) if isinstance(value, int | float) and abs(value) < 1e15 else math.nan
 
 
 def _life(token: str) -> float:
-    """Return how many seconds a JWT is still valid by its own account; 60 if it does not say."""
-    try:
-        payload = token.split(".")[1]
-        claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
-        return max(0.0, float(claims["exp"]) - time.time())
-    except (IndexError, ValueError, KeyError, TypeError):
-        return 60.0
+    """Return for how many seconds a JWT is still valid by its own account and our clock."""
+    return max(0.0, _number((_claims(token) or {}).get("exp")) - time.time())

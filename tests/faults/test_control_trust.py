@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import json
+
 import grpc
 import pytest
 from control_peers import Peer
-from control_plane import NAME, START_SECONDS, Operator, PickerPod, apply, pool, service
+from control_plane import (
+    NAME,
+    START_SECONDS,
+    Forwarder,
+    Operator,
+    PickerPod,
+    apply,
+    pool,
+    service,
+)
 from ext_proc_peer import until
 
 WAIT_SECONDS = 60
@@ -18,14 +29,16 @@ class Door:
         self.stage, self.operator = stage, operator
         self._peers: list[Peer] = []
 
-    def dial(self, pod: PickerPod, token: str | None, *, leaf=None, **hello) -> Peer:
-        """Say to be this pod, with that token."""
+    def dial(self, pod: PickerPod, token: str | None, *, leaf=None, port: int = 0, **hello) -> Peer:
+        """Say to be this pod, with that token; by way of another port if given."""
         pair = (None, None)
         if leaf is not None:
             pair = ((leaf / "tls.key").read_bytes(), (leaf / "tls.crt").read_bytes())
         ca = self.stage.authority.path.read_bytes()
         credentials = grpc.ssl_channel_credentials(ca, *pair)
-        peer = Peer(self.operator.control_port, credentials, token=token, server_name=NAME)
+        peer = Peer(
+            *(port or self.operator.control_port, credentials), token=token, server_name=NAME
+        )
         self._peers.append(peer)
         usual = {
             "pool": f"{self.stage.namespace}/chat",
@@ -44,10 +57,11 @@ class Door:
 
     def _reasons(self) -> dict[str, float]:
         names = ("no_token", "token", "other_pod", "other_namespace", "not_selected", "no_pool")
+        others = ("unbound_token", "review", "certificate", "other_address", "reviews")
         metric = self.operator.metric
         return {
             name: metric("forebay_control_refusals_total", reason=name)
-            for name in (*names, "unbound_token", "review", "certificate")
+            for name in (*names, *others)
         }
 
     def serves(self, pod: PickerPod, token: str | None, **hello) -> bool:
@@ -121,6 +135,41 @@ def test_a_pod_of_another_namespace_cannot_serve_the_pool(stage, door, pod):
         assert refused == ("PERMISSION_DENIED", {"other_namespace"})
     finally:
         stage.cluster.kubectl("delete", "namespace", other, "--wait=false")
+
+
+def test_a_stolen_token_is_worth_nothing_at_another_address(door, pod):
+    """Not while it is valid, and not although the pod's own stream is open."""
+    token = until_known(door, pod)
+    elsewhere = Forwarder(door.operator.control_port, source="127.0.0.2")
+    try:
+        assert door.refused(pod, token, port=elsewhere.port) == ("UNAVAILABLE", {"other_address"})
+        pod.run("127.0.0.2")
+        until(lambda: door.serves(pod, token, port=elsewhere.port), WAIT_SECONDS)
+    finally:
+        elsewhere.close()
+
+
+def test_forged_tokens_are_not_shown_to_the_api_server(stage, door, pod):
+    """Neither those that name no EPP of the pool, nor one that does over and over again."""
+    token = until_known(door, pod)
+    stranger = PickerPod(stage.cluster, stage.namespace, "stranger", "something-else")
+    forged = stranger.token()
+    head, claims, signature = token.split(".")
+    known = f"{head}.{claims}.{signature[:-6]}AAAAAA"
+    before = reviews(stage)
+    for _ in range(20):
+        assert door.refused(stranger, forged[:-4] + "AAAA") == ("UNAVAILABLE", {"not_selected"})
+        assert door.refused(pod, known) == ("UNAUTHENTICATED", {"token"})
+
+    assert reviews(stage) - before < 10  # one in five seconds
+    assert door.serves(pod, token)
+
+
+def reviews(stage) -> int:
+    """How often tokens were reviewed, by the API server's audit log."""
+    lines = (stage.cluster.dir / "audit.log").read_text().splitlines()
+    entries = [json.loads(line) for line in lines if "tokenreviews" in line]
+    return len({entry["auditID"] for entry in entries})
 
 
 def test_the_token_of_a_deleted_pod_is_worth_nothing(door, pod):

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 QUICKSTART = Path(__file__).parents[2] / "crds" / "examples" / "quickstart"
 NAME = "forebay-operator"
 AUDIENCE = "forebay-control"
+LOOPBACK = "127.0.0.1"
 START_SECONDS = 60
 
 _VERSION = re.compile(r"^forebay_program_(epoch|revision) (\S+)$", re.MULTILINE)
@@ -278,11 +279,13 @@ class PickerPod:
 
     account = "default"
 
-    def __init__(self, cluster: ApiServer, namespace: str, name: str, app: str) -> None:
+    def __init__(
+        self, cluster: ApiServer, namespace: str, name: str, app: str, ip: str = LOOPBACK
+    ) -> None:
         self.cluster, self.namespace, self.name = cluster, namespace, name
         self._create(app)
         self.uid = cluster.get("pod", name, "-n", namespace)["metadata"]["uid"]
-        self.run()
+        self.run(ip)
 
     def _create(self, app: str) -> None:
         pod = {
@@ -298,15 +301,14 @@ class PickerPod:
         }
         self.cluster.kubectl("create", "-f", "-", input=json.dumps(pod))
 
-    def run(self, ip: str = "", *, ready: bool = True) -> None:
-        """Write the status a kubelet would."""
+    def run(self, ip: str = LOOPBACK, *, ready: bool = True) -> None:
+        """Write the status a kubelet would; by default with the address processes here have."""
         status = {
             "phase": "Running",
             "podIP": ip,
+            "podIPs": [{"ip": ip}],
             "conditions": [{"type": "Ready", "status": str(ready)}],
         }
-        if not ip:
-            del status["podIP"]
         patch = json.dumps({"status": status})
         self.cluster.kubectl(
             *("patch", "pod", self.name, "-n", self.namespace, "--subresource=status"),
@@ -451,11 +453,13 @@ class History:
 class Forwarder:
     """A TCP proxy on loopback that can be cut, and told where to forward to.
 
-    With several targets it is a Service: connections go to each in turn.
+    With several targets it is a Service: connections go to each in turn. `source` is the address
+    that it connects from.
     """
 
-    def __init__(self, *targets: int) -> None:
+    def __init__(self, *targets: int, source: str = LOOPBACK) -> None:
         self.targets = list(targets)
+        self._source = source
         self._cut = False
         self._pairs: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -473,7 +477,7 @@ class Forwarder:
                 continue
             try:
                 self.targets.append(target := self.targets.pop(0))
-                server = socket.create_connection(("127.0.0.1", target), 5)
+                server = socket.create_connection((LOOPBACK, target), 5, (self._source, 0))
                 server.settimeout(None)
             except OSError:
                 client.close()

@@ -115,9 +115,7 @@ class Site:
 
     def server(self, name: str, ip: str) -> PickerPod:
         """Add a model server's pod; nobody serves there."""
-        pod = PickerPod(self.cluster, self.namespace, name, "vllm")
-        pod.run(ip)
-        return pod
+        return PickerPod(self.cluster, self.namespace, name, "vllm", ip)
 
     # What is said
 

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import json
 import time
 
 import grpc
 import pytest
+from pod_tokens import AUDIENCE, encoded, token
 
 from forebay_control.v1 import control_pb2 as pb
-from forebay_operator.admission import RefusedError
+from forebay_operator.admission import Caller, RefusedError, address_of
 from forebay_operator.cluster import ApiError
 from forebay_operator.trust import (
+    MAX_REFUSALS,
     MAX_REVIEWING,
+    MAX_REVIEWING_PER_PEER,
     MAX_REVIEWS,
     CertificateTrust,
+    Pods,
     TokenTrust,
     believe,
 )
 
-AUDIENCE = "forebay-control"
 HELLO = pb.Hello(pool="serving/chat", pod_namespace="serving", pod_name="epp-0", pod_uid="uid-0")
+ADDRESS = "10.0.0.1"
+POOLS = {"serving/chat": {"uid-0": "epp-0"}}
 
 
-def token(life_seconds: float = 3600.0, **claims) -> str:
-    payload = json.dumps({"exp": time.time() + life_seconds, **claims}).encode()
-    return f"e30.{base64.urlsafe_b64encode(payload).decode().rstrip('=')}.c2ln"
+def pods(pools: dict = POOLS, addresses: dict | None = None, *, anywhere: bool = False) -> Pods:
+    """What the operator knows: by default one EPP, at ADDRESS."""
+    known = {"uid-0": (ADDRESS, "fd00::1")} if addresses is None else addresses
+    return Pods(pools.get, None if anywhere else lambda uid: known.get(uid, ()))
 
 
 def review_status(uid="uid-0", name="epp-0", namespace="serving", **fields) -> dict:
@@ -59,19 +63,22 @@ class FakeReviews:
             raise self.error
         return self.status
 
-    def trust(self, pools: dict | None = None) -> TokenTrust:
-        pools = {"serving/chat": {"uid-0": "epp-0"}} if pools is None else pools
-        return TokenTrust(self, pools.get, AUDIENCE, lambda: self.now)
+    def trust(self, known: Pods | None = None) -> TokenTrust:
+        return TokenTrust(self, known or pods(), AUDIENCE, lambda: self.now)
 
 
-def ask(trust, hello=HELLO, bearer: str | None = None, auth=None) -> str:
+def caller(bearer: str | None = None, auth=None, address: str = ADDRESS) -> Caller:
     metadata = {"authorization": f"Bearer {bearer}"} if bearer is not None else {}
-    return asyncio.run(trust(hello, metadata, auth or {}))
+    return Caller(metadata, auth or {}, address)
 
 
-def refusal(trust, hello=HELLO, bearer=None, auth=None) -> RefusedError:
+def ask(trust, hello=HELLO, bearer: str | None = None, auth=None, address: str = ADDRESS) -> str:
+    return asyncio.run(trust(hello, caller(bearer, auth, address)))
+
+
+def refusal(trust, hello=HELLO, bearer=None, auth=None, address=ADDRESS) -> RefusedError:
     with pytest.raises(RefusedError) as caught:
-        ask(trust, hello, bearer, auth)
+        ask(trust, hello, bearer, auth, address)
     return caught.value
 
 
@@ -145,11 +152,11 @@ def test_a_pod_that_claims_to_be_another(hello):
 
 
 def test_a_pod_of_another_namespace():
-    """Its pool would be its own business only."""
+    """It may serve pools of its own only."""
     reviews = FakeReviews(review_status(namespace="other"))
     hello = pb.Hello(pool="serving/chat", pod_namespace="other", pod_name="epp-0", pod_uid="uid-0")
 
-    assert refusal(reviews.trust(), hello, token()).reason == "other_namespace"
+    assert refusal(reviews.trust(), hello, token(namespace="other")).reason == "other_namespace"
 
 
 @pytest.mark.parametrize(
@@ -157,7 +164,7 @@ def test_a_pod_of_another_namespace():
 )
 def test_a_pod_that_is_not_one_of_the_pool_s_pickers_yet(pools, reason):
     """It may become one: it is to try again."""
-    refused = refusal(FakeReviews().trust(pools), bearer=token())
+    refused = refusal(FakeReviews().trust(Pods(pools.get, None)), bearer=token())
 
     assert (refused.code, refused.reason) == (grpc.StatusCode.UNAVAILABLE, reason)
 
@@ -182,62 +189,209 @@ def test_a_review_is_good_for_the_token_s_life_and_ten_minutes_at_most():
 def test_a_known_token_of_a_deleted_pod_is_refused():
     """What is remembered is whose it is, not that it may connect."""
     reviews, pools = FakeReviews(), {"serving/chat": {"uid-0": "epp-0"}}
-    trust, bearer = reviews.trust(pools), token()
+    trust, bearer = reviews.trust(Pods(pools.get, None)), token()
     ask(trust, bearer=bearer)
     pools["serving/chat"] = {}
 
     assert refusal(trust, bearer=bearer).reason == "not_selected"
 
 
-def test_a_refusal_is_not_remembered():
-    """The pod may have been too young for the API server's cache."""
-    reviews = FakeReviews({})
+def test_a_refusal_is_remembered_for_seconds():
+    """No longer: the pod may have been too young for the API server's cache."""
+    reviews = FakeReviews({"error": "no such pod"})
     trust, bearer = reviews.trust(), token()
-    refusal(trust, bearer=bearer)
-    reviews.status = review_status()
+    for _ in range(100):
+        assert "no such pod" in str(refusal(trust, bearer=bearer))
+    assert len(reviews.asked) == 1
+    reviews.status, reviews.now = review_status(), 5.1
 
     assert ask(trust, bearer=bearer) == "uid-0"
 
 
-@pytest.mark.parametrize("bearer", ["opaque", "a.b.c", "a.e30.c", token(exp="x"), token(exp=0)])
-def test_a_token_that_does_not_tell_its_life_is_reviewed(bearer):
-    """Whatever it looks like: the API server decides."""
-    assert ask(FakeReviews().trust(), bearer=bearer) == "uid-0"
+def test_an_answer_that_did_not_come_is_not_remembered():
+    """The API server said nothing about this token."""
+    reviews = FakeReviews()
+    trust, bearer = reviews.trust(), token()
+    reviews.error = ApiError(0, "down")
+    assert refusal(trust, bearer=bearer).reason == "review"
+    reviews.error = None
+
+    assert ask(trust, bearer=bearer) == "uid-0"
+
+
+@pytest.mark.parametrize(
+    ("bearer", "reason"),
+    [
+        ("opaque", "token"),
+        ("a.b.c", "token"),
+        ("a..c", "token"),
+        ("a.e30", "token"),
+        (encoded(b"{}"), "token"),
+        (encoded(b"[" * 9000), "token"),
+        (encoded(b"\xff"), "token"),
+        (encoded(b"3"), "token"),
+        (token(iss=""), "token"),
+        (token(iss=None), "token"),
+        (token(aud=["https://kubernetes.default.svc"]), "token"),
+        (token(aud=None), "token"),
+        (token(exp="soon"), "token"),
+        (token(exp=float("inf")), "token"),
+        (token(-100_000.0), "token"),
+        (token(nbf=time.time() + 100_000.0), "token"),
+        (token(**{"kubernetes.io": None}), "unbound_token"),
+        (token(**{"kubernetes.io": {"namespace": "serving"}}), "unbound_token"),
+        (token(**{"kubernetes.io": {"namespace": 3, "pod": [1]}}), "unbound_token"),
+        (token(uid="uid-1"), "other_pod"),
+        (token(name="epp-1"), "other_pod"),
+        (token(namespace="other"), "other_pod"),
+    ],
+)
+def test_what_cannot_be_accepted_is_refused_without_asking(bearer, reason):
+    """The API server need not see what says itself that it is not for us."""
+    reviews = FakeReviews()
+
+    assert refusal(reviews.trust(), bearer=bearer).reason == reason
+    assert not reviews.asked
+
+
+@pytest.mark.parametrize(
+    ("known", "reason"),
+    [
+        (pods({}), "no_pool"),
+        (pods({"serving/chat": {}}), "not_selected"),
+        (pods(addresses={}), "other_address"),
+    ],
+)
+def test_who_is_no_endpoint_picker_is_refused_without_asking(known, reason):
+    """However good the token may be."""
+    reviews = FakeReviews()
+
+    assert refusal(reviews.trust(known), bearer=token()).reason == reason
+    assert not reviews.asked
+
+
+def test_the_audience_may_be_a_string():
+    """RFC 7519 lets it be one; and the life of a token is by the API server's clock."""
+    assert ask(FakeReviews().trust(), bearer=token(-3600.0, aud=AUDIENCE)) == "uid-0"
+
+
+def test_what_a_token_claims_is_not_what_counts():
+    """A forged one that claims to be the EPP's, and of which the API server says another."""
+    reviews = FakeReviews(review_status(uid="uid-9", name="epp-9"))
+
+    assert refusal(reviews.trust(), bearer=token()).reason == "other_pod"
+
+
+@pytest.mark.parametrize(
+    ("address", "served"),
+    [("10.0.0.1", True), ("fd00::1", True), ("10.0.0.2", False), ("127.0.0.1", False), ("", False)],
+)
+def test_a_token_is_good_at_the_addresses_of_its_pod_only(address, served):
+    """One that was stolen is worth nothing elsewhere."""
+    trust = FakeReviews().trust()
+    if served:
+        assert ask(trust, bearer=token(), address=address) == "uid-0"
+    else:
+        refused = refusal(trust, bearer=token(), address=address)
+        # It may be the new address of a pod whose status has not come yet.
+        assert (refused.code, refused.reason) == (grpc.StatusCode.UNAVAILABLE, "other_address")
+        assert "--control-peer-address" in str(refused)
+
+
+def test_where_addresses_are_rewritten_any_will_do():
+    """That is what --control-peer-address any says."""
+    trust = FakeReviews().trust(pods(anywhere=True))
+
+    assert ask(trust, bearer=token(), address="192.0.2.1") == "uid-0"
+
+
+@pytest.mark.parametrize(
+    ("peer", "address"),
+    [
+        ("ipv4:10.0.0.1:5000", "10.0.0.1"),
+        ("ipv6:%5Bfd00::1%5D:5000", "fd00::1"),
+        ("ipv6:[FD00::1]:5000", "fd00::1"),
+        ("ipv6:%5B::ffff:10.0.0.1%5D:5000", "10.0.0.1"),
+        ("unix:/run/socket", ""),
+        ("", ""),
+    ],
+)
+def test_the_address_in_grpc_s_name_of_a_peer(peer, address):
+    """As gRPC writes them."""
+    assert address_of(peer) == address
 
 
 def test_what_is_remembered_is_bounded():
-    """Tokens are renewed for months."""
+    """Tokens are renewed for months, and forged for free."""
     reviews = FakeReviews()
     trust = reviews.trust()
 
     async def many() -> None:
         for number in range(MAX_REVIEWS + 5):
-            await trust(HELLO, {"authorization": f"Bearer {token(n=number)}"}, {})
+            await trust(HELLO, caller(token(n=number)))
+        reviews.status = {}
+        for number in range(MAX_REFUSALS + 5):
+            with pytest.raises(RefusedError):
+                await trust(HELLO, caller(token(m=number)))
 
     asyncio.run(many())
-    assert len(trust._reviews) == MAX_REVIEWS
+    assert (len(trust._accepted), len(trust._refused)) == (MAX_REVIEWS, MAX_REFUSALS)
 
 
-def test_few_reviews_run_at_once():
+class SlowReviews:
+    """An API server that answers when it is let, and counts how much it does at once."""
+
+    def __init__(self) -> None:
+        self.running = self.most = 0
+        self.go = asyncio.Event()
+
+    async def __call__(self, _token: str, _audience: str) -> dict:
+        self.running += 1
+        self.most = max(self.most, self.running)
+        await self.go.wait()
+        self.running -= 1
+        return review_status()
+
+
+def anywhere(reviews) -> TokenTrust:
+    return TokenTrust(reviews, pods(anywhere=True), AUDIENCE)
+
+
+async def test_few_reviews_run_at_once():
     """Whoever reaches the port must not load the API server through us."""
-    running, most = 0, 0
+    reviews = SlowReviews()
+    trust = anywhere(reviews)
+    calls = [
+        asyncio.create_task(trust(HELLO, caller(token(n=n), address=f"10.0.0.{n % 100}")))
+        for n in range(300)
+    ]
+    await asyncio.sleep(0)
+    reviews.go.set()
 
-    async def review(_token: str, _audience: str) -> dict:
-        nonlocal running, most
-        running += 1
-        most = max(most, running)
-        await asyncio.sleep(0)
-        running -= 1
-        return {}
+    assert await asyncio.gather(*calls) == ["uid-0"] * 300
+    assert reviews.most == MAX_REVIEWING
 
-    async def flood() -> None:
-        trust = TokenTrust(review, {}.get, AUDIENCE)
-        calls = [trust(HELLO, {"authorization": f"Bearer {n}"}, {}) for n in range(500)]
-        results = await asyncio.gather(*calls, return_exceptions=True)
-        assert all(isinstance(result, RefusedError) for result in results)
 
-    asyncio.run(flood())
-    assert most == MAX_REVIEWING
+async def test_a_peer_that_floods_leaves_reviews_to_others():
+    """It has four of the sixteen slots; what it asks for beyond is refused at once."""
+    reviews = SlowReviews()
+    trust = anywhere(reviews)
+    flood = [
+        asyncio.create_task(trust(HELLO, caller(token(n=n), address="10.6.6.6")))
+        for n in range(500)
+    ]
+    await asyncio.sleep(0)
+    honest = asyncio.create_task(trust(HELLO, caller(token())))
+    await asyncio.sleep(0)
+    assert reviews.running == MAX_REVIEWING_PER_PEER + 1
+    reviews.go.set()
+
+    assert await honest == "uid-0"
+    results = await asyncio.gather(*flood, return_exceptions=True)
+    refused = [result for result in results if isinstance(result, RefusedError)]
+    assert len(refused) == 500 - MAX_REVIEWING_PER_PEER
+    assert {error.reason for error in refused} == {"reviews"}
+    assert not trust._reviewing_for
 
 
 # --- certificates
@@ -248,7 +402,7 @@ def san(*names: str) -> dict:
 
 
 def certificate_trust() -> CertificateTrust:
-    return CertificateTrust({"serving/chat": {"uid-0": "epp-0"}}.get)
+    return CertificateTrust(pods())
 
 
 def test_a_service_account_s_certificate_may_serve_a_pool_of_its_namespace():
@@ -289,6 +443,13 @@ def test_a_certificate_and_a_pod_that_is_no_picker():
     auth = san("spiffe://cluster.local/ns/serving/sa/epp")
 
     assert refusal(certificate_trust(), hello, auth=auth).reason == "not_selected"
+
+
+def test_a_certificate_is_good_at_the_addresses_of_its_pod_only():
+    """It is the service account's; which pod it is only the address tells."""
+    auth = san("spiffe://cluster.local/ns/serving/sa/epp")
+
+    assert refusal(certificate_trust(), auth=auth, address="10.0.0.2").reason == "other_address"
 
 
 def test_on_loopback_the_hello_is_believed():

@@ -178,7 +178,7 @@ def test_leadership_lost_while_somebody_is_asked_who_it_is():
     """The stream is not admitted to a replica that does not lead any more."""
     asked, answer = asyncio.Event(), asyncio.Event()
 
-    async def slow(hello, _metadata, _auth):
+    async def slow(hello, _caller):
         asked.set()
         await answer.wait()
         return hello.pod_uid
@@ -443,7 +443,7 @@ def test_what_is_refused_is_logged_once_a_second(dial, caplog):
 def test_a_refusal_of_the_authorizer_reaches_the_picker_and_the_metric():
     """With the code and the text it gives."""
 
-    async def refuse(_hello, _metadata, _auth):
+    async def refuse(_hello, _caller):
         raise RefusedError(grpc.StatusCode.PERMISSION_DENIED, "other_pod", "you are another")
 
     driver = Driver(5, refuse)
@@ -461,7 +461,7 @@ def test_a_refusal_of_the_authorizer_reaches_the_picker_and_the_metric():
 def test_an_epoch_of_somebody_unknown_means_nothing():
     """Only who may connect is listened to."""
 
-    async def refuse(_hello, _metadata, _auth):
+    async def refuse(_hello, _caller):
         raise RefusedError(grpc.StatusCode.UNAUTHENTICATED, "token", "no")
 
     driver = Driver(5, refuse)

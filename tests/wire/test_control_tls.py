@@ -11,26 +11,28 @@ import ssl
 from types import SimpleNamespace
 
 import grpc
+import pod_tokens
 import pytest
 from control_driver import Driver
 from control_peers import POOL, Peer, snapshot
-from control_plane import AUDIENCE, NAME, Authority, PickerProcess
+from control_plane import AUDIENCE, LOOPBACK, NAME, Authority, PickerProcess
 from cryptography import x509
 from ext_proc_peer import until
 
 from forebay_operator import metrics, tls
-from forebay_operator.trust import CertificateTrust, TokenTrust
+from forebay_operator.trust import CertificateTrust, Pods, TokenTrust
 
 WAIT_SECONDS = 60
 POOLS = {POOL: {"uid-0": "epp-0"}}
-POD = SimpleNamespace(name="epp-0", namespace="default", uid="uid-0", token=lambda: "good")
+GOOD, BAD = (pod_tokens.token(namespace="default", jti=name) for name in ("good", "bad"))
+POD = SimpleNamespace(name="epp-0", namespace="default", uid="uid-0", token=lambda: GOOD)
 SPIFFE = "spiffe://cluster.local/ns/default/sa/epp"
 
 
 async def review(token: str, audience: str) -> dict:
     """What an API server says of the only token there is."""
     assert audience == AUDIENCE
-    if token != "good":  # noqa: S105  # not a secret
+    if token != GOOD:
         return {"authenticated": False, "error": "unknown"}
     extra = {
         "authentication.kubernetes.io/pod-uid": [POD.uid],
@@ -51,7 +53,8 @@ def serve():
     drivers: list[Driver] = []
 
     def begin(folder, *, mtls: bool = False) -> Driver:
-        trust = CertificateTrust(POOLS.get) if mtls else TokenTrust(review, POOLS.get, AUDIENCE)
+        pods = Pods(POOLS.get, lambda _uid: {LOOPBACK})
+        trust = CertificateTrust(pods) if mtls else TokenTrust(review, pods, AUDIENCE)
         read = tls.from_folder(folder, with_ca=mtls)
         credentials = tls.server_credentials(read, require_client_certificate=mtls)
         drivers.append(Driver(5, trust, credentials))
@@ -68,7 +71,7 @@ def dial():
     """Dial as a picker that trusts an authority and says hello."""
     peers: list[Peer] = []
 
-    def begin(driver, ca, *, leaf=None, token="good", server_name=NAME, **hello) -> Peer:  # noqa: S107
+    def begin(driver, ca, *, leaf=None, token=GOOD, server_name=NAME, **hello) -> Peer:
         pair = (None, None)
         if leaf is not None:
             pair = ((leaf / "tls.key").read_bytes(), (leaf / "tls.crt").read_bytes())
@@ -131,7 +134,7 @@ def test_a_picker_refuses_an_operator_that_is_not_the_one(authority, serve, tmp_
 def test_a_picker_in_plaintext_gets_nowhere(authority, serve):
     """There is no way around TLS where there is a certificate."""
     driver = serve(authority.leaf("operator"))
-    peer = Peer(driver.port, token="good").hello()  # noqa: S106
+    peer = Peer(driver.port, token=GOOD).hello()
 
     assert peer.ended()[0] is grpc.StatusCode.UNAVAILABLE
     assert driver.ask(lambda server: server._open) == 0
@@ -142,10 +145,10 @@ def test_a_picker_in_plaintext_gets_nowhere(authority, serve):
     ("token", "hello", "code", "reason"),
     [
         (None, {}, grpc.StatusCode.UNAUTHENTICATED, "no_token"),
-        ("bad", {}, grpc.StatusCode.UNAUTHENTICATED, "token"),
-        ("good", {"pod_uid": "uid-1"}, grpc.StatusCode.PERMISSION_DENIED, "other_pod"),
-        ("good", {"pool": "other/chat"}, grpc.StatusCode.PERMISSION_DENIED, "other_namespace"),
-        ("good", {"pool": "default/talk"}, grpc.StatusCode.UNAVAILABLE, "no_pool"),
+        (BAD, {}, grpc.StatusCode.UNAUTHENTICATED, "token"),
+        (GOOD, {"pod_uid": "uid-1"}, grpc.StatusCode.PERMISSION_DENIED, "other_pod"),
+        (GOOD, {"pool": "other/chat"}, grpc.StatusCode.PERMISSION_DENIED, "other_namespace"),
+        (GOOD, {"pool": "default/talk"}, grpc.StatusCode.UNAVAILABLE, "no_pool"),
     ],
 )
 def test_who_cannot_prove_to_be_a_picker_of_the_pool(
@@ -251,14 +254,14 @@ def test_a_rotated_token_is_read_anew_with_each_dial(authority, serve, tmp_path)
     driver = serve(authority.leaf("operator"))
     picker = PickerProcess(
         tmp_path,
-        SimpleNamespace(name="epp-0", namespace="default", uid="uid-0", token=lambda: "old"),
+        SimpleNamespace(name="epp-0", namespace="default", uid="uid-0", token=lambda: BAD),
         "chat",
         driver.port,
         authority.path,
     )
     try:
         until(lambda: "UNAUTHENTICATED" in picker.log, WAIT_SECONDS)
-        picker.token_path.write_text("good")
+        picker.token_path.write_text(GOOD)
         until(lambda: driver.programmed(POOL), WAIT_SECONDS)
     finally:
         picker.end()

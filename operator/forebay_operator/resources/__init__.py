@@ -27,6 +27,7 @@ from forebay_operator.resources.policy import Band, FlowControlPolicy, PolicySpe
 __all__ = [
     "KINDS",
     "MODEL",
+    "POD",
     "POLICY",
     "POOL_LABEL",
     "AnyPool",
@@ -106,6 +107,8 @@ MODEL = Kind(
 )
 _OBJECTIVE = ("v1alpha2", "InferenceObjective", "inferenceobjectives", InferenceObjective)
 
+POD = Kind("", "v1", "Pod", "pods", Pod, in_files=False)
+
 KINDS: tuple[Kind, ...] = (
     POLICY,
     Kind("inference.networking.k8s.io", "v1", "InferencePool", "inferencepools", InferencePool),
@@ -127,7 +130,7 @@ KINDS: tuple[Kind, ...] = (
         EndpointSlice,
         label=POOL_LABEL,
     ),
-    Kind("", "v1", "Pod", "pods", Pod, in_files=False),
+    POD,
     Kind("", "v1", "Service", "services", Service, in_files=False),
 )
 BY_NAME = {(kind.api_version, kind.kind): kind for kind in KINDS}

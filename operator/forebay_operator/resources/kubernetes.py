@@ -21,9 +21,14 @@ class _PodCondition(Foreign):
     status: str = ""
 
 
+class _PodIP(Foreign):
+    ip: str = ""
+
+
 class _PodStatus(Foreign):
     phase: str = ""
     pod_ip: Annotated[str, Field(alias="podIP")] = ""
+    pod_ips: Annotated[tuple[_PodIP, ...], Field(alias="podIPs")] = ()
     conditions: tuple[_PodCondition, ...] = ()
 
 
@@ -40,6 +45,12 @@ class Pod(Foreign):
             condition.type == "Ready" and condition.status == "True"
             for condition in self.status.conditions
         )
+
+    @property
+    def addresses(self) -> frozenset[str]:
+        """Its IP addresses; two with IPv4 and IPv6, none before it runs."""
+        found = {self.status.pod_ip, *(address.ip for address in self.status.pod_ips)}
+        return frozenset(found - {""})
 
     @property
     def running(self) -> bool:
