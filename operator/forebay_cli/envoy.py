@@ -1,7 +1,7 @@
-"""The Envoy that stands in front of an endpoint picker on one machine: its bootstrap.
+"""The Envoy that stands in front of an EPP on one machine: its bootstrap.
 
 What the settings are for is written beside them; the measurements behind them are in
-epp/README.md. Running Envoy is up.py's business.
+epp/README.md. Running Envoy (stack.py) does not belong here.
 """
 
 from __future__ import annotations
@@ -17,6 +17,17 @@ MAX_REQUESTS = 40_000
 
 # A queue's TTL must end a wait, never the proxy. In full duplex this timer is not armed.
 MESSAGE_TIMEOUT = "3600s"
+
+# vLLM, SGLang and trtllm-serve (uvicorn) close a connection that has been idle for 5 s. A request
+# sent at that moment fails and must not be retried: the server may have it. So Envoy closes first,
+# with 2 s in hand for machines that stall.
+IDLE_TIMEOUT = "3s"
+
+# Linux sends SYN again after 1 s. Two attempts, then the client learns that the server is away.
+CONNECT_TIMEOUT = "3s"
+
+# A server that vanishes in the middle of an answer is noticed after 60 s.
+KEEPALIVE = {"keepalive_time": 30, "keepalive_interval": 10, "keepalive_probes": 3}
 
 # Also the size of the pieces in which bodies reach the endpoint picker. A proxy that buffers has to
 # hold a whole body instead, or it answers 413 by itself.
@@ -110,14 +121,11 @@ def bootstrap(
             },
         )
     )
-    model_servers = {
-        "name": "model_servers",
-        "type": "ORIGINAL_DST",
-        "lb_policy": "CLUSTER_PROVIDED",
-        "connect_timeout": "10s",
-        "original_dst_lb_config": {"use_http_header": True, "http_header_name": DESTINATION},
-        "circuit_breakers": _breakers(),
-    }
+    model_servers = _model_servers(
+        type="ORIGINAL_DST",
+        lb_policy="CLUSTER_PROVIDED",
+        original_dst_lb_config={"use_http_header": True, "http_header_name": DESTINATION},
+    )
     whole = "BUFFERED" in (request_body_mode, response_body_mode)
     return _envoy(
         ports,
@@ -132,16 +140,13 @@ def direct(ports: Ports, endpoints: tuple[str, ...]) -> dict[str, Any]:
 
     This is what the demo compares with.
     """
-    model_servers = {
-        "name": "model_servers",
-        "type": "STATIC",
-        "lb_policy": "LEAST_REQUEST",
-        "connect_timeout": "10s",
-        "circuit_breakers": _breakers(),
-        "load_assignment": _assignment(
+    model_servers = _model_servers(
+        type="STATIC",
+        lb_policy="LEAST_REQUEST",
+        load_assignment=_assignment(
             "model_servers", [endpoint.rpartition(":") for endpoint in endpoints]
         ),
-    }
+    )
     return _envoy(ports, [], [model_servers])
 
 
@@ -183,8 +188,26 @@ def _socket(host: str, port: int) -> dict[str, Any]:
     return {"socket_address": {"address": host, "port_value": port}}
 
 
+def _http_options(**options: Any) -> dict[str, Any]:
+    name = "extensions.upstreams.http.v3.HttpProtocolOptions"
+    return {f"envoy.{name}": {"@type": f"{_TYPE}{name}", **options}}
+
+
+def _model_servers(**options: Any) -> dict[str, Any]:
+    return {
+        "name": "model_servers",
+        "connect_timeout": CONNECT_TIMEOUT,
+        "circuit_breakers": _breakers(),
+        "upstream_connection_options": {"tcp_keepalive": KEEPALIVE},
+        "typed_extension_protocol_options": _http_options(
+            common_http_protocol_options={"idle_timeout": IDLE_TIMEOUT},
+            explicit_http_config={"http_protocol_options": {}},
+        ),
+        **options,
+    }
+
+
 def _epp_cluster(ports: Ports, *, secure: bool) -> dict[str, Any]:
-    http2 = "extensions.upstreams.http.v3.HttpProtocolOptions"
     cluster: dict[str, Any] = {
         "name": "epp",
         "type": "STATIC",
@@ -205,12 +228,9 @@ def _epp_cluster(ports: Ports, *, secure: bool) -> dict[str, Any]:
                 },
             }
         ],
-        "typed_extension_protocol_options": {
-            f"envoy.{http2}": {
-                "@type": f"{_TYPE}{http2}",
-                "explicit_http_config": {"http2_protocol_options": {}},
-            }
-        },
+        "typed_extension_protocol_options": _http_options(
+            explicit_http_config={"http2_protocol_options": {}}
+        ),
         "load_assignment": _assignment("epp", [(ports.address, ":", str(ports.grpc))]),
     }
     if secure:
@@ -251,10 +271,9 @@ def _envoy(
                                 "timeout": "0s",
                                 "idle_timeout": "0s",
                                 # Safe: the server has not seen a request that fails like this.
-                                "retry_policy": {
-                                    "retry_on": "connect-failure,refused-stream",
-                                    "num_retries": 2,
-                                },
+                                # No other failure is. reset-before-request is no help against
+                                # a server that closes: by then the headers have been sent.
+                                "retry_policy": {"retry_on": "connect-failure", "num_retries": 1},
                             },
                         }
                     ],

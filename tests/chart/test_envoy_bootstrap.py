@@ -13,7 +13,7 @@ import chart
 import pytest
 import yaml
 from control_driver import Driver
-from control_peers import snapshot
+from control_peers import POOL, snapshot
 from control_plane import PickerProcess
 from envoy_process import BINARY, ModelServer, free_port
 from ext_proc_peer import until
@@ -108,12 +108,10 @@ class Pods:
 
     def __init__(self, text: str, arguments: list[str], folder: Path) -> None:
         self.server, self.driver = ModelServer(), Driver()
-        pool = "default/chat"
         self.picker = PickerProcess(
             *(folder, "epp-0", "chat", self.driver.port, None),
             *("--secure-serving=true", "--drain-timeout=60s"),
         )
-        self.driver.put(pool, snapshot(30.0, pool, self.server.address))
         self.http, self.health = free_port(), free_port()
         for old, new in (
             ("chat-epp-headless.forebay-system.svc.cluster.local", "localhost"),
@@ -131,6 +129,10 @@ class Pods:
         self.envoy = subprocess.Popen(
             [str(BINARY), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
+
+    def program(self) -> None:
+        """Give the picker its first plan: from then on it serves."""
+        self.driver.put(POOL, snapshot(30.0, POOL, self.server.address))
 
     def ask(self, port: int, path: str, body: str | None = None, **headers: str) -> int:
         """Make a request and return the status of the answer; 0 if there is none."""
@@ -161,14 +163,32 @@ class Pods:
 
 
 @pytest.fixture
-def pods(text, tmp_path):
+def starting(text, tmp_path):
+    """An Envoy that runs, and a picker that has no plan yet."""
     deployment = chart.one(chart.objects(f"--values={VALUES}"), "Deployment", "chat-envoy")
     made = Pods(text, chart.container(deployment)["args"], tmp_path)
     try:
-        until(made.ready, 60)
         yield made
     finally:
         made.end()
+
+
+@pytest.fixture
+def pods(starting):
+    starting.program()
+    until(starting.ready, 60)
+    return starting
+
+
+def test_it_is_unready_until_an_endpoint_picker_serves(starting):
+    """The Service has no ready Envoy before: no client gets a 500 because all starts at once."""
+    until(lambda: starting.ask(starting.health, "/ready") == 503, 60)
+    assert not starting.ready()
+
+    starting.program()
+    until(starting.ready, 60)
+
+    assert [starting.complete() for _ in range(5)] == [200] * 5
 
 
 def test_a_request_goes_where_the_endpoint_picker_says(pods):

@@ -32,7 +32,7 @@ static_resources:
                   cluster: model_servers
                   timeout: 0s
                   idle_timeout: 0s
-                  retry_policy: {retry_on: "connect-failure,refused-stream", num_retries: 2}
+                  retry_policy: {retry_on: connect-failure, num_retries: 1}
           http_filters:
           # A client must not choose the server: the cluster below goes wherever this header says.
           - name: envoy.filters.http.header_mutation
@@ -89,8 +89,16 @@ static_resources:
   - name: model_servers
     type: ORIGINAL_DST
     lb_policy: CLUSTER_PROVIDED
-    connect_timeout: 10s
+    connect_timeout: 3s
     original_dst_lb_config: {use_http_header: true, http_header_name: x-gateway-destination-endpoint}
+    upstream_connection_options:
+      tcp_keepalive: {keepalive_time: 30, keepalive_interval: 10, keepalive_probes: 3}
+    # Below the 5 s after which model servers close an idle connection.
+    typed_extension_protocol_options:
+      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
+        "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
+        common_http_protocol_options: {idle_timeout: 3s}
+        explicit_http_config: {http_protocol_options: {}}
     circuit_breakers:
       {{- include "forebay.envoyBreakers" . | nindent 6 }}
   - name: epp
