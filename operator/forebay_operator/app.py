@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from forebay_operator import metrics, pages, sources, tls
 from forebay_operator.cluster import ApiError, Cluster
 from forebay_operator.control import ControlServer, join
+from forebay_operator.denials import Denial, Denials
 from forebay_operator.election import Elector, Leadership
 from forebay_operator.folder import FolderOperator
 from forebay_operator.issuing import Issuer, Places
@@ -104,7 +105,8 @@ class ClusterReporter:
                 continue
             text = f"{change.type}={change.status}"
             await self._cluster.event(
-                kind=entry.kind,
+                api_version=entry.kind.api_version,
+                kind=entry.kind.kind,
                 namespace=entry.metadata.namespace,
                 name=entry.metadata.name,
                 uid=entry.metadata.uid,
@@ -121,6 +123,8 @@ class ClusterOperator:
         self._settings = settings
         self._cluster = cluster or Cluster()
         self._store = Store()
+        self._denials = Denials(self._tell)
+        self._told: set[asyncio.Task[None]] = set()
         self._control = ControlServer(
             self._trust(),
             changed=self._pickers_changed,
@@ -153,7 +157,7 @@ class ClusterOperator:
         places = Places(
             settings.lease_namespace, settings.control_tls_secret, settings.control_ca_configmaps
         )
-        return Issuer(self._cluster, places, settings.control_server_name)
+        return Issuer(self._cluster, places, settings.control_server_name, self._denials)
 
     def _trust(self) -> Any:
         def expected(pool: str) -> Any:
@@ -172,6 +176,25 @@ class ClusterOperator:
             case "certificate":
                 return CertificateTrust(pods)
         return believe
+
+    def _tell(self, denial: Denial, new: bool) -> None:  # noqa: FBT001  # as Denials calls it
+        """Post an Event about the operator's own Lease: elsewhere it may lack the right."""
+
+        async def post() -> None:
+            with suppress(ApiError):  # it stands in the log as well
+                await self._cluster.event(
+                    api_version="coordination.k8s.io/v1",
+                    kind="Lease",
+                    namespace=self._settings.lease_namespace,
+                    name=self._settings.lease_name,
+                    warning=new,
+                    reason="Denied" if new else "Allowed",
+                    message=str(denial) if new else f"no longer: {denial}",
+                )
+
+        task = asyncio.get_running_loop().create_task(post())
+        self._told.add(task)
+        task.add_done_callback(self._told.discard)
 
     def _pickers_changed(self, pool: str) -> None:
         self._reconciler.pickers_changed(pool)
@@ -253,6 +276,7 @@ class ClusterOperator:
                 self._reconciler,
                 self._store,
                 lambda: self._watching.waits_for,
+                lambda: str(self._denials),
             )
         except OSError as error:
             raise StartError(f"--http-port {settings.http_port}: {error.strerror}") from error

@@ -21,10 +21,13 @@ from forebay_operator import certificates, metrics
 from forebay_operator.cluster import ApiError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from forebay_operator.denials import Denials
 
 LOOK_SECONDS = 60.0
 MIN_RETRY_SECONDS = 0.5
+_RESOURCE = "configmaps"
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +60,7 @@ class Issuer:
         cluster: the API.
         places: where it is kept.
         server_name: the DNS name by which endpoint pickers know the operator.
+        denials: told of the ConfigMaps in which the CAs cannot be published.
         time_of_day: seconds since 1970.
     """
 
@@ -65,12 +69,14 @@ class Issuer:
         cluster: Objects,
         places: Places,
         server_name: str,
+        denials: Denials,
         time_of_day: Callable[[], float] = time.time,
     ) -> None:
         self._cluster = cluster
         self._places = places
         self._server_name = server_name
         self._time_of_day = time_of_day
+        self._denials = denials
         self._pair: tuple[bytes, bytes] | None = None
 
     @property
@@ -85,21 +91,21 @@ class Issuer:
         return self._pair
 
     async def first(self) -> None:
-        """Look until there is something to serve."""
+        """Issue until there is something to serve; publishing it is left to `run`."""
         wait = MIN_RETRY_SECONDS
-        while not await self._try():
+        while not await self._try(self._issue_from_secret()):
             await asyncio.sleep(random.uniform(0.5, 1.0) * wait)  # noqa: S311  # jitter
             wait = min(2 * wait, LOOK_SECONDS)
 
     async def run(self) -> None:
-        """Look from time to time, for ever."""
+        """Look now and from time to time, until cancelled."""
         while True:
+            await self._try(self.look())
             await asyncio.sleep(random.uniform(0.8, 1.0) * LOOK_SECONDS)  # noqa: S311  # jitter
-            await self._try()
 
-    async def _try(self) -> bool:
+    async def _try(self, work: Awaitable[object]) -> bool:
         try:
-            await self.look()
+            await work
         except ApiError as error:
             if error.status != 409:  # 409: another replica was faster
                 _log.error("certificates of the control channel: %s", error)
@@ -107,44 +113,79 @@ class Issuer:
         return True
 
     async def look(self) -> None:
-        """Read what there is, issue what is due, publish the CAs.
+        """Read what there is, issue what is due and serve it, then publish the CAs.
+
+        Each ConfigMap by itself: what becomes of one changes nothing for the leaf or the others,
+        and one that cannot be read counts as absent.
 
         Raises:
-            ApiError: the API server refuses or cannot be asked; what was served before still is.
+            ApiError: the Secret cannot be read or written; what was served before still is.
         """
-        now = dt.datetime.fromtimestamp(self._time_of_day(), dt.UTC)
+        secret = await self._issue_from_secret()
+        maps = await asyncio.gather(*map(self._config_map, self._places.config_maps))
+        _, wanted = await self._issue(secret, [_bundle(each) for each in maps if each])
+        await asyncio.gather(
+            *(
+                self._publish(place, each, wanted[certificates.CA])
+                for place, each in zip(self._places.config_maps, maps, strict=True)
+                if each is not None
+            )
+        )
+
+    async def _issue_from_secret(self) -> dict[str, Any]:
+        """Issue and serve without a look at what is published; return the Secret.
+
+        A leaf of an older CA stays where it is not known that the new CA is published.
+        """
         secret = await self._cluster.get_object(
             "secrets", self._places.namespace, self._places.secret
         )
-        maps = [await self._config_map(*place) for place in self._places.config_maps]
+        secret, _ = await self._issue(secret, [b""])
+        return secret
+
+    async def _issue(
+        self, secret: dict[str, Any], published: list[bytes]
+    ) -> tuple[dict[str, Any], Mapping[str, bytes]]:
+        """Store what is due in the Secret and serve it; return the Secret and what it holds."""
+        now = dt.datetime.fromtimestamp(self._time_of_day(), dt.UTC)
         found = _decoded(secret)
-        wanted = certificates.renew(
-            found, [_bundle(each) for each in maps if each], self._server_name, now
-        )
+        wanted = certificates.renew(found, published, self._server_name, now)
         if wanted is not found:
             data = {key: base64.b64encode(pem).decode() for key, pem in wanted.items()}
             secret["data"] = {**(secret.get("data") or {}), **data}
-            await self._cluster.put_object(
+            secret = await self._cluster.put_object(
                 "secrets", self._places.namespace, self._places.secret, secret
             )
         self._serve(wanted)
-        for place, each in zip(self._places.config_maps, maps, strict=True):
-            if each and _bundle(each) != wanted[certificates.CA]:
-                each["data"] = {
-                    **(each.get("data") or {}),
-                    certificates.CA: wanted[certificates.CA].decode(),
-                }
-                await self._cluster.put_object("configmaps", *place, each)
+        return secret, wanted
 
-    async def _config_map(self, namespace: str, name: str) -> dict[str, Any] | None:
-        """Read one; None where it has gone, so that there is nobody to read it."""
+    async def _config_map(self, place: tuple[str, str]) -> dict[str, Any] | None:
+        """Read one; None where that fails."""
         try:
-            return await self._cluster.get_object("configmaps", namespace, name)
+            return await self._cluster.get_object("configmaps", *place)
         except ApiError as error:
-            if error.status != 404:
-                raise
-            _log.error("there is no ConfigMap to publish the CA in: %s/%s", namespace, name)
+            self._failed(place, "read", error)
             return None
+
+    async def _publish(self, place: tuple[str, str], found: dict[str, Any], bundle: bytes) -> None:
+        """Write the CAs into a ConfigMap that holds others."""
+        if _bundle(found) != bundle:
+            found["data"] = {**(found.get("data") or {}), certificates.CA: bundle.decode()}
+            try:
+                await self._cluster.put_object("configmaps", *place, found)
+            except ApiError as error:
+                self._failed(place, "written", error)
+                return
+        self._denials.allow(_RESOURCE, place[0])
+
+    def _failed(self, place: tuple[str, str], done: str, error: ApiError) -> None:
+        """Tell of a ConfigMap for whose sake nothing else stops."""
+        if error.status == 409:  # another replica was faster
+            return
+        if 400 <= error.status < 500:
+            self._denials.deny(_RESOURCE, place[0], f"{place[1]} cannot be {done}: {error}")
+        else:  # the API server has troubles of its own
+            _log.warning("ConfigMap %s/%s cannot be %s: %s", *place, done, error)
 
     def _serve(self, wanted: Mapping[str, bytes]) -> None:
         pair = (wanted[certificates.LEAF_KEY], wanted[certificates.LEAF])

@@ -22,3 +22,8 @@ CERTIFICATE_EXPIRES = Gauge(
     "forebay_control_certificate_expiry_timestamp_seconds",
     "When the served certificate runs out, where the operator issues it itself",
 )
+DENIED = Gauge(
+    "forebay_denied_namespaces",
+    "Namespaces in which the API server denies the operator a resource it needs",
+    ["resource"],
+)

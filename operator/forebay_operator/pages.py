@@ -24,7 +24,12 @@ STUCK_SECONDS = 60.0
 
 
 async def serve(
-    address: str, port: int, reconciler: Reconciler, store: Store, waits_for: Callable[[], str]
+    address: str,
+    port: int,
+    reconciler: Reconciler,
+    store: Store,
+    waits_for: Callable[[], str],
+    lacks: Callable[[], str] = str,
 ) -> web.AppRunner:
     """Serve until the runner is cleaned up.
 
@@ -37,12 +42,13 @@ async def serve(
         reconciler: what is planned and how it stands.
         store: what is known.
         waits_for: says why the store is not filled yet, nothing when it is.
+        lacks: says in lines what the operator may not do, nothing when it may do all it should.
 
     Raises:
         OSError: the address cannot be bound.
     """
     app = web.Application()
-    app.add_routes(routes(reconciler, store, waits_for))
+    app.add_routes(routes(reconciler, store, waits_for, lacks))
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:
@@ -54,7 +60,10 @@ async def serve(
 
 
 def routes(
-    reconciler: Reconciler, store: Store, waits_for: Callable[[], str]
+    reconciler: Reconciler,
+    store: Store,
+    waits_for: Callable[[], str],
+    lacks: Callable[[], str] = str,
 ) -> list[web.RouteDef]:
     """Return the pages; the arguments are those of `serve`."""
 
@@ -66,9 +75,10 @@ def routes(
 
     async def readyz(_: web.Request) -> web.Response:
         reason = waits_for()
+        denied = "".join(f"denied: {line}\n" for line in lacks().splitlines())
         if reason:
-            return web.Response(text=f"waits for {reason}\n", status=503)
-        return web.Response(text="ok\n")
+            return web.Response(text=f"waits for {reason}\n{denied}", status=503)
+        return web.Response(text=f"ok\n{denied}")
 
     async def metrics(request: web.Request) -> web.Response:
         data, kind = exposition.choose_encoder(request.headers.get("accept", ""))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import secrets
 
 import pytest
 from control_plane import apply
@@ -13,6 +14,7 @@ from operator_account import kubeconfig_of
 
 from forebay_operator import certificates
 from forebay_operator.cluster import ApiError, Cluster
+from forebay_operator.denials import Denials
 from forebay_operator.issuing import Issuer, Places
 
 ACCOUNT = "operator"
@@ -58,11 +60,14 @@ class Site:
     def __init__(self, cluster, namespace: str) -> None:
         self.cluster, self.namespace = cluster, namespace
         self.connections: list[Cluster] = []
+        self.denials = Denials()
 
-    def issuer(self, **options) -> Issuer:
+    def issuer(self, *others: str, **options) -> Issuer:
+        """One that publishes in this namespace, after the others given."""
         self.connections.append(Cluster())
-        places = Places(self.namespace, SECRET, ((self.namespace, CONFIG_MAP),))
-        return Issuer(self.connections[-1], places, NAME, **options)
+        maps = tuple((name, CONFIG_MAP) for name in (*others, self.namespace))
+        places = Places(self.namespace, SECRET, maps)
+        return Issuer(self.connections[-1], places, NAME, self.denials, **options)
 
     def secret(self) -> dict[str, bytes]:
         data = self.cluster.get("secret", SECRET, "-n", self.namespace).get("data", {})
@@ -89,6 +94,7 @@ async def test_replicas_that_start_at_once_serve_the_same_leaf(site):
     replicas = [site.issuer() for _ in range(4)]
 
     await asyncio.gather(*(replica.first() for replica in replicas))
+    await replicas[0].look()
 
     secret = site.secret()
     assert {replica.pair for replica in replicas} == {(secret["tls.key"], secret["tls.crt"])}
@@ -122,7 +128,7 @@ async def test_what_somebody_else_keeps_there_stays(site):
             *("patch", kind, name, "-n", site.namespace, "--type=merge", "-p", patch)
         )
 
-    await site.issuer().first()
+    await site.issuer().look()
 
     assert site.secret()["other"] == b"kept"
     found = site.cluster.get("configmap", CONFIG_MAP, "-n", site.namespace)
@@ -132,7 +138,7 @@ async def test_what_somebody_else_keeps_there_stays(site):
 async def test_a_ca_that_was_taken_out_of_the_config_map_is_published_again(site):
     """Somebody has applied the empty object over it; the leaf stays."""
     issuer = site.issuer()
-    await issuer.first()
+    await issuer.look()
     before, bundle = issuer.pair, site.published()
     patch = json.dumps({"data": None})
     site.cluster.kubectl(
@@ -178,7 +184,7 @@ async def test_a_ca_is_replaced_in_secret_and_config_map(site):
     """Both CAs are published while the leaf is still the old one's."""
     days = 0.0
     issuer = site.issuer(time_of_day=lambda: days * 86400 + 1.8e9)
-    await issuer.first()
+    await issuer.look()
     old = x509.load_pem_x509_certificates(site.secret()["ca.crt"])
 
     days = certificates.CA_LASTS.days * 2 / 3 + 1
@@ -188,3 +194,68 @@ async def test_a_ca_is_replaced_in_secret_and_config_map(site):
     assert both[1:] == old
     leaf = x509.load_pem_x509_certificate(issuer.pair[1])
     leaf.verify_directly_issued_by(old[0])
+
+
+@pytest.fixture
+def other(cluster):
+    """A namespace in which the operator has no rights."""
+    name = f"other-{secrets.token_hex(4)}"
+    cluster.kubectl("create", "namespace", name)
+    apply(
+        cluster, name, {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": CONFIG_MAP}}
+    )
+    yield name
+    cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+async def test_a_namespace_that_forbids_reading_costs_itself_only(site, other):
+    """The leaf is issued and served, the CA published elsewhere, and the denial names it."""
+    issuer = site.issuer(other)
+
+    await issuer.first()
+    await issuer.look()
+
+    assert issuer.pair[1] == site.secret()["tls.crt"]
+    assert site.published().encode() == site.secret()["ca.crt"]
+    assert f"namespace {other}: {CONFIG_MAP} cannot be read: 403" in str(site.denials)
+
+
+async def test_a_config_map_that_cannot_be_written_costs_itself_only(site, other):
+    """Immutable: it is the first to be published, and the second one is all the same."""
+    give_rights(site, other)
+    patch = json.dumps({"immutable": True})
+    site.cluster.kubectl(
+        *("patch", "configmap", CONFIG_MAP, "-n", other, "--type=merge", "-p", patch)
+    )
+    issuer = site.issuer(other)
+
+    await issuer.look()
+
+    assert site.published().encode() == site.secret()["ca.crt"]
+    assert f"namespace {other}: {CONFIG_MAP} cannot be written: 422" in str(site.denials)
+
+
+async def test_a_leaf_is_renewed_while_a_namespace_is_forbidden(site, other):
+    """Sixty-one days later, and the CA is published as soon as the right is given back."""
+    days = 0
+    issuer = site.issuer(other, time_of_day=lambda: days * 86400 + 1.8e9)
+    await issuer.look()
+    before = issuer.pair
+
+    days = 61
+    await issuer.look()
+    assert issuer.pair != before
+
+    give_rights(site, other)
+    await issuer.look()
+
+    found = site.cluster.get("configmap", CONFIG_MAP, "-n", other)
+    assert found["data"]["ca.crt"].encode() == site.secret()["ca.crt"]
+    assert str(site.denials) == ""
+
+
+def give_rights(site, namespace: str) -> None:
+    """As the chart does: a Role and its RoleBinding."""
+    role, binding = manifests()[-2:]
+    subject = {"kind": "ServiceAccount", "name": ACCOUNT, "namespace": site.namespace}
+    apply(site.cluster, namespace, role, {**binding, "subjects": [subject]})
