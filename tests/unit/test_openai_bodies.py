@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forebay_epp.codec import openai
-from forebay_epp.codec.openai import answers
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.text(max_size=8),
@@ -163,58 +162,6 @@ def test_members_keep_their_bytes_when_the_model_changes():
     body = rb'{"n":1.0000000000000000001,"model":"m","s":"\u00e4"}'
 
     assert openai.with_model(body, "t") == rb'{"n":1.0000000000000000001,"model":"t","s":"\u00e4"}'
-
-
-def test_usage_of_the_responses_api_is_read():
-    """The last event wraps the response; tokens are named input and output."""
-    reader = openai.UsageReader(events=True)
-    reader.feed(
-        b'event: response.completed\ndata: {"type":"response.completed","response":'
-        b'{"usage":{"input_tokens":5,"output_tokens":6}}}\n\n'
-    )
-
-    assert reader.usage() == openai.Usage(5, 6)
-
-
-def test_usage_of_a_stream_is_read_from_its_end_in_bounded_memory():
-    """A long stream does not accumulate."""
-    reader = openai.UsageReader(events=True)
-    for _ in range(10_000):
-        reader.feed(b'data: {"choices":[]}\n\n')
-    reader.feed(b'data: {"usage":{"prompt_tokens":1,"completion_tokens":2}}\n\n')
-
-    assert reader.usage() == openai.Usage(1, 2)
-    assert sum(map(len, reader._chunks)) <= answers.MAX_EVENT_BYTES + 100
-
-
-@pytest.mark.parametrize("size", [1, 100, 4096])
-def test_a_long_event_is_read_from_many_chunks(size):
-    """The Responses API repeats the whole answer beside its usage."""
-    text = b'data: {"text":"' + b"x" * 12_000 + b'","usage":{"prompt_tokens":1}}\n\n'
-    reader = openai.UsageReader(events=True)
-    for start in range(0, len(text), size):
-        reader.feed(text[start : start + size])
-
-    assert reader.usage() == openai.Usage(1, 0)
-
-
-def test_an_answer_that_is_too_long_has_no_usage():
-    """And is not kept."""
-    reader = openai.UsageReader(events=False)
-    for _ in range(3):
-        reader.feed(b"x" * (answers.MAX_USAGE_BYTES // 2))
-
-    assert reader.usage() is None
-    assert not reader._chunks
-
-
-@given(data=st.binary(max_size=100), events=st.booleans())
-def test_usage_of_anything_never_raises(data, events):
-    """A server may answer whatever it likes."""
-    reader = openai.UsageReader(events=events)
-    reader.feed(data)
-
-    assert reader.usage() is None or isinstance(reader.usage(), openai.Usage)
 
 
 def test_names_beyond_ascii_are_restored_in_both_spellings():

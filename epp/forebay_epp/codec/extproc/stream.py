@@ -150,7 +150,7 @@ class ExtProcStream:
         self._trailers = False
         self._half_closed = False
         self._restorer: openai.ModelRestorer | None = None
-        self._reader: openai.UsageReader | None = None
+        self._reader: openai.JSONUsageReader | openai.EventUsageReader | None = None
 
     @property
     def lockstep(self) -> bool:
@@ -471,7 +471,7 @@ class ExtProcStream:
                     encoded = value not in (b"", b"identity")
         self.status = self.status or 200
         if not encoded:
-            self._reader = openai.UsageReader(events=events)
+            self._reader = openai.EventUsageReader() if events else openai.JSONUsageReader()
         else:
             self._restorer = None
         self.outbox.append(

@@ -4,18 +4,20 @@ Requests: the model name, and the same body under another one. Answers: usage, t
 name put back. Refusals: OpenAI's error object. How bodies travel is codec/extproc.
 """
 
-from forebay_epp.codec.openai.answers import ModelRestorer, Usage, UsageReader
 from forebay_epp.codec.openai.errors import HTTP_STATUS, BadRequestError, error_body
 from forebay_epp.codec.openai.paths import ModelField, model_field
+from forebay_epp.codec.openai.renaming import ModelRestorer
 from forebay_epp.codec.openai.requests import read_model, with_model
+from forebay_epp.codec.openai.usage import EventUsageReader, JSONUsageReader, Usage
 
 __all__ = [
     "HTTP_STATUS",
     "BadRequestError",
+    "EventUsageReader",
+    "JSONUsageReader",
     "ModelField",
     "ModelRestorer",
     "Usage",
-    "UsageReader",
     "error_body",
     "model_field",
     "read_model",
