@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from chart_release import NO_CRDS, deployed
+from chart_release import NO_CRDS, WAIT_SECONDS, deployed
+from ext_proc_peer import until
 
 FOLDER = Path(__file__).parent / "values"
 
@@ -106,6 +107,40 @@ def test_the_ca_is_published_to_pools_elsewhere(release, kinds):
 
     published = expected("get update", "", "configmaps", "forebay-control-ca")
     assert there - anybody == WATCHED | REVIEWS | published
+
+
+def test_editors_of_a_namespace_write_its_policies_and_viewers_read_them(release):
+    """By the cluster's own roles edit and view; the status is the operator's alone."""
+    release.install(f"--values={FOLDER / 'pool.yaml'}", NO_CRDS, "--set=operator.replicas=0")
+    tokens = {role: member(release, role) for role in ("edit", "view")}
+    path = f"/apis/forebay.dev/v1alpha1/namespaces/{release.namespace}/flowcontrolpolicies"
+    made = {"apiVersion": "forebay.dev/v1alpha1", "kind": "FlowControlPolicy"}
+    made |= {"metadata": {"name": "chat"}, "spec": {"targetRefs": [{"name": "chat"}]}}
+
+    def ask(role: str, method: str, name: str = "", body: dict | None = None) -> int:
+        return release.cluster.ask(method, f"{path}{name}", body, token=tokens[role])[0]
+
+    until(lambda: ask("edit", "GET") == ask("view", "GET") == 200, WAIT_SECONDS)
+    assert ask("view", "POST", body=made) == 403
+    assert ask("edit", "POST", body=made) == 201
+    for role, token in tokens.items():
+        status, found = release.cluster.ask("GET", f"{path}/chat", token=token)
+        assert status == 200
+        assert ask(role, "PUT", "/chat/status", found) == 403
+    assert ask("edit", "PUT", "/chat", found) == 200
+    assert ask("view", "PUT", "/chat", found) == 403
+    assert ask("view", "DELETE", "/chat") == 403
+    assert ask("edit", "DELETE", "/chat") == 200
+
+
+def member(release, role: str) -> str:
+    """The token of an account that has one of the cluster's own roles in the namespace."""
+    where = ("-n", release.namespace)
+    kubectl = release.cluster.kubectl
+    kubectl("create", "serviceaccount", role, *where)
+    account = f"--serviceaccount={release.namespace}:{role}"
+    kubectl("create", "rolebinding", role, f"--clusterrole={role}", account, *where)
+    return kubectl("create", "token", role, *where).stdout.strip()
 
 
 def test_an_endpoint_picker_may_nothing(release):

@@ -1,7 +1,9 @@
 {{- /* What pods have in common. The argument is (dict "root" $ "values" VALUES "component" NAME ["pool" NAME]). */}}
 
 {{- define "forebay.image" -}}
-{{ .values.image.registry }}/{{ .values.image.repository }}:{{ .values.image.tag | default .root.Chart.AppVersion }}
+{{- with .values.image -}}
+{{ .registry }}/{{ .repository }}{{ with .digest }}@{{ . }}{{ else }}:{{ .tag | default $.root.Chart.AppVersion }}{{ end }}
+{{- end }}
 {{- end }}
 
 {{- define "forebay.podMetadata" -}}
