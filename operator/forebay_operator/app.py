@@ -121,7 +121,7 @@ class ClusterOperator:
 
     def __init__(self, settings: Settings, cluster: Cluster | None = None) -> None:
         self._settings = settings
-        self._cluster = cluster or Cluster()
+        self._cluster = cluster or Cluster(manager=f"forebay-{settings.controller_name}")
         self._store = Store()
         self._denials = Denials(self._tell)
         self._told: set[asyncio.Task[None]] = set()
@@ -130,7 +130,9 @@ class ClusterOperator:
             changed=self._pickers_changed,
             higher_epoch=self._higher_epoch,
         )
-        self._reconciler = Reconciler(self._store, self._control, ClusterReporter(self._cluster))
+        self._reconciler = Reconciler(
+            self._store, self._control, ClusterReporter(self._cluster), settings.controller_name
+        )
         self._watching = Watching(
             self._cluster,
             self._store,

@@ -61,9 +61,19 @@ def now_text() -> str:
 
 
 class Cluster:
-    """One API server."""
+    """One API server.
 
-    def __init__(self, get_login: Callable[[], kopf.ConnectionInfo] = login) -> None:
+    Args:
+        get_login: finds credentials.
+        manager: owns the fields that are written by server-side apply.
+    """
+
+    def __init__(
+        self,
+        get_login: Callable[[], kopf.ConnectionInfo] = login,
+        manager: str = FIELD_MANAGER,
+    ) -> None:
+        self._manager = manager
         self._get_login = get_login
         self._info: kopf.ConnectionInfo | None = None
         self._session: aiohttp.ClientSession | None = None
@@ -112,7 +122,7 @@ class Cluster:
             "PATCH",
             f"{_path(kind, namespace)}/{name}/status",
             body=body,
-            query={"fieldManager": FIELD_MANAGER, "force": "true"},
+            query={"fieldManager": self._manager, "force": "true"},
             content_type=_APPLY,
         )
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from forebay_control.v1 import control_pb2 as pb
 
 CONTROLLER_NAME = "forebay.dev/operator"
+NOT_CLAIMED = "PoolNotClaimed"
+MAX_ANCESTORS = 16  # the schema's
 PLAN_HELD = "PlanHeld"
 MAX_NAMED = 5
 MAX_MESSAGE = 1024
@@ -100,8 +102,21 @@ class Transition:
         return (self.status == "True") == (self.type == "Degraded")
 
 
-def policy_status(subject: Subject, attachments: Sequence[Attachment]) -> dict[str, Any]:
-    """Return the status of a FlowControlPolicy, its conditions without times."""
+def policy_status(
+    subject: Subject,
+    attachments: Sequence[Attachment],
+    controller_name: str = CONTROLLER_NAME,
+    *,
+    summary: bool = True,
+) -> dict[str, Any]:
+    """Return the status of a FlowControlPolicy, its conditions without times.
+
+    Args:
+        subject: the policy.
+        attachments: its pools, without those of other controllers.
+        controller_name: whose status it is.
+        summary: whether the parts about all pools together are this controller's to write.
+    """
     live = [a for a in attachments if a.pickers is not None and a.refused is None]
     pickers = [picker for attachment in live for picker in attachment.pickers or ()]
     accepted = _accepted(subject, attachments)
@@ -120,7 +135,7 @@ def policy_status(subject: Subject, attachments: Sequence[Attachment]) -> dict[s
     }
     status: dict[str, Any] = {
         "conditions": [{**c, "observedGeneration": subject.generation} for c in conditions],
-        "ancestors": [_ancestor(subject, attachment) for attachment in attachments],
+        "ancestors": [_ancestor(subject, each, controller_name) for each in attachments],
         "endpointPickers": {**counts, "ready": f"{counts['programmed']}/{counts['desired']}"},
         "pools": [_pool(attachment) for attachment in live],
     }
@@ -130,6 +145,8 @@ def policy_status(subject: Subject, attachments: Sequence[Attachment]) -> dict[s
     if live:
         status["queued"] = sum(q["requests"] for pool in status["pools"] for q in pool["queues"])
         status["saturation"] = max((pool["saturation"] for pool in status["pools"]), key=float)
+    if not summary:
+        return {name: status[name] for name in ("ancestors", "pools")}
     return status
 
 
@@ -155,15 +172,25 @@ def was_in_force(status: Mapping[str, Any]) -> bool:
     )
 
 
-def with_times(status: dict[str, Any], before: Mapping[str, Any], now: str) -> dict[str, Any]:
-    """Give each condition its lastTransitionTime: `now` only where its status has flipped."""
+def with_times(
+    status: dict[str, Any],
+    before: Mapping[str, Any],
+    now: str,
+    controller_name: str = CONTROLLER_NAME,
+) -> dict[str, Any]:
+    """Give each condition its lastTransitionTime: `now` only where its status has flipped.
+
+    The list of ancestors is written as a whole, so those of other controllers are kept in it.
+    """
     times = _times(before.get("conditions"))
     old_ancestors = {
         _key(ancestor): _times(ancestor.get("conditions"))
         for ancestor in before.get("ancestors") or ()
         if isinstance(ancestor, dict)
     }
-    stamped = {**status, "conditions": _stamped(status["conditions"], times, now)}
+    stamped = dict(status)
+    if "conditions" in status:
+        stamped["conditions"] = _stamped(status["conditions"], times, now)
     if "ancestors" in status:
         stamped["ancestors"] = [
             {
@@ -174,18 +201,32 @@ def with_times(status: dict[str, Any], before: Mapping[str, Any], now: str) -> d
             }
             for ancestor in status["ancestors"]
         ]
+        others = [
+            ancestor
+            for ancestor in before.get("ancestors") or ()
+            if isinstance(ancestor, dict) and ancestor.get("controllerName") != controller_name
+        ]
+        stamped["ancestors"] = [*stamped["ancestors"], *others][:MAX_ANCESTORS]
     return stamped
 
 
-def differs(desired: Mapping[str, Any], observed: Mapping[str, Any]) -> str:
+def differs(
+    desired: Mapping[str, Any],
+    observed: Mapping[str, Any],
+    controller_name: str = CONTROLLER_NAME,
+) -> str:
     """Compare, times aside: "" the same, "numbers" only live numbers moved, "meaning" more.
 
-    Only what we write is looked at: other writers' conditions are theirs.
+    Only what we write is looked at: what other writers add is theirs.
     """
-    if _meaning(desired) != _meaning(observed, like=desired):
+    if _meaning(desired, desired, controller_name) != _meaning(observed, desired, controller_name):
         return "meaning"
-    numbers = ("pools", "queued", "saturation")
-    if any(desired.get(name) != observed.get(name) for name in numbers):
+    mine = {pool["name"] for pool in desired.get("pools") or ()}
+    pools = [pool for pool in observed.get("pools") or () if pool.get("name") in mine]
+    if pools != (desired.get("pools") or []):
+        return "numbers"
+    numbers = ("queued", "saturation")
+    if "conditions" in desired and any(desired.get(n) != observed.get(n) for n in numbers):
         return "numbers"
     return ""
 
@@ -201,14 +242,14 @@ def transitions(desired: Mapping[str, Any], observed: Mapping[str, Any]) -> list
     }
     refused = {
         c["reason"]
-        for c in desired["conditions"]
+        for c in desired.get("conditions") or ()
         if c["type"] == "Accepted" and c["status"] == "False"
     }
     return [
         Transition(
             c["type"], c["status"], c["reason"], c["message"], before.get(c["type"], ("",))[0] or ""
         )
-        for c in desired["conditions"]
+        for c in desired.get("conditions") or ()
         if before.get(c["type"]) != (c["status"], c["reason"])
         and (c["type"] == "Accepted" or c["reason"] not in refused)
     ]
@@ -218,7 +259,7 @@ def unsettled(status: Mapping[str, Any]) -> bool:
     """Say whether the status is one that acknowledgements are about to change."""
     return any(
         condition["type"] == "Programmed" and condition["reason"] == "Pending"
-        for condition in status["conditions"]
+        for condition in status.get("conditions") or ()
     )
 
 
@@ -353,7 +394,7 @@ def _degraded(
     return _condition("Degraded", "False", "AsExpected", "")
 
 
-def _ancestor(subject: Subject, attachment: Attachment) -> dict[str, Any]:
+def _ancestor(subject: Subject, attachment: Attachment, controller_name: str) -> dict[str, Any]:
     if subject.problems:
         accepted = _condition("Accepted", "False", "Invalid", _fix(subject))
     elif attachment.pickers is None:
@@ -370,7 +411,7 @@ def _ancestor(subject: Subject, attachment: Attachment) -> dict[str, Any]:
             "namespace": subject.namespace,
             "name": attachment.pool,
         },
-        "controllerName": CONTROLLER_NAME,
+        "controllerName": controller_name,
         "conditions": [{**accepted, "observedGeneration": subject.generation}],
     }
 
@@ -452,9 +493,10 @@ def _key(ancestor: Mapping[str, Any]) -> str:
     return f"{reference.get('group')}/{reference.get('name')}/{ancestor.get('controllerName')}"
 
 
-def _meaning(status: Mapping[str, Any], like: Mapping[str, Any] | None = None) -> Any:
-    """Return what of a status people act on, of another's only the parts that `like` has too."""
-    types = {c["type"] for c in (like or status).get("conditions") or ()}
+def _meaning(status: Mapping[str, Any], like: Mapping[str, Any], controller_name: str) -> Any:
+    """Return what of a status people act on, only the parts that `like` has too."""
+    types = {c["type"] for c in like.get("conditions") or ()}
+    mine = {pool["name"] for pool in like.get("pools") or ()}
     conditions = {
         c.get("type"): (
             c.get("status"),
@@ -471,12 +513,12 @@ def _meaning(status: Mapping[str, Any], like: Mapping[str, Any] | None = None) -
             for c in a.get("conditions") or ()
         ]
         for a in status.get("ancestors") or ()
-        if a.get("controllerName") == CONTROLLER_NAME
+        if a.get("controllerName") == controller_name
     }
     return (
         conditions,
         ancestors,
-        status.get("programmedGeneration"),
-        status.get("endpointPickers"),
-        [pool.get("name") for pool in status.get("pools") or ()],
+        status.get("programmedGeneration") if types else None,
+        status.get("endpointPickers") if types else None,
+        sorted(p["name"] for p in status.get("pools") or () if p.get("name") in mine),
     )

@@ -168,7 +168,7 @@ class FolderOperator:
         self._control = ControlServer(
             believe, changed=self._pickers_changed, higher_epoch=self._lead_from
         )
-        self._reconciler = Reconciler(self._store, self._control, self, standalone=True)
+        self._reconciler = Reconciler(self._store, self._control, self, None)
         self._runner: AppRunner | None = None
         self._snapshots: dict[str, pb.Snapshot] = {}
         self._said: frozenset[str] = frozenset()

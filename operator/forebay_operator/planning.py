@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from forebay_control.v1 import control_pb2 as pb
 from forebay_operator.resources import (
+    CONTROLLER_LABEL,
     POOL_LABEL,
     AnyPool,
     Band,
@@ -87,6 +88,12 @@ def pools(resources: Iterable[Resource]) -> list[AnyPool]:
         ):
             found[name] = resource
     return [found[name] for name in sorted(found)]
+
+
+def claimant(pool: AnyPool, resources: Iterable[Resource]) -> str:
+    """Return the controller whose pool it is: its EPP Service's label says; "" where none does."""
+    service = _picker_service(pool, resources)
+    return service.metadata.labels.get(CONTROLLER_LABEL, "") if service else ""
 
 
 def plan(pool: AnyPool, resources: Iterable[Resource], unread: Iterable[Metadata] = ()) -> Planned:
@@ -400,18 +407,29 @@ def _objectives(
 
 def _pickers(pool: AnyPool, resources: list[Resource]) -> dict[str, str]:
     """Return the running pods behind the pool's endpoint picker Service: name by uid."""
-    selectors = [
-        resource.spec.selector
-        for resource in resources
-        if isinstance(resource, Service) and resource.metadata.name == pool.picker_service
-    ]
-    if not selectors or not selectors[0]:
+    service = _picker_service(pool, resources)
+    if service is None or not service.spec.selector:
         return {}
     return {
         resource.metadata.uid: resource.metadata.name
         for resource in resources
-        if isinstance(resource, Pod) and resource.running and _selected(resource, selectors[0])
+        if isinstance(resource, Pod)
+        and resource.running
+        and _selected(resource, service.spec.selector)
     }
+
+
+def _picker_service(pool: AnyPool, resources: Iterable[Resource]) -> Service | None:
+    return next(
+        (
+            resource
+            for resource in resources
+            if isinstance(resource, Service)
+            and resource.metadata.name == pool.picker_service
+            and resource.metadata.namespace == pool.metadata.namespace
+        ),
+        None,
+    )
 
 
 def _selected(pod: Pod, selector: dict[str, str]) -> bool:

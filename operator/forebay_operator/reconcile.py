@@ -18,14 +18,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 from forebay_operator import conditions, metrics, planning
 from forebay_operator.cluster import ApiError, now_text
 from forebay_operator.conditions import Attachment, Subject, Transition
-from forebay_operator.resources import FlowControlPolicy, InferenceModel, InferencePool
+from forebay_operator.resources import (
+    CONTROLLER_LABEL,
+    FlowControlPolicy,
+    InferenceModel,
+    InferencePool,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from forebay_operator.control import ControlServer
     from forebay_operator.planning import Planned
-    from forebay_operator.resources import AnyPool
+    from forebay_operator.resources import AnyPool, Resource
     from forebay_operator.store import Entry, Store
 
 QUIET_SECONDS = 0.05  # plan once nothing has changed for this long,
@@ -77,7 +82,9 @@ class Reconciler:
         store: all objects; who changes it calls `touch`.
         control: the pickers.
         reporter: where statuses go.
-        standalone: the pickers of a pool are those that are connected, since there are no pods.
+        controller: the operator's name; pools are its own whose EPP Service carries it as label
+            forebay.dev/controller. None, without a cluster: all are, and their pickers are those
+            that are connected, since there are neither Services nor pods.
         clock: monotonic seconds.
     """
 
@@ -86,16 +93,18 @@ class Reconciler:
         store: Store,
         control: ControlServer,
         reporter: Reporter,
-        *,
-        standalone: bool = False,
+        controller: str | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._control = control
         self._reporter = reporter
-        self._standalone = standalone
+        self._controller = controller
+        self._standalone = controller is None
+        self._name = f"forebay.dev/{controller}" if controller else conditions.CONTROLLER_NAME
         self._clock = clock
         self._planned: dict[str, tuple[AnyPool, Planned]] = {}
+        self._not_ours: dict[str, str] = {}  # other pools, and whose they are: "" nobody's
         self._dirty: set[str] = set()
         self._touched_at = 0.0
         self._wake = asyncio.Event()
@@ -161,15 +170,17 @@ class Reconciler:
         with metrics.PLANNING.time():
             entries = list(self._store.entries(namespace))
             resources = [entry.resource for entry in entries if entry.resource is not None]
-            pools = {
+            everything = {
                 f"{namespace}/{pool.metadata.name}": pool for pool in planning.pools(resources)
             }
+            pools = self._claimed(namespace, everything, resources)
             for name in [name for name in self._planned if name.partition("/")[0] == namespace]:
                 if name not in pools:
                     del self._planned[name]
                     self._control.forget(name)
                     _log.info(
-                        "pool is gone; its endpoint pickers keep their program",
+                        "pool is %s; its endpoint pickers keep their program",
+                        "not claimed any more" if name in everything else "gone",
                         extra={"pool": name},
                     )
             for name, pool in pools.items():
@@ -187,6 +198,20 @@ class Reconciler:
                     self._control.program(name, planned.snapshot)
             self._unreported.add(namespace)
             self._report_wake.set()
+
+    def _claimed(
+        self, namespace: str, pools: dict[str, AnyPool], resources: list[Resource]
+    ) -> dict[str, AnyPool]:
+        """Return the pools that are ours, and remember whose the others are."""
+        for name in [name for name in self._not_ours if name.partition("/")[0] == namespace]:
+            del self._not_ours[name]
+        if self._controller is None:
+            return pools
+        claimants = {name: planning.claimant(pool, resources) for name, pool in pools.items()}
+        self._not_ours.update(
+            (name, whose) for name, whose in claimants.items() if whose != self._controller
+        )
+        return {name: pool for name, pool in pools.items() if name not in self._not_ours}
 
     # --- reporting
 
@@ -241,20 +266,55 @@ class Reconciler:
                 ),
             )
             if entry.kind.model is FlowControlPolicy:
-                attachments = [
-                    self._attachment(entry, *target, namespace) for target in _targets(entry)
-                ]
-                yield entry, conditions.policy_status(subject, attachments)
+                status = self._policy_status(entry, subject)
+                if status is not None:
+                    yield entry, status
             elif isinstance(entry.resource, InferenceModel):
                 reference = entry.resource.spec.pool_ref
+                if f"{namespace}/{reference.name}" in self._not_ours:
+                    continue
                 attachment = self._attachment(entry, reference.name, reference.group, namespace)
                 yield entry, conditions.model_status(subject, attachment)
             else:
                 yield entry, conditions.model_status(subject, Attachment("", "", None))
 
+    def _policy_status(self, entry: Entry, subject: Subject) -> dict[str, Any] | None:
+        """Return the status of a policy; None where every pool it names is another controller's.
+
+        What is said of all its pools together is left to the controller of the first of them.
+        """
+        targets = _targets(entry)
+        others = {
+            name: self._not_ours.get(f"{subject.namespace}/{name}", "") for name, _ in targets
+        }
+        attachments = [
+            self._attachment(entry, *target, subject.namespace)
+            for target in targets
+            if not others[target[0]]
+        ]
+        if targets and not attachments:
+            wrote = any(
+                ancestor.get("controllerName") == self._name
+                for ancestor in entry.status.get("ancestors") or ()
+            )
+            return {"ancestors": []} if wrote else None
+        claimed = [
+            name
+            for name, _ in targets
+            if others[name] or f"{subject.namespace}/{name}" in self._planned
+        ]
+        summary = not (claimed and others[claimed[0]])
+        return conditions.policy_status(subject, attachments, self._name, summary=summary)
+
     def _attachment(self, entry: Entry, pool: str, group: str, namespace: str) -> Attachment:
         name = f"{namespace}/{pool}"
         found = self._planned.get(name)
+        if name in self._not_ours:
+            message = (
+                f"no operator of forebay acts on InferencePool {pool}: give the Service that its "
+                f"endpointPickerRef names the label {CONTROLLER_LABEL}, with the name of one"
+            )
+            return Attachment(pool, group, (), refused=(conditions.NOT_CLAIMED, message))
         if found is None:
             return Attachment(pool, group, None)
         resource, planned = found
@@ -289,7 +349,7 @@ class Reconciler:
             pending = self._pending.get(key)
             if pending is not None and pending.writing:
                 continue  # it is looked at again when that is done
-            difference = conditions.differs(status, entry.status)
+            difference = conditions.differs(status, entry.status, self._name)
             if not difference:
                 self._pending.pop(key, None)
                 continue
@@ -349,7 +409,7 @@ class Reconciler:
         """Write one status; an error is tried again, ever more slowly."""
         key = (entry.kind, entry.metadata.uid)
         before = entry.status
-        stamped = conditions.with_times(pending.status, before, now_text())
+        stamped = conditions.with_times(pending.status, before, now_text(), self._name)
         began_at = self._clock()
         try:
             written = await self._reporter.write(entry, stamped)

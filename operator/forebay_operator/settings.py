@@ -17,6 +17,7 @@ CLIENT_AUTHS = ("token", "certificate", "none")
 PEER_ADDRESSES = ("pod", "any")
 AUDIENCE = "forebay-control"
 
+_LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -39,6 +40,7 @@ class Settings:
     http_port: int
     lease_namespace: str
     lease_name: str
+    controller_name: str
     identity: str
     endpoint_slices: bool
     sweep_interval_seconds: float
@@ -49,6 +51,15 @@ def _port(text: str) -> int:
     if text.isdecimal() and int(text) <= 65535:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a port of 0 to 65535")
+
+
+def _label_value(text: str) -> str:
+    if _LABEL_VALUE.fullmatch(text):
+        return text
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not the value of a label: at most 63 letters, digits, '.', '_' and '-', with "
+        "a letter or digit at both ends"
+    )
 
 
 def _duration(text: str) -> float:
@@ -129,6 +140,13 @@ def parse(arguments: list[str] | None = None) -> Settings:
     )
     add("--lease-name", default="forebay-operator", help="name of the leader's Lease")
     add(
+        "--controller-name",
+        type=_label_value,
+        default="forebay",
+        help="this operator acts on pools whose EPP Service has this as its label "
+        "forebay.dev/controller (default: forebay)",
+    )
+    add(
         "--identity",
         default=os.environ.get("POD_UID", ""),
         help="what stays the same when this replica's container is started again "
@@ -162,6 +180,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
         http_port=given.http_port,
         lease_namespace=given.lease_namespace,
         lease_name=given.lease_name,
+        controller_name=given.controller_name,
         identity=given.identity,
         endpoint_slices=given.endpoint_slices,
         sweep_interval_seconds=given.sweep_interval,

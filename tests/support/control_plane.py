@@ -33,7 +33,7 @@ from envoy_process import free_port
 from ext_proc_peer import until
 from prometheus_client.parser import text_string_to_metric_families
 
-from forebay_operator.resources import POOL_LABEL
+from forebay_operator.resources import CONTROLLER_LABEL, POOL_LABEL
 
 if TYPE_CHECKING:
     from api_server import ApiServer
@@ -619,11 +619,13 @@ def pool(name: str, *, service: str = "epp", selector: str = "vllm") -> dict:
     }
 
 
-def service(name: str = "epp") -> dict:
+def service(name: str = "epp", controller: str = "forebay") -> dict:
+    """The Service of endpoint pickers; without a controller nobody claims its pools."""
+    labels = {CONTROLLER_LABEL: controller} if controller else {}
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": {"name": name},
+        "metadata": {"name": name, "labels": labels},
         "spec": {"selector": {"app": name}, "ports": [{"port": 9002}]},
     }
 

@@ -24,7 +24,7 @@ def client_of(remote: str) -> TestClient:
     control = ControlServer(believe, lambda _: None, lambda *_: None)
     store = Store()
     app = web.Application(middlewares=[pretend])
-    app.add_routes(pages.routes(Reconciler(store, control, None), store, lambda: ""))
+    app.add_routes(pages.routes(Reconciler(store, control, None, None), store, lambda: ""))
     return TestClient(TestServer(app))
 
 

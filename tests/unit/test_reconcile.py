@@ -100,7 +100,7 @@ def world():
     """A store with a pool, what reconciles it, and where it writes."""
     clock = Clock()
     store, control, written = Store(), Pickers(clock), Written()
-    reconciler = Reconciler(store, control, written, standalone=True, clock=clock)
+    reconciler = Reconciler(store, control, written, None, clock=clock)
     reconciler.reporting = True
     spec = {"selector": {"matchLabels": {"a": "b"}}, "targetPorts": [{"number": 1}]}
     store.put(POOL, manifest(POOL, "chat", spec), clock())
@@ -410,7 +410,7 @@ async def test_a_pool_that_is_gone_is_forgotten_but_not_programmed_away(world):
 
 async def test_a_burst_of_changes_is_planned_once(world):
     """After 50 ms of quiet, and after half a second at the latest; this one runs in real time."""
-    reconciler = Reconciler(world.store, world.control, world.written, standalone=True)
+    reconciler = Reconciler(world.store, world.control, world.written, None)
     running = asyncio.create_task(reconciler.run_planning())
     programmed = world.control.programmed
     for number in range(1, 30):

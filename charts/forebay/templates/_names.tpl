@@ -21,6 +21,18 @@
 {{ include "forebay.fullname" . }}-{{ .Release.Namespace }}-operator
 {{- end }}
 
+{{- /* Whose pools these are: the label of EPP Services, at most 63 characters. */}}
+{{- define "forebay.controller" -}}
+{{- $name := printf "%s.%s" .Release.Namespace (include "forebay.fullname" .) -}}
+{{- if .Values.operator.controllerName -}}
+{{- .Values.operator.controllerName -}}
+{{- else if gt (len $name) 63 -}}
+{{- printf "%s-%s" (trunc 52 $name | trimSuffix "-" | trimSuffix ".") (sha256sum $name | trunc 10) -}}
+{{- else -}}
+{{- $name -}}
+{{- end -}}
+{{- end }}
+
 {{- /* The name that endpoint pickers dial and expect in the operator's certificate. */}}
 {{- define "forebay.controlServer" -}}
 {{ include "forebay.operator" . }}.{{ .Release.Namespace }}.svc

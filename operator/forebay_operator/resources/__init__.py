@@ -21,10 +21,17 @@ from forebay_operator.resources.inference import (
     InferencePool,
     InferencePoolV1Alpha2,
 )
-from forebay_operator.resources.kubernetes import POOL_LABEL, EndpointSlice, Pod, Service
+from forebay_operator.resources.kubernetes import (
+    CONTROLLER_LABEL,
+    POOL_LABEL,
+    EndpointSlice,
+    Pod,
+    Service,
+)
 from forebay_operator.resources.policy import Band, FlowControlPolicy, PolicySpec
 
 __all__ = [
+    "CONTROLLER_LABEL",
     "KINDS",
     "MODEL",
     "POD",
@@ -131,7 +138,7 @@ KINDS: tuple[Kind, ...] = (
         label=POOL_LABEL,
     ),
     POD,
-    Kind("", "v1", "Service", "services", Service, in_files=False),
+    Kind("", "v1", "Service", "services", Service, in_files=False, label=CONTROLLER_LABEL),
 )
 BY_NAME = {(kind.api_version, kind.kind): kind for kind in KINDS}
 

@@ -14,6 +14,7 @@ from forebay_operator.resources.fields import (
 )
 
 POOL_LABEL = "forebay.dev/inference-pool"
+CONTROLLER_LABEL = "forebay.dev/controller"
 
 
 class _PodCondition(Foreign):
@@ -63,7 +64,10 @@ class _ServiceSpec(Foreign):
 
 
 class Service(Foreign):
-    """v1: what a pool's endpointPickerRef names."""
+    """v1: what a pool's endpointPickerRef names.
+
+    The label `forebay.dev/controller` names the operator that the pool is for.
+    """
 
     metadata: Metadata
     spec: _ServiceSpec = _ServiceSpec()

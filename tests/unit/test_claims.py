@@ -1,0 +1,130 @@
+"""Whose pools are whose: what an operator plans and reports, and what it leaves alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from forebay_operator import conditions
+from forebay_operator.control import ControlServer
+from forebay_operator.reconcile import Reconciler
+from forebay_operator.resources import KINDS, MODEL, POLICY
+from forebay_operator.store import Store
+from forebay_operator.trust import believe
+
+POOL = next(kind for kind in KINDS if kind.api_version == "inference.networking.k8s.io/v1")
+SERVICE = next(kind for kind in KINDS if kind.kind == "Service")
+OURS, THEIRS = "forebay", "other"
+
+
+def made(kind, name, spec, **metadata):
+    return {
+        "apiVersion": kind.api_version,
+        "kind": kind.kind,
+        "metadata": {"name": name, "namespace": "default", "uid": f"{name}-uid", **metadata},
+        "spec": spec,
+    }
+
+
+class World:
+    """Pools by the name of who claims them, and one operator."""
+
+    def __init__(self):
+        self.store = Store()
+        self.control = ControlServer(believe, lambda _: None, lambda *_: None)
+        self.reconciler = Reconciler(self.store, self.control, None, OURS)
+        for name in (OURS, THEIRS, ""):
+            self.pool(name or "nobodys", name)
+
+    def put(self, kind, name, spec, **metadata):
+        self.store.put(kind, made(kind, name, spec, **metadata), 0.0)
+        self.reconciler.plan("default")
+
+    def pool(self, name, claimant):
+        labels = {"forebay.dev/controller": claimant} if claimant else {}
+        self.put(SERVICE, f"{name}-epp", {"selector": {"app": name}}, labels=labels)
+        reference = {"name": f"{name}-epp", "port": {"number": 9002}}
+        selector = {"matchLabels": {"app": "m"}}
+        spec = {"selector": selector, "targetPorts": [{"number": 80}]}
+        self.put(POOL, name, {**spec, "endpointPickerRef": reference})
+
+    def policy(self, *pools, status=None):
+        group = {"group": "inference.networking.k8s.io", "kind": "InferencePool"}
+        spec = {"targetRefs": [{**group, "name": name} for name in pools]}
+        manifest = {**made(POLICY, "p", spec), "status": status or {}}
+        self.store.put(POLICY, manifest, 0.0)
+        self.reconciler.plan("default")
+        return {
+            entry.metadata.name: status for entry, status in self.reconciler.statuses("default")
+        }.get("p")
+
+
+@pytest.fixture
+def world():
+    return World()
+
+
+def reasons(status):
+    return {c["type"]: c["reason"] for c in status["conditions"]}
+
+
+def test_only_a_claimed_pool_is_planned(world):
+    """EPPs of the others are told nothing, and may not connect."""
+    assert [pool.metadata.name for pool, _ in world.reconciler.planned()] == [OURS]
+    assert world.reconciler.expected(f"default/{OURS}") == {}
+    assert world.reconciler.expected(f"default/{THEIRS}") is None
+    assert world.reconciler.expected("default/nobodys") is None
+
+
+@pytest.mark.parametrize("pool", [THEIRS, "nobodys"])
+def test_models_of_other_pools_get_no_status(world, pool):
+    """Whoever acts on them, if anybody: it is not this operator."""
+    for name in (OURS, pool):
+        world.put(MODEL, f"m-{name}", {"modelName": name, "poolRef": {"name": name}})
+    assert [entry.metadata.name for entry, _ in world.reconciler.statuses("default")] == [
+        "m-forebay"
+    ]
+
+
+def test_a_policy_for_a_pool_that_nobody_claims_says_why_nothing_happens(world):
+    """And what to do about it."""
+    status = world.policy("nobodys")
+    assert reasons(status)["Accepted"] == reasons(status)["Programmed"] == "PoolNotClaimed"
+    assert "forebay.dev/controller" in status["conditions"][0]["message"]
+
+
+def test_a_policy_for_another_controllers_pool_is_left_alone(world):
+    """It is that controller's to report on."""
+    assert world.policy(THEIRS) is None
+
+
+def test_what_was_written_is_withdrawn_when_the_pool_goes_to_another(world):
+    """The list of ancestors holds the other's entries only."""
+    status = conditions.with_times(world.policy(OURS), {}, "2026-01-01T00:00:00Z", "forebay.dev/x")
+    theirs = {**status["ancestors"][0], "controllerName": "forebay.dev/other"}
+    world.pool(OURS, THEIRS)
+
+    desired = world.policy(OURS, status={"ancestors": [*status["ancestors"], theirs]})
+
+    assert conditions.differs(desired, {"ancestors": status["ancestors"]}, "forebay.dev/forebay")
+    written = conditions.with_times(
+        desired, {"ancestors": [*status["ancestors"], theirs]}, "", "forebay.dev/forebay"
+    )
+    assert written == {"ancestors": [theirs]}
+    assert conditions.differs(desired, written, "forebay.dev/forebay") == ""
+
+
+def test_the_controller_of_the_first_pool_writes_what_is_said_of_all(world):
+    """The other adds its own ancestors and pools, and neither undoes what the other has written."""
+    first = world.policy(OURS, THEIRS)
+    assert {"conditions", "endpointPickers"} <= first.keys()
+    assert [a["ancestorRef"]["name"] for a in first["ancestors"]] == [OURS]
+
+    second = world.policy(THEIRS, OURS)
+    assert second.keys() == {"ancestors", "pools"}
+    theirs = {
+        **first["ancestors"][0],
+        "controllerName": "forebay.dev/other",
+        "conditions": [],
+    }
+    observed = {**first, "ancestors": [*second["ancestors"], theirs]}
+    assert conditions.differs(second, observed, "forebay.dev/forebay") == ""
