@@ -5,7 +5,8 @@ The kernel then sends SIGKILL when the parent is gone (prctl(2), PR_SET_PDEATHSI
 between fork and the command and not in `preexec_fn`, which may deadlock where there are threads.
 
 More exactly the signal comes when the *thread* that forked ends, so the thread that starts such a
-command must live as long as the command is wanted: use the main thread.
+command must live as long as the command is wanted: use the main thread. The kernel forgets the
+request when the command is set-user-ID or has file capabilities.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from envoy_process import free_port
 from ext_proc_peer import until
 from prometheus_client.parser import text_string_to_metric_families
 
+from forebay_cli.child import dying_with_us
 from forebay_operator.resources import CONTROLLER_LABEL, POOL_LABEL
 
 if TYPE_CHECKING:
@@ -106,14 +107,17 @@ def _pem(certificate: x509.Certificate) -> bytes:
 
 
 class Process:
-    """A process with an HTTP port and a log."""
+    """A process with an HTTP port and a log; it ends with the tests, by kill -9 of them too."""
 
     def __init__(self, command: list[str], log: Path, http: int, env=None) -> None:
         self.log_path = log
         self.http = http
         with log.open("ab") as stream:
             self.process = subprocess.Popen(
-                command, stderr=stream, stdout=stream, env={**os.environ, **(env or {})}
+                dying_with_us(*command),
+                stderr=stream,
+                stdout=stream,
+                env={**os.environ, **(env or {})},
             )
 
     @property

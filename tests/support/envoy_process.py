@@ -16,6 +16,7 @@ from aiohttp import web
 from ext_proc_peer import until
 
 from forebay_cli import envoy
+from forebay_cli.child import dying_with_us
 
 BINARY = Path(sys.executable).with_name("envoy")
 
@@ -98,11 +99,11 @@ class Envoy:
         ports = envoy.Ports(self.http, grpc_port, self.admin)
         config.write_text(json.dumps(envoy.bootstrap(ports, secure=False, **options)))
         self._process = subprocess.Popen(
-            [
+            dying_with_us(
                 str(BINARY),
                 *("-c", str(config), "-l", "off", "--use-dynamic-base-id"),
                 *("--concurrency", "1"),
-            ],
+            ),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

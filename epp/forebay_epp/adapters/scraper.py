@@ -50,7 +50,10 @@ class _ScrapeError(Exception):
 
 
 class _NoPageError(_ScrapeError):
-    """What is at this path is not a page of the load; it may be at another."""
+    """What is at this path is not a page of the load: no sign that the server is in trouble.
+
+    The page may be at another path, or have its gauges only after a first request.
+    """
 
 
 class Scraper:
