@@ -10,6 +10,7 @@ from google.protobuf import json_format
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forebay_epp.codec import metricstext
 from forebay_epp.codec import plan as plan_codec
 from forebay_epp.core import plan as core
 from forebay_operator import planning, resources
@@ -421,6 +422,41 @@ def test_series_are_told_apart_into_name_and_labels():
         waiting=core.SeriesPlan("w"),
     )
     assert not planning.plan(pool(), [policy()]).snapshot.plan.HasField("metrics")
+
+
+def _quoted(text: str) -> str:
+    """A label's value as PromQL and as a page write it."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'
+
+
+_LABEL_VALUES = st.text(
+    st.characters(exclude_categories=["Cs", "Cc"], include_characters="\n"), max_size=12
+)
+
+
+@given(
+    st.dictionaries(
+        st.from_regex("[a-zA-Z_][a-zA-Z0-9_]{0,5}", fullmatch=True), _LABEL_VALUES, max_size=4
+    ),
+    st.sampled_from(["{%s}", " { %s , } "]),
+)
+def test_a_series_finds_its_sample_whatever_its_labels(labels, form):
+    """From the policy's text over the plan to a page on which only one label is different."""
+    pairs = [f"{name}={_quoted(value)}" for name, value in labels.items()]
+    text = "jobs" + (form.rstrip() % ", ".join(pairs) if pairs else "{}")
+    page = f"jobs{{{','.join(reversed(pairs))}}} 7\n"
+    for name in labels:
+        others = [
+            f"{other}={_quoted(value + 'x' * (other == name))}" for other, value in labels.items()
+        ]
+        page += f"jobs{{{','.join(others)}}} 100\n"
+    given_policy = policy(modelServerMetrics={"running": text, "waiting": "jobs"})
+
+    plan, _ = plan_codec.parse_snapshot(planning.plan(pool(), [given_policy]).snapshot)
+    found = metricstext.parse_page(page.encode(), metricstext.engines(plan.metrics))
+
+    assert found == metricstext.PageMetrics(7, 7 + 100 * len(labels), None)
 
 
 @pytest.mark.parametrize(
