@@ -21,8 +21,9 @@ from aiohttp import web
 
 from forebay_epp.adapters import debug, logs, prometheus
 from forebay_epp.adapters.scraper import Scraper
+from forebay_epp.adapters.served import ServedModels
 from forebay_epp.core.controller import FlowController
-from forebay_epp.core.plan import SaturationMode
+from forebay_epp.core.plan import SaturationMode, UnmatchedAction
 from forebay_epp.loop import FlowLoop
 from forebay_epp.programming import Operator, PlanFile, PlanFileError
 from forebay_epp.traffic import Traffic
@@ -91,7 +92,10 @@ class EndpointPicker:
             lambda metrics: self._loop.post(lambda now: self._controller.observe(metrics, now)),
             interval_seconds=settings.scrape_interval_seconds,
         )
-        self._aim_scraper(plan, endpoints)
+        self._served = ServedModels(
+            lambda models: self._loop.post(lambda _: self._loop.catalogue.serve(models))
+        )
+        self._ask_servers(plan, endpoints)
         self._transport = self._bind()
         self._health = self._serve_health()
         self._failed: BaseException | None = None
@@ -146,6 +150,7 @@ class EndpointPicker:
             await self._serve_metrics(runner)
             background = [
                 asyncio.create_task(self._scraper.run()),
+                asyncio.create_task(self._served.run()),
                 asyncio.create_task(self._source.run(self._put)),
             ]
             becoming_ready = asyncio.create_task(self._become_ready())
@@ -249,7 +254,7 @@ class EndpointPicker:
         """Put plan and endpoints into force in one step; without a plan, the one in force stays."""
         plan = plan or self._controller.plan
         await hand_over(self._loop.post, self._taker(plan, endpoints), FINISH_SECONDS)
-        self._aim_scraper(plan, endpoints)
+        self._ask_servers(plan, endpoints)
 
     def _taker(self, plan: Plan, endpoints: tuple[Endpoint, ...]) -> Callable[[float], None]:
         def take(now: float) -> None:
@@ -259,13 +264,14 @@ class EndpointPicker:
 
         return take
 
-    def _aim_scraper(self, plan: Plan, endpoints: tuple[Endpoint, ...]) -> None:
-        """Scrape where metrics decide anything."""
-        self._scraper.set_metrics(plan.metrics)
+    def _ask_servers(self, plan: Plan, endpoints: tuple[Endpoint, ...]) -> None:
+        """Ask for metrics where they decide anything, and for models where unmatched ones pass."""
+        addresses = frozenset(endpoint.address for endpoint in endpoints)
         adaptive = plan.saturation.mode is SaturationMode.ADAPTIVE
-        self._scraper.set_addresses(
-            frozenset(endpoint.address for endpoint in endpoints) if adaptive else frozenset()
-        )
+        self._scraper.set_metrics(plan.metrics)
+        self._scraper.set_addresses(addresses if adaptive else frozenset())
+        queued = plan.unmatched_action is UnmatchedAction.QUEUE
+        self._served.set_addresses(addresses if queued else frozenset())
 
     # --- pages
 

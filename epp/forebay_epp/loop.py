@@ -14,7 +14,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from forebay_epp.codec.extproc.stream import Event, ExtProcStream, State
-from forebay_epp.codec.openai import Usage
+from forebay_epp.codec.openai import Catalogue, Usage
 from forebay_epp.core.terms import Dispatched, Outcome, Request
 
 if TYPE_CHECKING:
@@ -115,6 +115,9 @@ class FlowLoop:
         traffic: counters to feed.
         max_streams: streams beyond are refused at once with 429.
         clock: monotonic seconds.
+
+    Attributes:
+        catalogue: the models that clients may ask for.
     """
 
     def __init__(
@@ -138,6 +141,7 @@ class FlowLoop:
         self._read_bytes = 0
         self._current: Exchange | None = None
         self._tick_at = 0.0
+        self.catalogue = Catalogue(controller.plan, int(time.time()))
         traffic.configure(model.name for model in controller.plan.models)
 
     # --- for transports
@@ -210,6 +214,7 @@ class FlowLoop:
             PlanError: it is not valid; the one in force stays.
         """
         self.controller.reconfigure(plan, now)
+        self.catalogue.configure(plan)
         self.traffic.configure(model.name for model in plan.models)
 
     @property
@@ -284,6 +289,9 @@ class FlowLoop:
     def _submit(self, exchange: Exchange, now: float) -> None:
         stream = exchange.stream
         self.traffic.body_read(stream.size_bytes)
+        asked = stream.asked_model
+        if asked is not None and self._answer_from_catalogue(stream, asked):
+            return
         request = Request(
             exchange.id, stream.model, stream.size_bytes, stream.subset, stream.objective
         )
@@ -295,6 +303,21 @@ class FlowLoop:
             plan = self.controller.plan
             longest = max(band.ttl_seconds for band in plan.bands)
             stream.extend_timeout(longest + plan.no_endpoints_ttl_seconds + TIMEOUT_MARGIN_SECONDS)
+
+    def _answer_from_catalogue(self, stream: ExtProcStream, name: str) -> bool:
+        """Tell of models, or that there is none of this name; False where a server has to."""
+        catalogue = self.catalogue
+        answer = catalogue.answer(name)
+        if answer is not None:
+            outcome = Outcome.ANSWERED
+            stream.answer(answer)
+        elif catalogue.complete:
+            outcome = Outcome.REJECTED_UNKNOWN_MODEL
+            stream.refuse(outcome, "the pool does not serve this model", param="model")
+        else:
+            return False
+        self.traffic.decided("", None, outcome, 0.0)
+        return True
 
     def _complete(self, exchange: Exchange, now: float, *, blind: bool) -> None:
         request = exchange.request

@@ -293,7 +293,11 @@ class SimulatedServer:
 
     async def _models(self, _: web.Request) -> web.Response:
         names = [*self._settings.models, *self._settings.loras]
-        data = [{"id": name, "object": "model", "owned_by": "forebay-sim"} for name in names]
+        data = [
+            {"id": name, "object": "model", "owned_by": "forebay-sim"}
+            for name in names
+            if name != ANY_MODEL
+        ]
         return web.json_response({"object": "list", "data": data}, headers=self._headers())
 
     async def _health(self, _: web.Request) -> web.Response:

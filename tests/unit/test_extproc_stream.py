@@ -157,7 +157,7 @@ def test_request_trailers_are_the_end_of_the_body():
 
 def test_a_bodiless_request_is_submitted_without_a_model():
     """It is classified, not waved through."""
-    peer = Peer().arrived(headers(end=True, **{":method": "GET", ":path": "/v1/models"}))
+    peer = Peer().arrived(headers(end=True, **{":method": "GET", ":path": "/health"}))
 
     peer.stream.dispatch("10.0.0.1:8000", None)
 
@@ -178,6 +178,34 @@ def test_a_proxy_that_shows_no_modes_nor_pseudo_headers_is_served():
     assert (event, peer.stream.model, peer.stream.ended) == (Event.FINISHED_BLIND, "m", True)
     assert [m.WhichOneof("response") for m in peer.take()] == ["request_headers", "request_body"]
     assert peer.stream.reset() is None
+
+
+def test_a_request_for_the_list_of_models_can_be_answered():
+    """With JSON and 200; the stream ends, and nothing is left of it."""
+    peer = Peer().arrived(headers(end=True, **{":method": "GET", ":path": "/v1/models/a%2Fb"}))
+    assert peer.stream.asked_model == "a/b"
+
+    peer.stream.answer(b"{}")
+
+    (message,) = peer.take()
+    immediate = message.immediate_response
+    assert (immediate.status.code, immediate.body) == (200, b"{}")
+    assert {o.header.key: o.header.raw_value for o in immediate.headers.set_headers} == {
+        "content-type": b"application/json",
+        "x-forebay-outcome": b"Answered",
+    }
+    assert (peer.stream.state, peer.stream.ended) == (State.DONE, True)
+    assert peer.stream.reset() is None
+
+
+def test_a_request_for_the_list_of_models_may_be_left_to_a_server():
+    """Then it is like any other without a model."""
+    peer = Peer().arrived(headers(end=True, **{":method": "GET", ":path": "/v1/models"}))
+
+    peer.stream.dispatch("10.0.0.1:8000", None)
+
+    assert peer.stream.model == ""
+    assert [m.WhichOneof("response") for m in peer.take()] == ["request_headers"]
 
 
 # --- buffered and streamed
@@ -451,7 +479,7 @@ def test_reset_in_each_state():
     assert Peer().stream.reset() is None
 
 
-@pytest.mark.parametrize("outcome", [o for o in Outcome if o is not Outcome.DISPATCHED])
+@pytest.mark.parametrize("outcome", sorted(set(Outcome) - {Outcome.DISPATCHED, Outcome.ANSWERED}))
 def test_a_refusal_is_an_openai_error_with_the_outcome(outcome):
     """Status, headers in raw_value, a JSON body, and the end of the stream."""
     peer = Peer().arrived(headers(), body())

@@ -15,9 +15,10 @@ from itertools import pairwise
 import pytest
 
 from forebay_epp.adapters import scraper as scraper_module
-from forebay_epp.adapters.scraper import CAUSES, MAX_PAGE_BYTES, Scraper
+from forebay_epp.adapters.scraper import Scraper
 from forebay_epp.core.plan import MetricsPlan, SeriesPlan
 from forebay_epp.core.terms import EndpointMetrics
+from forebay_epp.fetching import CAUSES, MAX_PAGE_BYTES
 
 PAGE = b"vllm:num_requests_running 3\nvllm:num_requests_waiting 1\nvllm:kv_cache_usage_perc 0.5\n"
 

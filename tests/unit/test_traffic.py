@@ -53,7 +53,7 @@ def test_only_requests_that_were_queued_have_waited(outcome):
     traffic = Traffic()
     traffic.decided("Standard", "chat", outcome, 0.0)
 
-    assert bool(traffic.waits) == (not outcome.startswith("Rejected"))
+    assert bool(traffic.waits) == outcome.startswith(("Dispatched", "Evicted"))
 
 
 def test_models_beyond_the_cap_share_a_label():

@@ -94,10 +94,35 @@ def test_a_request_reaches_the_chosen_server_unchanged(stack, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_bodiless_request_is_routed_too(stack, mode):
-    """GET /v1/models takes the queue like all others."""
-    status, _, _ = stack.envoy(mode).request(None, path="/v1/models")
+    """GET /health takes the queue like all others."""
+    status, _, _ = stack.envoy(mode).request(None, path="/health")
 
-    assert (status, stack.server.seen[0]["path"]) == (200, "/v1/models")
+    assert (status, stack.server.seen[0]["path"]) == (200, "/health")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_models_are_listed_although_every_slot_is_taken(stack, mode):
+    """By the picker, without a server and without the queue; one of them by its name."""
+    envoy = stack.envoy(mode)
+    stack.server.hold.clear()
+    busy = threading.Thread(target=envoy.request, args=('{"model":"chat"}',))
+    busy.start()
+    until(lambda: len(stack.server.seen) == 1)
+
+    status, headers, answer = envoy.request(None, path="/v1/models")
+    one_status, _, one = envoy.request(None, path="/v1/models/alias")
+    stack.server.hold.set()
+    busy.join()
+
+    assert (status, headers["content-type"]) == (200, "application/json")
+    assert headers["x-forebay-outcome"] == "Answered"
+    listed = json.loads(answer)
+    assert (listed["object"], [model["id"] for model in listed["data"]]) == (
+        "list",
+        ["chat", "alias"],
+    )
+    assert (one_status, json.loads(one)) == (200, listed["data"][1])
+    assert len(stack.server.seen) == 1
 
 
 @pytest.mark.parametrize("mode", ["duplex", "buffered", "streamed"])

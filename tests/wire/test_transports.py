@@ -12,7 +12,8 @@ from ext_proc_peer import Stream, channel, until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from forebay_epp import loop as loop_module
-from forebay_epp.core.terms import Endpoint
+from forebay_epp.core.plan import ModelPlan, Plan, UnmatchedAction
+from forebay_epp.core.terms import Endpoint, Outcome
 from forebay_epp.transport import credentials
 
 
@@ -134,6 +135,31 @@ def test_a_malformed_body_gets_an_immediate_400(start, open_stream):
     assert json.loads(refusal.body)["error"]["code"] == "RejectedBadRequest"
     assert list(stream.call) == []
     until(picker.idle)
+
+
+def test_a_question_for_models_is_answered_at_once(start, open_stream):
+    """Without a slot and without an endpoint; it counts as answered and leaves nothing behind."""
+    plan = Plan(models=(ModelPlan("chat", "Standard"),), unmatched_action=UnmatchedAction.REJECT)
+    picker = start(plan=plan, endpoints=())
+    for path, status, outcome in (
+        ("/v1/models", 200, "Answered"),
+        ("/v1/models/chat", 200, "Answered"),
+        ("/v1/models/other", 404, "RejectedUnknownModel"),
+    ):
+        stream = open_stream(picker)
+        stream.send_headers(path, end=True, **{":method": "GET"})
+        immediate = stream.answer().immediate_response
+        headers = {o.header.key: o.header.raw_value for o in immediate.headers.set_headers}
+
+        assert (immediate.status.code, headers["x-forebay-outcome"]) == (status, outcome.encode())
+        assert list(stream.call) == []
+
+    until(picker.idle)
+    assert picker.loop.traffic.outcomes == {
+        ("", "", Outcome.ANSWERED): 2,
+        ("", "", Outcome.REJECTED_UNKNOWN_MODEL): 1,
+    }
+    assert not picker.loop.traffic.waits
 
 
 def test_a_large_body_comes_back_whole_in_pieces_of_at_most_62000_bytes(start, open_stream):

@@ -1,8 +1,7 @@
 """Asks every model server of the pool for its metrics, several times a second.
 
-Model servers are not trusted: an answer is bounded in time and size, redirects and compression are
-refused, and an answer that does not hold is the same as no answer. What a page means
-(codec/metricstext.py) and when silence makes metrics stale (the core) do not belong here.
+How a page is fetched (fetching.py), what it means (codec/metricstext.py) and when silence makes
+metrics stale (the core) do not belong here.
 """
 
 from __future__ import annotations
@@ -12,48 +11,23 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from aiohttp import (
-    ClientConnectionError,
-    ClientPayloadError,
-    ClientSession,
-    ClientTimeout,
-    DummyCookieJar,
-    InvalidURL,
-    TCPConnector,
-)
-
 from forebay_epp.codec.metricstext import engines, parse_page
 from forebay_epp.core.plan import MetricsPlan
 from forebay_epp.core.terms import EndpointMetrics
+from forebay_epp.fetching import CAUSES, FetchError, cause, fetch, open_session, text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-MAX_PAGE_BYTES = 1 << 20
-TIMEOUT_SECONDS = 1.0
+    from aiohttp import ClientSession
+
 MAX_SCRAPES_PER_SECOND = 200.0  # of all endpoints together: half a millisecond of CPU each
 PATHS = ("/metrics", "/prometheus/metrics")  # the second is trtllm-serve's
-CAUSES = ("timeout", "connect", "status", "redirect", "too_large", "unparsable")
 
 # Consecutive multiples of it, modulo 1, are spread evenly however many there are.
 _GOLDEN_RATIO = 0.618033988749895
 
 _log = logging.getLogger(__name__)
-
-
-class _ScrapeError(Exception):
-    """An answer that is refused. `cause` is one of `CAUSES`; the text is for people."""
-
-    def __init__(self, cause: str, what: str) -> None:
-        super().__init__(what)
-        self.cause = cause
-
-
-class _NoPageError(_ScrapeError):
-    """What is at this path is not a page of the load: no sign that the server is in trouble.
-
-    The page may be at another path, or have its gauges only after a first request.
-    """
 
 
 class Scraper:
@@ -122,13 +96,7 @@ class Scraper:
             ExceptionGroup: `report` raised.
         """
         async with (
-            ClientSession(
-                connector=TCPConnector(limit=0, limit_per_host=1),
-                timeout=ClientTimeout(total=TIMEOUT_SECONDS),
-                headers={"Accept": "text/plain", "Accept-Encoding": "identity"},
-                cookie_jar=DummyCookieJar(),
-                auto_decompress=False,
-            ) as session,
+            open_session() as session,
             asyncio.TaskGroup() as group,
         ):
             self._running = session, group
@@ -170,8 +138,12 @@ class Scraper:
         for path in (metrics.path,) if metrics.path else (known,) if known else PATHS:
             started_at = self._clock()
             try:
-                page = self._load(await _fetch(session, _url(address, metrics.port, path)))
-            except _NoPageError as error:
+                page = self._load(
+                    await fetch(session, _url(address, metrics.port, path), "text/plain")
+                )
+            except FetchError as error:
+                if not error.missing:
+                    raise
                 failures.append(error)
                 continue
             if metrics is self._metrics and address in self._tasks:
@@ -179,25 +151,26 @@ class Scraper:
             return EndpointMetrics(address, *page, started_at)
         raise failures[0]
 
-    def _load(self, text: bytes) -> tuple[int, int, float | None]:
+    def _load(self, page_text: bytes) -> tuple[int, int, float | None]:
         """Return running, waiting and KV usage.
 
         Raises:
-            _NoPageError: the page does not have the first two.
+            FetchError: the page does not have the first two.
         """
-        page = parse_page(text, self._engines)
+        page = parse_page(page_text, self._engines)
         if page.running is None or page.waiting is None:
-            raise _NoPageError("unparsable", "the page does not tell what is running and waiting")
+            what = "the page does not tell what is running and waiting"
+            raise FetchError("unparsable", what, missing=True)
         return page.running, page.waiting, page.kv_usage
 
     def _failed(self, address: str, error: Exception) -> None:
-        cause = _cause(error)
-        self.failures[cause] += 1
+        why = cause(error)
+        self.failures[why] += 1
         if address not in self._failing:
             self._failing.add(address)
             _log.warning(
                 "scraping the endpoint's metrics fails; it is treated as unknown",
-                extra={"endpoint": address, "cause": cause, "error": _text(error)},
+                extra={"endpoint": address, "cause": why, "error": text(error)},
             )
 
     def _succeeded(self, address: str) -> None:
@@ -210,46 +183,3 @@ def _url(address: str, port: int, path: str) -> str:
     """Return where an endpoint's page is; port 0 is the endpoint's own."""
     host, _, own_port = address.rpartition(":")
     return f"http://{host}:{port or own_port}{path}"
-
-
-async def _fetch(session: ClientSession, url: str) -> bytes:
-    """Return the page, without trusting who sends it.
-
-    Raises:
-        _ScrapeError: the answer is not a plain page of bounded size.
-        aiohttp.ClientError, OSError: there is no whole answer.
-        TimeoutError: not in time.
-    """
-    async with session.get(url, allow_redirects=False) as response:
-        if response.status != 200:
-            cause = "redirect" if 300 <= response.status < 400 else "status"
-            response.close()
-            kind = _NoPageError if response.status == 404 else _ScrapeError
-            raise kind(cause, f"HTTP status {response.status}")
-        encoding = response.headers.get("Content-Encoding", "identity")
-        if encoding.strip().lower() != "identity":
-            response.close()
-            raise _ScrapeError("unparsable", "the page is compressed, which was not asked for")
-        page = bytearray()
-        async for chunk in response.content.iter_any():
-            page += chunk
-            if len(page) > MAX_PAGE_BYTES:
-                response.close()
-                raise _ScrapeError("too_large", f"the page is larger than {MAX_PAGE_BYTES} bytes")
-        return bytes(page)
-
-
-def _cause(error: Exception) -> str:
-    """Return the one of `CAUSES` that tells best what went wrong; a broken answer is "connect"."""
-    match error:
-        case _ScrapeError():
-            return error.cause
-        case TimeoutError():
-            return "timeout"
-        case ClientConnectionError() | ClientPayloadError() | InvalidURL() | OSError():
-            return "connect"
-    return "unparsable"
-
-
-def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:200] if str(error) else type(error).__name__

@@ -15,9 +15,13 @@ class RandomSource(Protocol):
 
 
 class Outcome(StrEnum):
-    """How a request left flow control. Rejected: before it was queued. Evicted: after."""
+    """How a request left flow control. Rejected: before it was queued. Evicted: after.
+
+    Answered: the endpoint picker knew the answer, and the request was never submitted.
+    """
 
     DISPATCHED = "Dispatched"
+    ANSWERED = "Answered"
     REJECTED_BAD_REQUEST = "RejectedBadRequest"
     REJECTED_TOO_LARGE = "RejectedTooLarge"
     REJECTED_UNSUPPORTED_ENCODING = "RejectedUnsupportedEncoding"

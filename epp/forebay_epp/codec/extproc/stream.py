@@ -5,7 +5,7 @@ time or queues. Rule 2: once a request has been seen, the stream ends only after
 because a proxy that sees a clean end without one forwards the request unexamined.
 
     HEADERS ──> BODY ──> QUEUED ──> RESPONSE ──> DONE
-       └──────────┴─────────┴── refuse ───────────^
+       └──────────┴─────────┴─ refuse, answer ────^
 
 HEADERS: nothing seen. BODY: reading the request. QUEUED: the request is the flow controller's.
 RESPONSE: dispatched, every message is answered at once. DONE: nothing more is expected.
@@ -63,7 +63,10 @@ class Event(Enum):
     """What a message means for flow control."""
 
     ARRIVED = auto()
-    """The request is complete: `model`, `size_bytes`, `subset`, `objective` are set; submit it."""
+    """The request is complete: `model`, `size_bytes`, `subset`, `objective` are set; submit it.
+
+    Or answer it, where `asked_model` says that the client asks which models there are.
+    """
 
     REFUSED = auto()
     """The request was refused by the codec itself, as `refusal` says; it was never submitted."""
@@ -111,6 +114,7 @@ class ExtProcStream:
         "_response_mode",
         "_restorer",
         "_trailers",
+        "asked_model",
         "ended",
         "failure",
         "model",
@@ -135,6 +139,7 @@ class ExtProcStream:
         self.subset: frozenset[str] | None = None
         self.objective = ""
         self.refusal: Outcome | None = None
+        self.asked_model: str | None = None
         self.status = 0
         self._path = ""
         self._model_field = openai.ModelField.NONE
@@ -273,19 +278,30 @@ class ExtProcStream:
         param: str | None = None,
     ) -> None:
         """Answer the request with an error and end the stream."""
+        self.refusal = outcome
+        headers = {}
+        if retry_after_seconds is not None:
+            headers["retry-after"] = str(retry_after_seconds)
+        body = openai.error_body(outcome, message, param)
+        self._answer(openai.HTTP_STATUS[outcome], outcome, body, headers)
+
+    def answer(self, body: bytes) -> None:
+        """Answer the request with this JSON and end the stream."""
+        self._answer(200, Outcome.ANSWERED, body, {})
+
+    def _answer(self, status: int, outcome: Outcome, body: bytes, more: dict[str, str]) -> None:
         self.state = State.DONE
         self.ended = True
-        self.refusal = outcome
         self._chunks.clear()
         self._body = None
         response = pb.ProcessingResponse()
         immediate = response.immediate_response
-        immediate.status.code = openai.HTTP_STATUS[outcome]
-        headers = [("content-type", "application/json"), (OUTCOME, str(outcome))]
-        if retry_after_seconds is not None:
-            headers.append(("retry-after", str(retry_after_seconds)))
-        immediate.headers.set_headers.extend(framing.header(key, value) for key, value in headers)
-        immediate.body = openai.error_body(outcome, message, param)
+        immediate.status.code = status
+        headers = {"content-type": "application/json", OUTCOME: str(outcome), **more}
+        immediate.headers.set_headers.extend(
+            framing.header(key, value) for key, value in headers.items()
+        )
+        immediate.body = body
         immediate.details = f"forebay_{outcome}"
         self.outbox.append(response.SerializeToString())
 
@@ -319,8 +335,9 @@ class ExtProcStream:
                 value = header.raw_value.decode("latin-1") or header.value
                 # A header that comes twice is one list, so that neither can hide the other.
                 found[key] = f"{found[key]}, {value}" if key in found else value
-        self._path = found.get(":path", "")
-        self._model_field = openai.model_field(found.get(":method", ""), self._path)
+        method, self._path = found.get(":method", ""), found.get(":path", "")
+        self._model_field = openai.model_field(method, self._path)
+        self.asked_model = openai.asked_model(method, self._path)
         self._content_type = found.get("content-type", "")
         self.objective = found.get(OBJECTIVE, "")[:MAX_OBJECTIVE_CHARACTERS]
         self.state = State.BODY

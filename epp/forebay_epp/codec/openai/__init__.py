@@ -1,9 +1,17 @@
 """What an endpoint picker reads and writes of OpenAI-style HTTP bodies.
 
 Requests: the model name, and the same body under another one. Answers: usage, the client's model
-name put back. Refusals: OpenAI's error object. How bodies travel is codec/extproc.
+name put back. Refusals: OpenAI's error object. The list of models. How bodies travel is
+codec/extproc.
 """
 
+from forebay_epp.codec.openai.catalogue import (
+    MAX_SERVED_MODELS,
+    Catalogue,
+    ServedModel,
+    asked_model,
+    read_served,
+)
 from forebay_epp.codec.openai.errors import HTTP_STATUS, BadRequestError, error_body
 from forebay_epp.codec.openai.paths import ModelField, model_field
 from forebay_epp.codec.openai.renaming import ModelRestorer
@@ -12,14 +20,19 @@ from forebay_epp.codec.openai.usage import EventUsageReader, JSONUsageReader, Us
 
 __all__ = [
     "HTTP_STATUS",
+    "MAX_SERVED_MODELS",
     "BadRequestError",
+    "Catalogue",
     "EventUsageReader",
     "JSONUsageReader",
     "ModelField",
     "ModelRestorer",
+    "ServedModel",
     "Usage",
+    "asked_model",
     "error_body",
     "model_field",
     "read_model",
+    "read_served",
     "with_model",
 ]

@@ -65,13 +65,13 @@ def model_field(method: str, path: str) -> ModelField:
         return ModelField.REQUIRED
     if method != "POST":
         return ModelField.NONE
-    path = _decoded(path)
+    path = decoded(path)
     if path.endswith(_REQUIRED):
         return ModelField.REQUIRED
     return ModelField.OPTIONAL if path.endswith(_OPTIONAL) else ModelField.NONE
 
 
-def _decoded(path: str) -> str:
+def decoded(path: str) -> str:
     """Return the path as servers see it: an escaped letter must not hide the model."""
     path = path.partition("?")[0]
     if "%" in path:
