@@ -187,6 +187,30 @@ def test_a_forged_destination_is_not_obeyed(stack, mode):
     assert (status, len(stack.server.seen), elsewhere.seen) == (200, 1, [])
 
 
+def test_a_client_cannot_tell_envoy_how_to_send(stack):
+    """Envoy obeys x-envoy-* headers of callers that it takes for internal: retries, time-outs.
+
+    With them a client could have each of its requests sent to a server many times.
+    """
+    envoy = stack.envoy()
+    stack.server.hold.clear()
+    threading.Timer(1.0, stack.server.hold.set).start()
+
+    status, _, _ = envoy.request(
+        '{"model":"chat"}',
+        **{
+            "x-forwarded-for": "10.0.0.9",
+            "x-envoy-internal": "true",
+            "x-envoy-retry-on": "5xx,reset",
+            "x-envoy-max-retries": "9",
+            "x-envoy-upstream-rq-per-try-timeout-ms": "100",
+            "x-envoy-upstream-rq-timeout-ms": "900",
+        },
+    )
+
+    assert (status, len(stack.server.seen)) == (200, 1)
+
+
 @pytest.mark.parametrize("mode", ["duplex", "buffered"])
 @pytest.mark.parametrize(
     ("body", "status"),
