@@ -297,6 +297,8 @@ def stats(state: ControllerSnapshot, traffic: Traffic) -> pb.Stats:
         kind = "dispatched" if outcome is Outcome.DISPATCHED else "evicted"
         if outcome.value.startswith("Rejected"):
             kind = "rejected"
+        elif outcome is Outcome.ANSWERED:
+            continue
         sums = decided.setdefault(band, {})
         sums[kind] = sums.get(kind, 0) + count
     return pb.Stats(

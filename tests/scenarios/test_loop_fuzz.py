@@ -38,6 +38,10 @@ RUNS = int(os.environ.get("FOREBAY_FUZZ_RUNS", "2000"))
 SHARES = 4  # a failure names a quarter of the runs, and they can run side by side
 STEPS = 60
 MAX_STREAMS = 12
+PATHS = (
+    *(b"/v1/completions", b"/v1/chat/completions", b"/tokenize", b"/x"),
+    *(b"/v1/models", b"/v1/models/chat", b"/v1/models/unknown"),
+)
 ADDRESSES = ("10.0.0.1:8000", "10.0.0.2:8000", "10.0.0.3:8000")
 MODELS = {"critical": "Critical", "chat": "Standard", "code": "Standard", "batch": "Sheddable"}
 MODES = (pb.FULL_DUPLEX_STREAMED,) * 4 + (pb.BUFFERED, pb.BUFFERED_PARTIAL, pb.STREAMED, pb.NONE)
@@ -279,7 +283,7 @@ class Run:
             request_headers=headers(
                 **{
                     ":method": b"GET" if bodiless else b"POST",
-                    ":path": random.choice([b"/v1/completions", b"/v1/chat/completions", b"/x"]),
+                    ":path": random.choice(PATHS),
                 }
             ),
             protocol_config=pb.ProtocolConfiguration(
@@ -300,7 +304,7 @@ class Run:
         model = random.choice([*MODELS, "unknown"])
         body = b'{"model":"%b","prompt":"%b"}' % (model.encode(), b"p" * random.randrange(40))
         if random.random() < 0.1:
-            body = random.choice([b"", b"{", b"[]", b'{"model":3}', b"\xff"])
+            body = random.choice([b"", b"{", b"{}", b"[]", b'{"model":3}', b"\xff"])
         buffered = proxy.request_mode in (pb.BUFFERED, pb.BUFFERED_PARTIAL)
         end = buffered or random.random() < 0.7
         self.send(

@@ -131,7 +131,7 @@ class ModelServerMetrics(Own):
 
 
 class Unmatched(Own):
-    """What happens to requests that no InferenceModel of the pool is for."""
+    """What happens to requests that no InferenceModel of the pool is for; they are one flow."""
 
     action: Literal["Queue", "Reject"] = "Queue"
     """Queue lets them wait, Reject refuses them with 404."""
