@@ -5,6 +5,7 @@ Whose a token is a fake tells here; tests/cluster asks a real API server.
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import socket
 import ssl
@@ -15,12 +16,17 @@ import pod_tokens
 import pytest
 from control_driver import Driver
 from control_peers import POOL, Peer, snapshot
-from control_plane import AUDIENCE, LOOPBACK, NAME, Authority, PickerProcess
+from control_plane import AUDIENCE, LOOPBACK, NAME, Authority, Forwarder, PickerProcess
 from cryptography import x509
 from ext_proc_peer import until
 
 from forebay_operator import metrics, tls
-from forebay_operator.trust import CertificateTrust, Pods, TokenTrust
+from forebay_operator.trust import (
+    MAX_REVIEWING_PER_PEER,
+    CertificateTrust,
+    Pods,
+    TokenTrust,
+)
 
 WAIT_SECONDS = 60
 POOLS = {POOL: {"uid-0": "epp-0"}}
@@ -265,6 +271,50 @@ def test_a_rotated_token_is_read_anew_with_each_dial(authority, serve, tmp_path)
         until(lambda: driver.programmed(POOL), WAIT_SECONDS)
     finally:
         picker.end()
+
+
+class HungReviews:
+    """An API server that answers about the good token only, and hangs on every other one."""
+
+    def __init__(self) -> None:
+        self.hanging = 0
+
+    async def __call__(self, token: str, audience: str) -> dict:
+        if token != GOOD:
+            self.hanging += 1
+            await asyncio.Event().wait()
+        return await review(token, audience)
+
+
+def test_a_flood_of_tokens_from_one_address_keeps_no_other_out(authority):
+    """Forty streams show forged tokens of the EPP's pod; the EPP comes from another address."""
+    reviews = HungReviews()
+    trust = TokenTrust(reviews, Pods(POOLS.get, None), AUDIENCE)
+    read = tls.from_folder(authority.leaf("operator"), with_ca=False)
+    credentials = tls.server_credentials(read, require_client_certificate=False)
+    driver = Driver(5, trust, credentials)
+    driver.program(POOL, snapshot())
+    elsewhere = Forwarder(driver.port, source="127.0.0.2")
+    shown = grpc.ssl_channel_credentials(authority.path.read_bytes())
+    before = refusals("reviews")
+    flood = [
+        Peer(
+            *(driver.port, shown),
+            token=pod_tokens.token(namespace="default", jti=number),
+            server_name=NAME,
+        ).hello()
+        for number in range(40)
+    ]
+    honest = Peer(elsewhere.port, shown, token=GOOD, server_name=NAME)
+    try:
+        until(lambda: refusals("reviews") == before + 40 - MAX_REVIEWING_PER_PEER, WAIT_SECONDS)
+        assert reviews.hanging == MAX_REVIEWING_PER_PEER
+        assert honest.hello().program().version.epoch == 5
+    finally:
+        for peer in (*flood, honest):
+            peer.close()
+        elsewhere.close()
+        driver.stop()
 
 
 # --- certificates of pickers
