@@ -27,7 +27,7 @@ from forebay_cli.child import Child
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-START_SECONDS = 20.0
+START_SECONDS = 60.0
 LOOK_SECONDS = 0.05
 DRAIN_SECONDS = 10
 STOP_SECONDS = 20.0

@@ -23,7 +23,7 @@ from forebay_cli import CommandError, up
 
 QUICKSTART = Path(__file__).parents[2] / "crds/examples/quickstart"
 PORT_FLAGS = ("http", "grpc", "grpc-health", "metrics", "operator", "envoy-admin")
-START_SECONDS = 30
+START_SECONDS = 60
 
 
 class Program:
