@@ -64,7 +64,7 @@ def test_only_endpoint_pickers_reach_the_control_port():
         assert not allowed(found, other, operator, "control")
 
 
-def test_envoy_takes_requests_of_everybody_and_sends_them_to_model_servers_only():
+def test_envoy_takes_requests_of_anyone_and_sends_them_to_model_servers_only():
     """It is the front door; whatever a header says, it does not lead elsewhere."""
     found = standalone()
     envoy = pod_of(found, "chat-envoy")
@@ -80,7 +80,7 @@ def test_envoy_takes_requests_of_everybody_and_sends_them_to_model_servers_only(
 
 
 def test_clients_of_envoy_may_be_named():
-    """Then it is not for everybody."""
+    """Then it takes requests of no other."""
     found = standalone("--set=networkPolicy.clients[0].podSelector.matchLabels.app=curious")
 
     assert allowed(found, STRANGER, pod_of(found, "chat-envoy"), "http")
@@ -90,7 +90,7 @@ def test_clients_of_envoy_may_be_named():
 
 @pytest.mark.parametrize("name", ["chat-epp", "forebay-operator"])
 def test_metrics_are_for_those_who_are_named(name):
-    """And for everybody unless somebody is."""
+    """And for every pod where none is named."""
     port = {"chat-epp": "metrics", "forebay-operator": "http"}[name]
     selector = (
         "networkPolicy.monitoring[0].namespaceSelector.matchLabels.kubernetes\\.io/metadata\\.name"
