@@ -140,7 +140,7 @@ class TokenTrust:
         self._check(hello, caller, self._claimed(token))
         status = await self._reviewed(token, caller.address)
         if not status.get("authenticated") or self._audience not in (status.get("audiences") or ()):
-            why = status.get("error") or "not authenticated"
+            why = str(status.get("error") or "not authenticated")[:MAX_ERROR]
             raise self._bad_token(f"the API server says: {why}")
         pod = _pod_of(status)
         self._check(hello, caller, pod)  # for good, and again: asking has taken its time
@@ -156,7 +156,8 @@ class TokenTrust:
             raise RefusedError(
                 _DENIED,
                 "other_pod",
-                f"the token is that of pod {pod.namespace}/{pod.name}, not the Hello's",
+                # Not whose it is: that may not be verified yet.
+                f"the token is not that of pod {hello.pod_namespace}/{hello.pod_name}",
             )
         self._pods.check(hello.pool, pod.namespace, pod.uid, caller.address)
 
