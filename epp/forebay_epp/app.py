@@ -23,7 +23,7 @@ from forebay_epp.adapters import debug, logs, prometheus
 from forebay_epp.adapters.scraper import Scraper
 from forebay_epp.adapters.served import ServedModels
 from forebay_epp.core.controller import FlowController
-from forebay_epp.core.plan import SaturationMode, UnmatchedAction
+from forebay_epp.core.plan import Plan, SaturationMode, UnmatchedAction
 from forebay_epp.loop import FlowLoop
 from forebay_epp.programming import Operator, PlanFile, PlanFileError
 from forebay_epp.traffic import Traffic
@@ -36,9 +36,8 @@ if TYPE_CHECKING:
 
     import grpc
 
-    from forebay_epp.core.plan import Plan
     from forebay_epp.core.terms import ControllerSnapshot, Endpoint
-    from forebay_epp.programming import Source
+    from forebay_epp.programming import Source, Update
     from forebay_epp.settings import Settings
     from forebay_epp.transport import Transport
 
@@ -84,9 +83,12 @@ class EndpointPicker:
         self._settings = settings
         self._traffic = Traffic()
         self._source = self._open_source()
-        plan, endpoints = self._source.first
+        first = self._source.first
+        plan, endpoints = first.plan or Plan(), first.endpoints or ()
         self._controller = FlowController(plan, random.SystemRandom())
         self._controller.set_endpoints(endpoints, time.monotonic())
+        if first.deleted:
+            self._controller.delete_pool(time.monotonic())
         self._loop = FlowLoop(self._controller, self._traffic, settings.max_streams)
         self._scraper = Scraper(
             lambda metrics: self._loop.post(lambda now: self._controller.observe(metrics, now)),
@@ -95,6 +97,7 @@ class EndpointPicker:
         self._served = ServedModels(
             lambda models: self._loop.post(lambda _: self._loop.catalogue.serve(models))
         )
+        self._endpoints = endpoints
         self._ask_servers(plan, endpoints)
         self._transport = self._bind()
         self._health = self._serve_health()
@@ -183,16 +186,27 @@ class EndpointPicker:
                 running.call_soon_threadsafe(stopping.set)
 
     async def _become_ready(self) -> None:
-        """Serve once there is a program, or when there was none for too long."""
+        """Serve once there is a plan.
+
+        Where none comes for too long, built-in defaults do, but only with endpoints: an EPP without
+        any could only refuse, and its predecessor should rather stay.
+        """
         source = self._source
-        try:
-            async with asyncio.timeout(source.bootstrap_seconds or None):
-                await source.ready.wait()
-        except TimeoutError:
-            _log.error(
-                "no program within %g s (--bootstrap-timeout): serving on built-in defaults",
-                source.bootstrap_seconds,
-            )
+        ready = asyncio.create_task(source.ready.wait())
+        usable = asyncio.create_task(source.usable.wait())
+        await asyncio.wait((ready,), timeout=source.bootstrap_seconds or None)
+        if not ready.done():
+            if not usable.done():
+                _log.error(
+                    "no program within %g s (--bootstrap-timeout), and no endpoints: unready until "
+                    "there are some",
+                    source.bootstrap_seconds,
+                )
+                await asyncio.wait((ready, usable), return_when=asyncio.FIRST_COMPLETED)
+            if not ready.done():
+                _log.error("no plan yet: serving on built-in defaults")
+        usable.cancel()
+        ready.cancel()
         self._loop.serving = True
         _log.info(
             "serving",
@@ -250,17 +264,24 @@ class EndpointPicker:
 
     # --- plan
 
-    async def _put(self, plan: Plan | None, endpoints: tuple[Endpoint, ...]) -> None:
-        """Put plan and endpoints into force in one step; without a plan, the one in force stays."""
-        plan = plan or self._controller.plan
-        await hand_over(self._loop.post, self._taker(plan, endpoints), FINISH_SECONDS)
-        self._ask_servers(plan, endpoints)
+    async def _put(self, update: Update) -> None:
+        """Put plan and endpoints into force in one step; what is not given stays."""
+        await hand_over(self._loop.post, self._taker(update), FINISH_SECONDS)
+        if update.endpoints is not None:
+            self._endpoints = update.endpoints
+        self._ask_servers(update.plan or self._controller.plan, self._endpoints)
 
-    def _taker(self, plan: Plan, endpoints: tuple[Endpoint, ...]) -> Callable[[float], None]:
+    def _taker(self, update: Update) -> Callable[[float], None]:
         def take(now: float) -> None:
-            self._loop.reconfigure(plan, now)
-            self._controller.set_endpoints(endpoints, now)
-            _log.info("plan taken", extra={"pool": plan.pool, "endpoints": len(endpoints)})
+            if update.plan is not None:
+                self._loop.reconfigure(update.plan, now)
+            if update.endpoints is not None:
+                self._controller.set_endpoints(update.endpoints, now)
+            if update.deleted:
+                self._controller.delete_pool(now)
+            else:
+                self._controller.restore_pool(now)
+            _log.info("program taken", extra=_told(update))
 
         return take
 
@@ -328,6 +349,12 @@ async def hand_over(
         await done
     else:
         raise TimeoutError("the data plane is busy")
+
+
+def _told(update: Update) -> dict[str, object]:
+    """Say what is new, for the log."""
+    endpoints = None if update.endpoints is None else len(update.endpoints)
+    return {"plan": update.plan is not None, "endpoints": endpoints, "deleted": update.deleted}
 
 
 def _address(host: str, port: int) -> str:

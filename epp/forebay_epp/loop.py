@@ -130,7 +130,7 @@ class FlowLoop:
         self.controller = controller
         self.traffic = traffic
         self.clock = clock
-        self.serving = False
+        self._welcome = False
         self._max_streams = max_streams
         self._inbox: SimpleQueue[Callable[[float], None]] = SimpleQueue()
         self._next_id = 0
@@ -143,6 +143,15 @@ class FlowLoop:
         self._tick_at = 0.0
         self.catalogue = Catalogue(controller.plan, int(time.time()))
         traffic.configure(model.name for model in controller.plan.models)
+
+    @property
+    def serving(self) -> bool:
+        """Whether requests are welcome; any thread may ask."""
+        return self._welcome and not self.controller.pool_deleted
+
+    @serving.setter
+    def serving(self, welcome: bool) -> None:
+        self._welcome = welcome
 
     # --- for transports
 

@@ -1,7 +1,7 @@
 """Where an endpoint picker's plan and endpoints come from: a file, or the operator.
 
 Either one says what to start with and then puts what is new into force with a `put` that app.py
-gives it. What a program means is codec/'s business, what it does the core's.
+gives it. What a program means belongs in codec/, what it does in the core.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
+from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,7 +18,7 @@ from watchfiles import awatch
 
 from forebay_control.v1 import control_pb2 as pb
 from forebay_epp.adapters.control import ControlClient, Dial, Identity
-from forebay_epp.adapters.lastgood import LastGood, Stored
+from forebay_epp.adapters.lastgood import LastGood
 from forebay_epp.adapters.prometheus import ControlState
 from forebay_epp.codec import plan as plan_codec
 from forebay_epp.codec.control import Accepted, Applied, Programs, Refused, Version
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from forebay_epp.settings import ControlSettings, Settings
     from forebay_epp.traffic import Traffic
 
-    Put = Callable[[Plan | None, tuple[Endpoint, ...]], Awaitable[None]]
+    Put = Callable[["Update"], Awaitable[None]]
 
 PLAN_DEBOUNCE_MILLISECONDS = 50
 PLAN_LOOK_MILLISECONDS = 1000
@@ -44,6 +45,15 @@ DISK_SECONDS = 2.0
 _log = logging.getLogger("forebay_epp")
 
 
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What is to be in force. None: what is in force stays. `deleted`: the pool is deleted."""
+
+    plan: Plan | None
+    endpoints: tuple[Endpoint, ...] | None
+    deleted: bool = False
+
+
 class PlanFileError(Exception):
     """The plan file cannot be used; the text says why."""
 
@@ -53,19 +63,21 @@ class Source(Protocol):
 
     Attributes:
         first: what to start with.
-        ready: set once `first` or something later is more than built-in defaults.
-        bootstrap_seconds: how long to be unready for want of that.
+        ready: set once there is a plan that is more than built-in defaults.
+        usable: set once there is any endpoint, so that built-in defaults would do.
+        bootstrap_seconds: how long to be unready for want of a plan.
     """
 
-    first: tuple[Plan, tuple[Endpoint, ...]]
+    first: Update
     ready: asyncio.Event
+    usable: asyncio.Event
     bootstrap_seconds: float
 
     async def run(self, put: Put) -> None:
-        """Put what is new into force, for ever."""
+        """Put what is new into force, until cancelled."""
 
     async def leave(self) -> None:
-        """Tell who is to know that this process is about to end."""
+        """Say goodbye to the operator, if there is one, before this process ends."""
 
     def state(self) -> ControlState | None:
         """Return what the metrics page shows of the control channel, if there is one."""
@@ -85,7 +97,7 @@ class PlanFile:
         self._traffic = traffic
         self._text = self._read()
         self.first = self._parse(self._text)
-        self.ready = asyncio.Event()
+        self.ready = self.usable = asyncio.Event()
         self.ready.set()
 
     async def run(self, put: Put) -> None:
@@ -106,16 +118,16 @@ class PlanFile:
                 if text == self._text:
                     continue
                 self._text = text
-                plan, endpoints = self._parse(text)
+                update = self._parse(text)
             except PlanFileError as error:
                 self._traffic.plan_reloaded(ok=False)
                 _log.error("plan not taken, the last good one stays: %s", error)
                 continue
-            await put(plan, endpoints)
+            await put(update)
             self._traffic.plan_reloaded(ok=True)
 
     async def leave(self) -> None:
-        """Nobody is to know."""
+        """There is no operator to say goodbye to."""
 
     def state(self) -> ControlState | None:
         """There is no control channel."""
@@ -127,9 +139,9 @@ class PlanFile:
         except (OSError, UnicodeDecodeError) as error:
             raise PlanFileError(f"--plan-file: {self._path}: {error}") from error
 
-    def _parse(self, text: str) -> tuple[Plan, tuple[Endpoint, ...]]:
+    def _parse(self, text: str) -> Update:
         try:
-            return plan_codec.parse_snapshot_json(text)
+            return Update(*plan_codec.parse_snapshot_json(text))
         except PlanError as error:
             raise PlanFileError(f"{self._path}: {error}") from error
 
@@ -154,10 +166,11 @@ class Operator:
         pool = f"{settings.pool_namespace}/{settings.pool_name}"
         self.bootstrap_seconds = control.bootstrap_timeout_seconds
         self.ready = asyncio.Event()
+        self.usable = asyncio.Event()
         self._traffic = traffic
         self._snapshot = snapshot
         self._put: Put | None = None
-        self._began_at = time.monotonic()  # to run the program that is kept
+        self._began_at = time.monotonic()  # to run the plan that is kept
         self._begun = asyncio.Event()
         self._disk_failures: dict[str, int] = {}
         self._last_good = LastGood(control.state_path, pool, self._disk_failures)
@@ -185,35 +198,49 @@ class Operator:
             control.stats_interval_seconds,
         )
 
-    def _from_disk(self, pool: str) -> tuple[tuple[Plan, tuple[Endpoint, ...]], Programs]:
-        """Take the newest program on the disk that is valid, or built-in defaults."""
+    def _from_disk(self, pool: str) -> tuple[Update, Programs]:
+        """Take the newest plan on the disk that is valid, or built-in defaults; and endpoints."""
         state = self._last_good.state
         programs = Programs(pool, None, state.highest_epoch)
         programs.quarantined = frozenset(state.quarantined)
-        for kept in state.programs:
-            applied = Applied(
-                Version(kept.epoch, kept.revision), kept.sha256, kept.snapshot, source="File"
-            )
-            verdict = programs.read(applied)
-            if isinstance(verdict, Accepted) and verdict.plan is not None:
-                programs.took(verdict)
+        plan = None
+        plan_sha256, whole = b"", state.whole
+        for kept in state.plans:
+            read = programs.read_plan(kept.data)
+            if not isinstance(read, Refused):
+                plan, plan_sha256 = read, kept.sha256
                 self.ready.set()
                 _log.info(
-                    "starting on the last program that was applied",
-                    extra={"epoch": kept.epoch, "revision": kept.revision},
+                    "starting on the last plan that was applied",
+                    extra={"epoch": state.epoch, "revision": state.revision},
                 )
-                return (verdict.plan, verdict.endpoints), programs
-            problems = list(verdict.problems) if isinstance(verdict, Refused) else []
-            self._disk_failures["refused"] = self._disk_failures.get("refused", 0) + 1
-            _log.error(
-                "the program on the disk is not used: %s",
-                problems,
-                extra={"epoch": kept.epoch, "revision": kept.revision},
+                break
+            whole = False
+            self._disk_refused("plan", read)
+        endpoints: tuple[Endpoint, ...] = ()
+        kept_endpoints = programs.read_endpoints(state.endpoints)
+        if isinstance(kept_endpoints, Refused):
+            whole = False
+            self._disk_refused("endpoints", kept_endpoints)
+        elif kept_endpoints:
+            endpoints = kept_endpoints
+            self.usable.set()
+        if state.sha256:
+            programs.applied = Applied(
+                Version(state.epoch, state.revision),
+                state.sha256,
+                plan_sha256,
+                "File" if plan else "Defaults",
+                whole,
             )
-        return (Plan(pool=pool), ()), programs
+        return Update(plan or Plan(pool=pool), endpoints, state.deleted), programs
+
+    def _disk_refused(self, part: str, refused: Refused) -> None:
+        self._disk_failures["refused"] = self._disk_failures.get("refused", 0) + 1
+        _log.error("the %s on the disk is not used: %s", part, list(refused.problems))
 
     async def run(self, put: Put) -> None:
-        """Keep a stream to the operator and apply what it sends, for ever."""
+        """Keep a stream to the operator and apply what it sends, until cancelled."""
         self._put = put
         surviving = asyncio.create_task(self._survive())
         try:
@@ -222,7 +249,7 @@ class Operator:
             surviving.cancel()
 
     async def _survive(self) -> None:
-        """Note of each program that this process has lived with it for a while."""
+        """Note of each plan that this process has lived with it for a while."""
         while True:
             self._begun.clear()
             began_at = self._began_at
@@ -233,40 +260,45 @@ class Operator:
                 await self._begun.wait()
 
     async def _apply(self, accepted: Accepted) -> None:
-        """Put a program into force and onto the disk, in this order.
-
-        One without a plan is not kept: a process cannot start on it.
-        """
+        """Put what is accepted into force and onto the disk, in this order."""
         if self._put is None:
             raise AssertionError("programs come while running")
-        applied = accepted.applied
-        await self._last_good.attempt(applied.sha256, DISK_SECONDS)
+        applied, before = accepted.applied, self._programs.applied
+        another = accepted.plan is not None and (
+            before is None or before.plan_sha256 != applied.plan_sha256
+        )
+        if another:
+            await self._last_good.attempt(applied.plan_sha256, DISK_SECONDS)
         try:
-            await self._put(accepted.plan, accepted.endpoints)
+            await self._put(Update(accepted.plan, accepted.endpoints, accepted.deleted))
         except Exception:
             self._traffic.plan_reloaded(ok=False)
             raise
         finally:
-            self._last_good.attempted()
+            if another:
+                self._last_good.attempted()
+        state = self._last_good.state
+        state.highest_epoch = max(state.highest_epoch, self._programs.highest_epoch)
+        state.epoch, state.revision = applied.version.epoch, applied.version.revision
+        state.sha256, state.whole = applied.sha256, applied.whole
+        state.deleted = accepted.deleted
+        if accepted.endpoints is not None:
+            state.endpoints = accepted.endpoints_data
         if accepted.plan is not None:
-            self._last_good.keep(
-                Stored(
-                    applied.version.epoch,
-                    applied.version.revision,
-                    applied.sha256,
-                    applied.snapshot,
-                ),
-                self._programs.highest_epoch,
-            )
+            self._last_good.keep_plan(accepted.plan_data)
+        if another:
             self._began_at = time.monotonic()
             self._begun.set()
         await self._last_good.save(DISK_SECONDS)
         self._traffic.plan_reloaded(ok=True)
-        self.ready.set()
+        if accepted.plan is not None:
+            self.ready.set()
+        if accepted.endpoints:
+            self.usable.set()
 
     async def leave(self) -> None:
         """Say goodbye to the operator; to end in order is not to crash."""
-        self._last_good.survived()
+        self._last_good.ended()
         await asyncio.gather(
             self._client.leave(GOODBYE_SECONDS), self._last_good.save(GOODBYE_SECONDS)
         )
@@ -284,6 +316,7 @@ class Operator:
             sha256=applied.sha256.hex() if applied else "",
             answers=client.answers,
             disk_failures=self._disk_failures,
+            pool_deleted=self._last_good.state.deleted,
         )
 
     async def _stats(self) -> pb.Stats:

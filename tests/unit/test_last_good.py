@@ -14,15 +14,14 @@ import threading
 
 import pytest
 
-from forebay_epp.adapters.lastgood import CRASHES, FILE, LastGood, Stored
+from forebay_epp.adapters.lastgood import CRASHES, FILE, LastGood, StoredPlan
 
 POOL = "default/chat"
 PATIENCE = 30.0
 
 
-def stored(number: int = 1, epoch: int = 5) -> Stored:
-    data = b"snapshot %d" % number
-    return Stored(epoch, number, hashlib.sha256(data).digest(), data)
+def stored(number: int = 1) -> StoredPlan:
+    return StoredPlan(b"plan %d" % number)
 
 
 def opened(folder, pool: str = POOL) -> LastGood:
@@ -33,15 +32,17 @@ def opened(folder, pool: str = POOL) -> LastGood:
 
 
 def kept(folder, *numbers: int) -> LastGood:
-    """What a process has after putting these programs into force one after the other."""
+    """What a process has after putting these plans into force one after the other."""
     last_good = opened(folder)
 
     async def keep() -> None:
         for number in numbers:
-            program = stored(number)
-            await last_good.attempt(program.sha256, PATIENCE)
+            plan = stored(number)
+            await last_good.attempt(plan.sha256, PATIENCE)
             last_good.attempted()
-            last_good.keep(program, program.epoch)
+            last_good.keep_plan(plan.data)
+            last_good.state.epoch = last_good.state.highest_epoch = 5
+            last_good.state.endpoints = b"endpoints %d" % number
             await last_good.save(PATIENCE)
 
     asyncio.run(keep())
@@ -52,27 +53,33 @@ def save(last_good: LastGood) -> None:
     asyncio.run(last_good.save(PATIENCE))
 
 
-def revisions(last_good: LastGood) -> list[int]:
-    return [program.revision for program in last_good.state.programs]
+def plans(last_good: LastGood) -> list[int]:
+    return [int(plan.data.split()[1]) for plan in last_good.state.plans]
 
 
 def test_what_was_kept_is_there_after_a_restart(tmp_path):
-    """The newest first, and one before it."""
+    """The newest plan first, and one before it; the newest endpoints."""
     kept(tmp_path, 1, 2, 3)
     again = opened(tmp_path)
 
-    assert again.state.programs == [stored(3), stored(2)]
-    assert again.state.highest_epoch == 5
+    assert again.state.plans == [stored(3), stored(2)]
+    assert (again.state.epoch, again.state.highest_epoch) == (5, 5)
+    assert again.state.endpoints == b"endpoints 3"
     assert again._failures == {}
 
 
-def test_a_program_kept_again_takes_no_second_place(tmp_path):
+def test_a_plan_kept_again_takes_no_second_entry(tmp_path):
     """The one before it stays: it is what is left should this one turn out to be bad."""
     last_good = kept(tmp_path, 1, 2)
-    last_good.keep(stored(2, epoch=9), 9)
+    last_good.keep_plan(stored(2).data)
     save(last_good)
 
-    assert [(p.epoch, p.revision) for p in opened(tmp_path).state.programs] == [(9, 2), (5, 1)]
+    assert plans(opened(tmp_path)) == [2, 1]
+
+
+def test_a_plan_that_returns_is_not_there_twice(tmp_path):
+    """An edit was taken back."""
+    assert plans(kept(tmp_path, 1, 2, 1)) == [1, 2]
 
 
 def test_nobody_else_can_read_the_file(tmp_path):
@@ -91,7 +98,7 @@ def test_without_a_folder_nothing_is_kept():
     """And nothing is said about it."""
     last_good = kept(None, 1)
 
-    assert (revisions(last_good), last_good._failures) == ([1], {})
+    assert (plans(last_good), last_good._failures) == ([1], {})
 
 
 @pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 66, 200, -1])
@@ -102,7 +109,7 @@ def test_a_truncated_file_is_ignored(tmp_path, length):
     file.write_bytes(file.read_bytes()[:length])
     last_good = opened(tmp_path)
 
-    assert (revisions(last_good), last_good._failures) == ([], {"corrupt": 1})
+    assert (plans(last_good), last_good._failures) == ([], {"corrupt": 1})
 
 
 def test_a_flipped_bit_anywhere_is_noticed(tmp_path):
@@ -116,7 +123,7 @@ def test_a_flipped_bit_anywhere_is_noticed(tmp_path):
         file.write_bytes(bad)
         last_good = opened(tmp_path)
         assert last_good._failures == {"corrupt": 1}, position
-        assert revisions(last_good) == [], position
+        assert plans(last_good) == [], position
 
 
 def rewritten(folder, **changes) -> None:
@@ -130,11 +137,13 @@ def rewritten(folder, **changes) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"format": 2},
+        {"format": 1},
         {"pool": "default/other"},
-        {"programs": None},
-        {"programs": [1]},
-        {"programs": [{"epoch": 5}]},
+        {"plans": None},
+        {"plans": [1]},
+        {"plans": [{"plan": ""}]},
+        {"plans": [{"plan": "", "proven": 1}]},
+        {"deleted": "no"},
         {"starts": "many"},
         {"starts": -1},
         {"highestEpoch": float("inf")},
@@ -149,7 +158,7 @@ def test_a_file_that_says_something_strange_is_ignored(tmp_path, changes):
     rewritten(tmp_path, **changes)
     last_good = opened(tmp_path)
 
-    assert (revisions(last_good), last_good._failures) == ([], {"corrupt": 1})
+    assert (plans(last_good), last_good._failures) == ([], {"corrupt": 1})
 
 
 @pytest.mark.parametrize("content", [b"[]", b"1", b"[" * 100_000, b"\xff", b"{}"])
@@ -174,7 +183,7 @@ def test_a_folder_in_the_place_of_the_file(tmp_path):
     last_good = kept(tmp_path, 1)
 
     assert last_good._failures == {"unreadable": 1, "unwritable": 2}
-    assert revisions(last_good) == [1]
+    assert plans(last_good) == [1]
 
 
 def test_a_folder_that_is_not_there(tmp_path):
@@ -187,11 +196,11 @@ def test_a_folder_that_is_not_there(tmp_path):
 RUN_WITH_LIMIT = """
 import asyncio, resource, sys
 from pathlib import Path
-from forebay_epp.adapters.lastgood import LastGood, Stored
+from forebay_epp.adapters.lastgood import LastGood
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 last_good = LastGood(Path(sys.argv[1]), "default/chat", {})
 last_good.load()
-last_good.keep(Stored(5, 9, b"h" * 32, b"s" * 100_000), 5)
+last_good.keep_plan(b"s" * 100_000)
 asyncio.run(last_good.save(30))
 print(last_good._failures)
 """
@@ -213,22 +222,22 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
 
     assert "{'unwritable': 1}" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
-    assert revisions(opened(tmp_path)) == [1]
+    assert plans(opened(tmp_path)) == [1]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
 RUN_AS_NOBODY = """
 import asyncio, os, sys
 from pathlib import Path
-from forebay_epp.adapters.lastgood import LastGood, Stored
+from forebay_epp.adapters.lastgood import LastGood
 if os.getuid() == 0:
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
 last_good = LastGood(Path(sys.argv[1]), "default/chat", {})
 last_good.load()
-print([program.revision for program in last_good.state.programs])
-last_good.keep(Stored(5, 9, b"h" * 32, b"s"), 5)
+print([plan.data.decode() for plan in last_good.state.plans])
+last_good.keep_plan(b"s")
 asyncio.run(last_good.save(30))
 print(last_good._failures)
 """
@@ -255,7 +264,7 @@ def test_a_read_only_folder_is_read(tmp_path):
     finally:
         state.chmod(0o755)
 
-    assert done.stdout.splitlines() == ["[1]", "{'unwritable': 2}"]
+    assert done.stdout.splitlines() == ["['plan 1']", "{'unwritable': 2}"]
 
 
 def test_a_disk_that_hangs_holds_up_nobody(tmp_path):
@@ -268,7 +277,7 @@ def test_a_disk_that_hangs_holds_up_nobody(tmp_path):
 
     async def scenario() -> None:
         for number in range(1, 9):
-            last_good.keep(stored(number), 5)
+            last_good.keep_plan(stored(number).data)
             await last_good.save(0.01)
         assert last_good._failures == {"slow": 8}
         assert sum(t.name == "last-good" for t in threading.enumerate()) == 1
@@ -279,7 +288,7 @@ def test_a_disk_that_hangs_holds_up_nobody(tmp_path):
             os.close(descriptor)
 
     asyncio.run(scenario())
-    assert revisions(opened(tmp_path)) == [8, 7]
+    assert plans(opened(tmp_path)) == [8, 7]
 
 
 # --- crashes
@@ -296,9 +305,9 @@ def test_a_program_under_which_the_process_crashes_is_set_aside(tmp_path):
     """After three times; the one before it is used."""
     kept(tmp_path, 1, 2)  # the process that took it crashes: the first time
 
-    assert revisions(crash_and_start(tmp_path, CRASHES - 1)) == [2, 1]
+    assert plans(crash_and_start(tmp_path, CRASHES - 1)) == [2, 1]
     last_good = opened(tmp_path)
-    assert revisions(last_good) == [1]
+    assert plans(last_good) == [1]
     assert last_good.state.quarantined == [stored(2).sha256]
 
 
@@ -307,20 +316,48 @@ def test_two_bad_programs_end_on_none(tmp_path):
     kept(tmp_path, 1, 2)
     last_good = crash_and_start(tmp_path, 3 * CRASHES)
 
-    assert revisions(last_good) == []
+    assert plans(last_good) == []
     assert last_good.state.quarantined == [stored(1).sha256, stored(2).sha256]
     assert last_good.state.starts == 0
 
 
-def test_a_process_that_lives_has_not_crashed(tmp_path):
+def test_a_process_that_ends_in_order_has_not_crashed(tmp_path):
     """Restarts for other reasons do not add up over days."""
     kept(tmp_path, 1)
     for _ in range(3 * CRASHES):
         last_good = opened(tmp_path)
-        last_good.survived()
+        last_good.ended()
         save(last_good)
 
-    assert revisions(last_good) == [1]
+    assert plans(last_good) == [1]
+
+
+def test_a_plan_that_was_lived_with_is_not_to_blame_for_later_ends(tmp_path):
+    """Memory that runs out under traffic ends the process in any row; the plan stays in force."""
+    last_good = kept(tmp_path, 1, 2)
+    last_good.survived()
+    save(last_good)
+    last_good = crash_and_start(tmp_path, 5 * CRASHES)
+
+    assert (plans(last_good), last_good.state.quarantined) == ([2, 1], [])
+
+
+def test_a_plan_that_returns_is_still_beyond_suspicion(tmp_path):
+    """Its successor was not, and was taken back."""
+    last_good = kept(tmp_path, 1)
+    last_good.survived()
+    save(last_good)
+    kept(tmp_path, 2, 1)
+
+    assert plans(crash_and_start(tmp_path, 2 * CRASHES)) == [1, 2]
+
+
+def test_a_plan_that_is_set_aside_leaves_the_program_in_part_only(tmp_path):
+    """Its endpoints stay in force."""
+    kept(tmp_path, 1, 2)
+    last_good = crash_and_start(tmp_path, CRASHES)
+
+    assert (last_good.state.whole, last_good.state.endpoints) == (False, b"endpoints 2")
 
 
 def test_a_new_program_begins_with_a_clean_slate(tmp_path):
@@ -329,13 +366,13 @@ def test_a_new_program_begins_with_a_clean_slate(tmp_path):
     crash_and_start(tmp_path, CRASHES - 2)
     kept(tmp_path, 2)
 
-    assert revisions(crash_and_start(tmp_path, CRASHES - 1)) == [2, 1]
+    assert plans(crash_and_start(tmp_path, CRASHES - 1)) == [2, 1]
 
 
-def attempt(folder, program: Stored) -> LastGood:
-    """Start, try to put a program into force, and crash over it."""
+def attempt(folder, plan: StoredPlan) -> LastGood:
+    """Start, try to put a plan into force, and crash over it."""
     last_good = opened(folder)
-    asyncio.run(last_good.attempt(program.sha256, PATIENCE))
+    asyncio.run(last_good.attempt(plan.sha256, PATIENCE))
     return last_good
 
 
@@ -348,7 +385,7 @@ def test_a_program_that_cannot_even_be_put_into_force_is_set_aside(tmp_path):
     last_good = opened(tmp_path)
 
     assert last_good.state.quarantined == [bad.sha256]
-    assert revisions(last_good) == [1]
+    assert plans(last_good) == [1]
 
 
 def test_the_program_in_force_is_not_to_blame_for_the_next_one(tmp_path):
@@ -357,7 +394,7 @@ def test_the_program_in_force_is_not_to_blame_for_the_next_one(tmp_path):
     for number in range(2, 2 + 2 * CRASHES):
         attempt(tmp_path, stored(number))
 
-    assert revisions(opened(tmp_path)) == [1]
+    assert plans(opened(tmp_path)) == [1]
 
 
 def test_a_first_program_that_ends_the_process_is_set_aside_too(tmp_path):

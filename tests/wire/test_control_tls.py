@@ -116,7 +116,7 @@ def test_a_picker_that_trusts_the_authority_is_programmed(authority, serve, dial
 
 @pytest.mark.parametrize("wrong", ["expired", "other authority", "other name"])
 def test_a_picker_refuses_an_operator_that_is_not_the_one(authority, serve, tmp_path, wrong):
-    """A real process: it says why, tells nobody its token, and serves on what it has."""
+    """A real process: it says why, shows its token to no one, and stays unready."""
     leaf = {
         "expired": lambda: authority.leaf("operator", days=-1),
         "other authority": lambda: Authority(tmp_path / "other").leaf("operator"),
@@ -129,7 +129,8 @@ def test_a_picker_refuses_an_operator_that_is_not_the_one(authority, serve, tmp_
     )
     try:
         until(lambda: "no control connection" in picker.log, WAIT_SECONDS)
-        until(lambda: picker.serving, WAIT_SECONDS)
+        until(lambda: "--bootstrap-timeout" in picker.log, WAIT_SECONDS)
+        assert not picker.serving
         assert driver.ask(lambda server: server._open) == 0
         assert "Traceback" not in picker.log
         assert picker.program()[0] == "Defaults"

@@ -14,9 +14,10 @@ from control_plane import PickerProcess, Process
 from ext_proc_peer import until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from forebay_control import features
+from forebay_control.limits import MAX_PLAN_BYTES, MAX_SNAPSHOT_BYTES
 from forebay_control.v1 import control_pb2 as pb
 from forebay_epp.adapters.lastgood import CRASHES, FILE
-from forebay_epp.codec.control import MAX_SNAPSHOT_BYTES
 
 WAIT_SECONDS = 60
 NOBODY = 1  # a port on which nobody listens
@@ -101,6 +102,12 @@ def unsupported() -> pb.Snapshot:
     return made
 
 
+def large() -> pb.Snapshot:
+    made = snapshot(31.0)
+    made.plan.models.add(name="x" * MAX_PLAN_BYTES, band="Standard")
+    return made
+
+
 def unhashed() -> pb.Program:
     made = program(snapshot(31.0), 6, 1)
     made.sha256 = b"?" * 32
@@ -111,8 +118,6 @@ BAD = {  # those of epoch 6 last: it fences off the others
     "old epoch": (program(snapshot(31.0), 4, 9), "StaleEpoch", "version"),
     "old revision": (program(snapshot(31.0), 5, 0), "StaleEpoch", "version"),
     "other hash": (program(snapshot(31.0), 5, 1), "HashConflict", "sha256"),
-    "invalid": (program(invalid(), 6, 1), "Invalid", "plan.bands[1].fairness"),
-    "unsupported": (program(unsupported(), 6, 1), "Unsupported", "plan.bands[0].field 1007"),
     "oversize": (program(b"\0" * (MAX_SNAPSHOT_BYTES + 1), 6, 1), "TooLarge", "snapshot"),
     "wrong hash": (unhashed(), "Invalid", "sha256"),
     "other pool": (program(snapshot(31.0, "default/x"), 6, 1), "Invalid", "plan.pool"),
@@ -128,7 +133,7 @@ def test_no_bad_program_changes_what_is_served(start, puppet):
     for name, (bad, code, path) in BAD.items():
         nack = puppet.answer(bad)
         assert isinstance(nack, pb.Nack), name
-        assert (nack.code, nack.errors[0].path) == (code, path), name
+        assert (nack.code, nack.errors[0].path, list(nack.applied)) == (code, path, []), name
         assert (nack.still_running.version.epoch, nack.still_running.version.revision) == (5, 1)
         assert (picker.version, picker.program(), picker.queues()["bands"]) == before, name
     assert healthy(picker)
@@ -136,6 +141,73 @@ def test_no_bad_program_changes_what_is_served(start, puppet):
 
     assert isinstance(puppet.answer(program(snapshot(32.0), 7, 1)), pb.Ack)
     assert picker.version == (7, 1)
+
+
+BAD_PLANS = {
+    "invalid": (invalid(), "Invalid", "plan.bands[1].fairness"),
+    "unsupported": (unsupported(), "Unsupported", "plan.bands[0].field 1007"),
+    "large": (large(), "TooLarge", "plan"),
+}
+
+
+def addresses(picker: PickerProcess) -> list[str]:
+    return [endpoint["address"] for endpoint in picker.queues()["endpoints"]]
+
+
+def test_no_bad_plan_holds_up_endpoints(start, puppet):
+    """T34: the last good plan stays, and goes with the newest endpoints, after a restart too."""
+    picker = programmed(start, puppet, snapshot(30.0, POOL, "10.0.0.1:8000"))
+    good = picker.queues()["bands"]
+    for number, (name, (made, code, path)) in enumerate(BAD_PLANS.items(), start=2):
+        made.endpoints.endpoints.add(address=f"10.0.0.{number}:8000", uid=f"pod-{number}")
+        nack = puppet.answer(program(made, 5, number, nonce=number))
+        assert (nack.code, nack.errors[0].path) == (code, path), name
+        assert list(nack.applied) == ["Endpoints"], name
+        assert addresses(picker) == [f"10.0.0.{number}:8000"], name
+        assert picker.queues()["bands"] == good, name
+        assert picker.program()[0] == "Live", name
+    picker.kill()
+    picker = start(puppet.port)
+    hello = puppet.next("hello", seconds=WAIT_SECONDS)
+    until_healthy(picker)
+
+    assert addresses(picker) == ["10.0.0.4:8000"]
+    assert picker.queues()["bands"] == good
+    assert (hello.applied.version.revision, hello.applied.sha256) == (4, bytes(32))
+    assert set(hello.features) == features.NAMES
+
+
+def test_an_operator_of_release_0_1_programs_a_new_picker(start, puppet):
+    """It sends no uids, takes an Ack by nonce and hash, and knows nothing of features."""
+    sent = program(snapshot(30.0, POOL, "10.0.0.1:8000"))
+    picker = programmed(start, puppet, snapshot(30.0, POOL, "10.0.0.1:8000"))
+
+    assert picker.program() == ("Live", sent.sha256.hex())
+    assert addresses(picker) == ["10.0.0.1:8000"]
+
+
+# --- a pool that is deleted
+
+
+def test_a_picker_of_a_deleted_pool_is_unready_until_it_is_created_again(start, puppet):
+    """Also over a restart without any operator; what it is sent then brings it back."""
+    picker = programmed(start, puppet, snapshot(30.0, POOL, "10.0.0.1:8000"))
+    gone = program(pb.Snapshot(deleted=True, pool_uid="uid-1"), 5, 2, nonce=2)
+    assert isinstance(puppet.answer(gone), pb.Ack)
+    until(lambda: not healthy(picker), WAIT_SECONDS)
+    assert addresses(picker) == ["10.0.0.1:8000"]
+
+    picker.kill()
+    picker = start(puppet.port)
+    hello = puppet.next("hello", seconds=WAIT_SECONDS)
+    until(lambda: picker.serving, WAIT_SECONDS)  # the process would, but for the pool
+    assert (hello.applied.version.revision, hello.applied.sha256) == (2, gone.sha256)
+    assert not healthy(picker)
+
+    again = snapshot(31.0, POOL, "10.0.0.2:8000")
+    assert isinstance(puppet.answer(program(again, 5, 3)), pb.Ack)
+    until_healthy(picker)
+    assert addresses(picker) == ["10.0.0.2:8000"]
 
 
 def test_a_message_that_is_larger_than_any_may_be_costs_the_stream_only(start, puppet):
@@ -158,7 +230,7 @@ def test_the_same_program_again_is_acknowledged_again(start, puppet):
 
 
 def test_a_picker_starts_on_its_last_program_without_any_operator(start, puppet):
-    """And says so; it serves for ever like that."""
+    """And says so; it serves like that as long as it has to."""
     picker = programmed(start, puppet, snapshot(), snapshot(31.0))
     picker.kill()
     picker = start(NOBODY)
@@ -180,16 +252,30 @@ def test_a_restarted_picker_says_what_it_runs(start, puppet):
     assert puppet.answer(program(snapshot(31.0), 4, 1)).code == "StaleEpoch"
 
 
-def test_a_picker_that_was_never_programmed_waits_and_then_serves_defaults(start):
-    """It is unready until the bootstrap timeout, and never silent about it."""
-    picker = start(NOBODY, "--bootstrap-timeout=3s")
-    until(lambda: picker.page("/metrics") is not None, WAIT_SECONDS)
+def test_a_picker_that_has_nothing_to_serve_stays_unready(start, puppet):
+    """It says so when the bootstrap timeout is over, and is ready as soon as there is a program."""
+    picker = start(puppet.port, "--bootstrap-timeout=1s")
+    until(lambda: "--bootstrap-timeout" in picker.log, WAIT_SECONDS)
     assert not healthy(picker)
+    assert (picker.program()[0], picker.version) == ("Defaults", (0, 0))
+
+    puppet.next("hello", seconds=WAIT_SECONDS)
+    puppet.answer(program(snapshot()))
     until_healthy(picker)
 
-    assert picker.program()[0] == "Defaults"
-    assert picker.version == (0, 0)
-    assert "--bootstrap-timeout" in picker.log
+
+def test_a_picker_with_endpoints_but_no_plan_serves_defaults_after_a_while(start, puppet):
+    """The operator holds the plan back; the bootstrap timeout is its chance to come."""
+    made = snapshot(30.0, POOL, "10.0.0.1:8000")
+    made.ClearField("plan")
+    picker = start(puppet.port, "--bootstrap-timeout=3s")
+    puppet.next("hello", seconds=WAIT_SECONDS)
+    ack = puppet.answer(program(made))
+    assert (ack.plan_sha256, healthy(picker)) == (b"", False)
+
+    until_healthy(picker)
+    assert (picker.program()[0], addresses(picker)) == ("Defaults", ["10.0.0.1:8000"])
+    assert "built-in defaults" in picker.log
 
 
 DAMAGE = {
@@ -197,7 +283,7 @@ DAMAGE = {
     "bit flip in the body": lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:],
     "other pool's": lambda data: resigned(data.replace(b"default/chat", b"default/talk")),
     "absurd epoch": lambda data: resigned(data.replace(b'"epoch": 5', b'"epoch": 1%d' % 2**64)),
-    "other plan": lambda data: resigned(data.replace(b'"sha256": "', b'"sha256": "00')),
+    "no plan": lambda data: resigned(data.replace(b'"plan": "', b'"plan": "AAAA')),
 }
 
 
@@ -267,10 +353,10 @@ def test_a_disk_that_hangs_costs_the_warm_start_only(start, puppet, tmp_path):
     assert picker.stop(WAIT_SECONDS) == 0
 
 
-def test_a_program_under_which_the_picker_crashes_is_set_aside(start, puppet):
-    """The one before it is used, and the operator hears why this one is refused."""
-    bad = snapshot(31.0)
-    picker = programmed(start, puppet, snapshot(), bad)
+def test_a_plan_under_which_the_picker_crashes_is_set_aside(start, puppet):
+    """The one before it is used, with the newest endpoints, and the operator hears why."""
+    good, bad = snapshot(30.0, POOL, "10.0.0.1:8000"), snapshot(31.0, POOL, "10.0.0.2:8000")
+    picker = programmed(start, puppet, good, bad)
     picker.kill()
     for _ in range(CRASHES - 1):
         picker = start(NOBODY)
@@ -278,13 +364,21 @@ def test_a_program_under_which_the_picker_crashes_is_set_aside(start, puppet):
         assert picker.version == (5, 2)
         picker.kill()
     picker = start(puppet.port)
-    puppet.next("hello", seconds=WAIT_SECONDS)
+    hello = puppet.next("hello", seconds=WAIT_SECONDS)
     until_healthy(picker)
-    assert picker.version == (5, 1)
+    assert hello.applied.sha256 == bytes(32)
+    assert hello.applied.plan_sha256 == plan_sha256(good)
+    assert addresses(picker) == ["10.0.0.2:8000"]
 
-    nack = puppet.answer(program(bad, 5, 2))
+    bad.endpoints.endpoints.add(address="10.0.0.3:8000")
+    nack = puppet.answer(program(bad, 5, 3))
     assert (nack.code, "crashed" in nack.errors[0].message) == ("Internal", True)
-    assert isinstance(puppet.answer(program(snapshot(32.0), 5, 3)), pb.Ack)
+    assert addresses(picker) == ["10.0.0.2:8000", "10.0.0.3:8000"]
+    assert isinstance(puppet.answer(program(snapshot(32.0), 5, 4)), pb.Ack)
+
+
+def plan_sha256(made: pb.Snapshot) -> bytes:
+    return hashlib.sha256(made.plan.SerializeToString(deterministic=True)).digest()
 
 
 def test_restarts_in_order_are_no_crashes(start, puppet):

@@ -1,7 +1,7 @@
-"""The picker's end of the control channel: dial, say who we are, apply what comes, report.
+"""The EPP's end of the control channel: dial, say who we are, apply what comes, report.
 
-Losing the operator changes nothing about what is served. Judging programs is codec/control.py's
-business, putting them into force app.py's, keeping them adapters/lastgood.py's.
+Losing the operator changes nothing about what is served. Programs are judged in codec/control.py,
+put into force by app.py and kept by adapters/lastgood.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from forebay_control import features
 from forebay_control.v1 import control_pb2 as pb
 from forebay_control.v1 import control_pb2_grpc as rpc
 from forebay_epp.codec.control import Accepted, Code, Refused
@@ -103,6 +104,7 @@ class ControlClient:
         self._stats = stats
         self._stats_seconds = stats_seconds
         self._said = ""
+        self._refused: Refused | None = None
         self._judging = asyncio.Lock()
         self._tasks: set[asyncio.Task[pb.FromPicker]] = set()
         self._stream: _Stream | None = None
@@ -237,6 +239,7 @@ class ControlClient:
                 build=me.build,
                 applied=programs.applied.message() if programs.applied else None,
                 highest_epoch=programs.highest_epoch,
+                features=sorted(features.NAMES),
             )
         )
 
@@ -265,13 +268,23 @@ class ControlClient:
                 verdict = Refused(Code.INTERNAL, (("snapshot", f"{type(error).__name__}"),))
             else:
                 self._programs.took(verdict)
-        if isinstance(verdict, Refused):
+        refused = verdict.refused if isinstance(verdict, Accepted) else verdict
+        if refused is not None:
+            parts = verdict.parts if isinstance(verdict, Accepted) else []
             self.answers["nack"] += 1
-            _log.error(
+            # A plan that stays refused is offered with each change of the endpoints.
+            _log.log(
+                logging.INFO if refused == self._refused else logging.ERROR,
                 "program refused, what was in force stays",
-                extra={"code": verdict.code.value, "problems": list(verdict.problems)},
+                extra={
+                    "code": refused.code.value,
+                    "problems": list(refused.problems),
+                    "applied": parts,
+                },
             )
-            return self._programs.nack(program, verdict)
+            self._refused = refused
+            return self._programs.nack(program, refused, parts)
+        self._refused = None
         self.answers["ack"] += 1
         return self._programs.ack(program, time.monotonic() - began)
 

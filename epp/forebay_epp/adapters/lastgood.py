@@ -1,9 +1,11 @@
-"""The last program that was applied, on disk: a restarted picker serves before any operator is up.
+"""What was in force last, on disk: a restarted EPP serves before any operator is up.
 
-Whatever is wrong with the file, it is told of and ignored; the next source counts. A program under
-which the process has crashed three times in a row, each time within a minute, is set aside
-(quarantined) and the one before it is used. A disk that hangs holds up nothing for longer than a
-moment. What a program means is codec/control.py's business.
+Whatever is wrong with the file, it is reported and ignored; the next source counts. A plan is set
+aside (quarantined), and the one before it used, when the process has ended three times in a row
+over putting it into force, or within a minute of beginning to run it. A plan with which any process
+has lived for a minute is beyond suspicion: what ends the process later, memory that runs out under
+traffic for example, is not the plan's fault. Endpoints are never set aside. A disk that hangs holds
+up nothing for longer than a moment. What plans and endpoints mean belongs in codec/control.py.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FILE = "last-known-good.json"
-FORMAT = 1
+FORMAT = 2
 MAX_FILE_BYTES = 8 << 20
 CRASHES = 3
 MAX_QUARANTINED = 16
@@ -35,13 +37,16 @@ _log = logging.getLogger("forebay_epp")
 
 
 @dataclass(slots=True)
-class Stored:
-    """One program as it is kept."""
+class StoredPlan:
+    """One plan as it is kept. `proven`: a process has lived with it for a minute."""
 
-    epoch: int
-    revision: int
-    sha256: bytes
-    snapshot: bytes
+    data: bytes
+    proven: bool = False
+
+    @property
+    def sha256(self) -> bytes:
+        """The hash of the plan."""
+        return hashlib.sha256(self.data).digest()
 
 
 @dataclass(slots=True)
@@ -49,19 +54,32 @@ class State:
     """What the file holds.
 
     Attributes:
-        starts: how often in a row the process has begun to run `programs[0]` and has not lived
-            with it for a minute, this time included.
-        attempted: hash of the program that is being put into force; empty when none is.
+        highest_epoch: ever seen.
+        epoch: of the last program of which any part was taken; so the next three.
+        revision: of it.
+        sha256: of it; empty when there was none.
+        whole: whether all of it was taken.
+        deleted: the pool is deleted.
+        endpoints: the endpoints in force, serialised.
+        plans: the newest first, at most two.
+        starts: how often in a row the process has begun to run `plans[0]` and has not lived with
+            it for a minute, this time included.
+        attempted: hash of the plan that is being put into force; empty when none is.
         attempts: how often in a row the process has ended over that.
-        programs: the newest first, at most two.
-        quarantined: hashes of programs that are not to be used.
+        quarantined: hashes of plans that are not to be used.
     """
 
     highest_epoch: int = 0
+    epoch: int = 0
+    revision: int = 0
+    sha256: bytes = b""
+    whole: bool = True
+    deleted: bool = False
+    endpoints: bytes = b""
+    plans: list[StoredPlan] = field(default_factory=list)
     starts: int = 0
     attempted: bytes = b""
     attempts: int = 0
-    programs: list[Stored] = field(default_factory=list)
     quarantined: list[bytes] = field(default_factory=list)
 
 
@@ -99,11 +117,12 @@ class LastGood:
         state = self.state
         if state.attempts >= CRASHES:
             self._set_aside(state.attempted)
-        if state.programs and state.starts >= CRASHES:
-            self._set_aside(state.programs.pop(0).sha256)
+        if state.plans and state.starts >= CRASHES:
+            self._set_aside(state.plans.pop(0).sha256)
             state.starts = 0
-        if state.programs and not state.attempted:  # else that one is to blame
-            state.starts += 1
+            state.whole = False
+        if state.plans and not state.plans[0].proven and not state.attempted:
+            state.starts += 1  # while another was being attempted, that one is to blame
         if state.attempts >= CRASHES:
             state.attempted, state.attempts = b"", 0
         # Without fsync: this is about crashes of the process, and it must not keep it waiting.
@@ -113,12 +132,12 @@ class LastGood:
         state = self.state
         state.quarantined = [sha256, *state.quarantined][:MAX_QUARANTINED]
         _log.error(
-            "a program under which this process kept ending is set aside",
+            "a plan under which this process kept ending is set aside",
             extra={"sha256": sha256.hex()},
         )
 
     async def attempt(self, sha256: bytes, patience_seconds: float) -> None:
-        """Note that a program is about to be put into force: it may end the process."""
+        """Note that a plan is about to be put into force: it may end the process."""
         state = self.state
         state.attempts = state.attempts + 1 if sha256 == state.attempted else 1
         state.attempted = sha256
@@ -128,18 +147,23 @@ class LastGood:
         """Note that the process has lived through that, with or without success."""
         self.state.attempted, self.state.attempts = b"", 0
 
-    def keep(self, program: Stored, highest_epoch: int) -> None:
-        """Make a program the newest one in memory; `save` puts it on the disk."""
+    def keep_plan(self, data: bytes) -> None:
+        """Make a plan the newest one in memory; `save` puts it on the disk."""
         state = self.state
-        state.highest_epoch = max(state.highest_epoch, highest_epoch)
-        if state.programs and state.programs[0].sha256 == program.sha256:
-            state.programs[0] = program
-        else:
-            state.programs = [program, *state.programs][:2]
-            state.starts = 1
+        known = next((plan for plan in state.plans if plan.data == data), None)
+        if known is None or known is not state.plans[0]:
+            plan = known or StoredPlan(data)
+            state.plans = [plan, *(other for other in state.plans if other is not plan)][:2]
+            state.starts = 0 if plan.proven else 1
 
     def survived(self) -> None:
-        """Note that the process has lived long enough on this program, or ends in order."""
+        """Note that the process has lived with the plan for long enough."""
+        self.state.starts = 0
+        if self.state.plans:
+            self.state.plans[0].proven = True
+
+    def ended(self) -> None:
+        """Note that the process ends in order, which is no crash."""
         self.state.starts = 0
 
     async def save(self, patience_seconds: float, *, sync: bool = True) -> None:
@@ -198,18 +222,18 @@ class LastGood:
             raise ValueError(f"is of pool {data['pool']!r}")
         return State(
             highest_epoch=_number(data["highestEpoch"]),
+            epoch=_number(data["epoch"]),
+            revision=_number(data["revision"]),
+            sha256=bytes.fromhex(data["sha256"]),
+            whole=_flag(data["whole"]),
+            deleted=_flag(data["deleted"]),
+            endpoints=b64decode(data["endpoints"]),
+            plans=[
+                StoredPlan(b64decode(plan["plan"]), _flag(plan["proven"])) for plan in data["plans"]
+            ],
             starts=_number(data["starts"]),
             attempted=bytes.fromhex(data["attempted"]),
             attempts=_number(data["attempts"]),
-            programs=[
-                Stored(
-                    _number(program["epoch"]),
-                    _number(program["revision"]),
-                    bytes.fromhex(program["sha256"]),
-                    b64decode(program["snapshot"]),
-                )
-                for program in data["programs"]
-            ],
             quarantined=[bytes.fromhex(text) for text in data["quarantined"]],
         )
 
@@ -221,6 +245,12 @@ class LastGood:
 def _number(value: object) -> int:
     if not isinstance(value, int) or not 0 <= value <= MAX_NUMBER:
         raise ValueError(f"{value!r} is not a whole number of 0 to 2^63 - 1")
+    return value
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{value!r} is not true or false")
     return value
 
 
@@ -256,18 +286,19 @@ def _pack(pool: str, state: State) -> bytes:
             "format": FORMAT,
             "pool": pool,
             "highestEpoch": state.highest_epoch,
+            "epoch": state.epoch,
+            "revision": state.revision,
+            "sha256": state.sha256.hex(),
+            "whole": state.whole,
+            "deleted": state.deleted,
+            "endpoints": b64encode(state.endpoints).decode(),
+            "plans": [
+                {"plan": b64encode(plan.data).decode(), "proven": plan.proven}
+                for plan in state.plans
+            ],
             "starts": state.starts,
             "attempted": state.attempted.hex(),
             "attempts": state.attempts,
-            "programs": [
-                {
-                    "epoch": program.epoch,
-                    "revision": program.revision,
-                    "sha256": program.sha256.hex(),
-                    "snapshot": b64encode(program.snapshot).decode(),
-                }
-                for program in state.programs
-            ],
             "quarantined": [sha256.hex() for sha256 in state.quarantined],
         }
     ).encode()

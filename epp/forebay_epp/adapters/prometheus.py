@@ -79,12 +79,13 @@ class ControlState:
     Attributes:
         connected: whether there is a stream.
         stale: there has been none for so long that what runs may be out of date.
-        source: where the program in force came from: Live, File or Defaults.
-        epoch: of that program; 0 for Defaults.
+        source: where the plan in force came from: Live, File or Defaults.
+        epoch: of the program in force; 0 for none.
         revision: likewise.
         sha256: of that program, as hex.
         answers: to programs, by "ack" or "nack".
         disk_failures: of keeping the last good program, by reason.
+        pool_deleted: whether the operator has said that the pool is deleted.
     """
 
     connected: bool
@@ -95,6 +96,7 @@ class ControlState:
     sha256: str
     answers: Mapping[str, int]
     disk_failures: Mapping[str, int]
+    pool_deleted: bool = False
 
 
 def routes(
@@ -209,6 +211,7 @@ def _control(state: ControlState) -> Iterator[Metric]:
             "1 when the operator has been away for a minute or more.",
             state.stale,
         ),
+        ("forebay_pool_deleted", "1 while the pool is deleted.", state.pool_deleted),
         ("forebay_program_epoch", "Epoch of the program in force.", state.epoch),
         ("forebay_program_revision", "Revision of the program in force.", state.revision),
     ):

@@ -3,8 +3,9 @@
 Rules (those of xDS, and a fencing token as in Kleppmann, "How to do distributed locking", 2016):
 1. Versions are totally ordered; only a strictly greater one is applied. What is applied never
    decreases, across streams and restarts.
-2. A program is applied as a whole or not at all.
-3. Every program gets exactly one answer.
+2. A program has two parts, plan and endpoints. They are judged apart and each is applied whole or
+   not at all: whatever becomes of the plan, no request goes to the address of a pod that is gone.
+3. Every program gets exactly one answer, which tells of both parts.
 Bytes come in, answers go out; where they travel and where they are kept does not belong here.
 """
 
@@ -19,21 +20,22 @@ from typing import TYPE_CHECKING
 from google.protobuf.message import DecodeError
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from forebay_control.limits import MAX_PLAN_BYTES, MAX_SNAPSHOT_BYTES
 from forebay_control.v1 import control_pb2 as pb
 from forebay_epp.codec import plan as plan_codec
 from forebay_epp.core.plan import PlanError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from google.protobuf.message import Message
 
     from forebay_epp.core.plan import Plan
     from forebay_epp.core.terms import Endpoint
 
-MAX_SNAPSHOT_BYTES = 1 << 20
 MAX_ERRORS = 32
 MAX_ERROR_CHARACTERS = 512
+_PARTLY = bytes(32)  # no program has this hash, so an operator sends the one it wants
 
 
 class Code(StrEnum):
@@ -57,46 +59,79 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """The program in force. `source`: Live, or File for one that came from the disk."""
+    """What is in force.
+
+    Attributes:
+        version: of the last program of which any part is.
+        sha256: of that program.
+        plan_sha256: of the plan in force; empty where it is the built-in defaults.
+        source: of the plan: Live, File for one that came from the disk, Defaults for none.
+        whole: whether every part of the program is in force.
+    """
 
     version: Version
     sha256: bytes
-    snapshot: bytes
+    plan_sha256: bytes = b""
     source: str = "Live"
+    whole: bool = True
 
     def message(self) -> pb.Applied:
         """Return it as the channel shows it."""
         return pb.Applied(
             version=pb.Version(epoch=self.version.epoch, revision=self.version.revision),
-            sha256=self.sha256,
+            sha256=self.sha256 if self.whole else _PARTLY,
             source=self.source,
+            plan_sha256=self.plan_sha256,
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Accepted:
-    """A program to apply: `plan` is None where the plan in force stays."""
-
-    applied: Applied
-    plan: Plan | None
-    endpoints: tuple[Endpoint, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Refused:
-    """A program that is not applied; `problems` are (field path, what is wrong) pairs."""
+    """What is not applied; `problems` are (field path, what is wrong) pairs."""
 
     code: Code
     problems: tuple[tuple[str, str], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What of a program to apply, in one step.
+
+    Attributes:
+        applied: what is in force then.
+        plan: None where the plan in force stays.
+        endpoints: None where the endpoints in force stay.
+        deleted: the pool is deleted.
+        refused: why the other part is not taken; None where everything is.
+        plan_data: the plan as a serialised message.
+        endpoints_data: the endpoints as one.
+    """
+
+    applied: Applied
+    plan: Plan | None = None
+    endpoints: tuple[Endpoint, ...] | None = None
+    deleted: bool = False
+    refused: Refused | None = None
+    plan_data: bytes = b""
+    endpoints_data: bytes = b""
+
+    @property
+    def parts(self) -> list[str]:
+        """Name what is taken, as a Nack does."""
+        parts = {"Plan": self.plan, "Endpoints": self.endpoints}
+        return [name for name, part in parts.items() if part is not None]
+
+
 class Programs:
-    """Judges programs against the one in force.
+    """Judges programs against what is in force.
 
     Args:
-        pool: namespace/name of the pool this picker serves.
+        pool: namespace/name of the pool this EPP serves.
         applied: what is in force, if anything.
         highest_epoch: ever seen.
+
+    Attributes:
+        quarantined: hashes of plans that are not to be used.
     """
 
     def __init__(self, pool: str, applied: Applied | None = None, highest_epoch: int = 0) -> None:
@@ -113,47 +148,101 @@ class Programs:
             text = f"epoch {version.epoch} revision {version.revision} is older than what was seen"
             return Refused(Code.STALE_EPOCH, (("version", text),))
         if now and version == now.version:
-            if program.sha256 == now.sha256:
+            if program.sha256 != now.sha256:
+                text = "another program has the same version"
+                return Refused(Code.HASH_CONFLICT, (("sha256", text),))
+            if now.whole:
                 return None
-            return Refused(
-                Code.HASH_CONFLICT, (("sha256", "another program has the same version"),)
-            )
         self.highest_epoch = version.epoch
         if len(program.snapshot) > MAX_SNAPSHOT_BYTES:
             text = f"has {len(program.snapshot)} bytes, more than {MAX_SNAPSHOT_BYTES}"
             return Refused(Code.TOO_LARGE, (("snapshot", text),))
-        if program.sha256 in self.quarantined:
-            text = (
-                "the endpoint picker has crashed under this program: change it, or delete the pod"
-            )
-            return Refused(Code.INTERNAL, (("snapshot", text),))
-        return self.read(Applied(version, program.sha256, program.snapshot))
-
-    def read(self, applied: Applied) -> Accepted | Refused:
-        """Translate a program, wherever it comes from, and check it whole."""
-        if hashlib.sha256(applied.snapshot).digest() != applied.sha256:
+        if hashlib.sha256(program.snapshot).digest() != program.sha256:
             return Refused(Code.INVALID, (("sha256", "is not that of the snapshot"),))
         try:
-            snapshot = pb.Snapshot.FromString(applied.snapshot)
+            snapshot = pb.Snapshot.FromString(program.snapshot)
         except DecodeError:
             return Refused(Code.INVALID, (("snapshot", "is not a Snapshot message"),))
-        unknown = list(islice(_unknown(snapshot, ""), MAX_ERRORS))
-        if unknown:
+        if snapshot.HasField("plan") and snapshot.plan.pool != self.pool:
+            pool = snapshot.plan.pool
+            text = f"{pool!r} is not the pool of this endpoint picker, {self.pool!r}"
+            return Refused(Code.INVALID, (("plan.pool", text),))
+        return self._take(version, program.sha256, snapshot)
+
+    def _take(self, version: Version, sha256: bytes, snapshot: pb.Snapshot) -> Accepted | Refused:
+        """Judge the parts of a program for this pool."""
+        plan = endpoints = None
+        plan_data = endpoints_data = b""
+        refusals: list[Refused] = []
+        paths = (path for path in _unknown(snapshot) if not path.startswith("endpoints."))
+        if unknown := list(islice(paths, MAX_ERRORS)):
             text = "is not known to this release of the endpoint picker: update it"
-            return Refused(Code.UNSUPPORTED, tuple((path, text) for path in unknown))
+            problems = tuple((path, text) for path in unknown)
+            refusals.append(Refused(Code.UNSUPPORTED, problems))
+        elif snapshot.HasField("plan"):
+            plan_data = snapshot.plan.SerializeToString(deterministic=True)
+            read = self.read_plan(plan_data)
+            if isinstance(read, Refused):
+                refusals.append(read)
+            else:
+                plan = read
+        if snapshot.HasField("endpoints"):
+            endpoints_data = snapshot.endpoints.SerializeToString(deterministic=True)
+            try:
+                endpoints = plan_codec.parse_endpoints(snapshot.endpoints)
+            except PlanError as error:
+                refusals.append(Refused(Code.INVALID, tuple(error.problems)))
+        refused = None
+        if refusals:
+            problems = tuple(problem for refusal in refusals for problem in refusal.problems)
+            refused = Refused(refusals[0].code, problems)
+            if plan is None and endpoints is None:
+                return refused
+        before = self.applied
+        plan_sha256, source = hashlib.sha256(plan_data).digest(), "Live"
+        if plan is None:
+            plan_sha256 = before.plan_sha256 if before else b""
+            source = before.source if before else "Defaults"
+        return Accepted(
+            Applied(version, sha256, plan_sha256, source, whole=refused is None),
+            plan,
+            endpoints,
+            snapshot.deleted,
+            refused,
+            plan_data,
+            endpoints_data,
+        )
+
+    def read_plan(self, data: bytes) -> Plan | Refused:
+        """Translate a serialised plan, wherever it comes from, and check it whole."""
+        if len(data) > MAX_PLAN_BYTES:
+            text = f"has {len(data)} bytes, more than {MAX_PLAN_BYTES}"
+            return Refused(Code.TOO_LARGE, (("plan", text),))
+        if hashlib.sha256(data).digest() in self.quarantined:
+            text = "the endpoint picker has crashed under this plan: change it, or delete the pod"
+            return Refused(Code.INTERNAL, (("plan", text),))
         try:
-            if snapshot.HasField("plan"):
-                plan, endpoints = plan_codec.parse_snapshot(snapshot)
-                if plan.pool != self.pool:
-                    text = f"{plan.pool!r} is not the pool of this endpoint picker, {self.pool!r}"
-                    return Refused(Code.INVALID, (("plan.pool", text),))
-                return Accepted(applied, plan, endpoints)
-            return Accepted(applied, None, plan_codec.parse_endpoints(snapshot.endpoints))
+            plan = plan_codec.parse_plan(pb.Plan.FromString(data))
+        except DecodeError:
+            return Refused(Code.INVALID, (("plan", "is not a Plan message"),))
+        except PlanError as error:
+            return Refused(Code.INVALID, tuple(error.problems))
+        if plan.pool != self.pool:
+            text = f"{plan.pool!r} is not the pool of this endpoint picker, {self.pool!r}"
+            return Refused(Code.INVALID, (("plan.pool", text),))
+        return plan
+
+    def read_endpoints(self, data: bytes) -> tuple[Endpoint, ...] | Refused:
+        """Translate serialised endpoints that come from the disk."""
+        try:
+            return plan_codec.parse_endpoints(pb.Endpoints.FromString(data))
+        except DecodeError:
+            return Refused(Code.INVALID, (("endpoints", "is not an Endpoints message"),))
         except PlanError as error:
             return Refused(Code.INVALID, tuple(error.problems))
 
     def took(self, accepted: Accepted) -> None:
-        """Note that a program is in force."""
+        """Note what is in force."""
         self.applied = accepted.applied
 
     def ack(self, program: pb.Program, apply_seconds: float) -> pb.FromPicker:
@@ -164,11 +253,14 @@ class Programs:
                 version=program.version,
                 sha256=program.sha256,
                 apply_seconds=apply_seconds,
+                plan_sha256=self.applied.plan_sha256 if self.applied else b"",
             )
         )
 
-    def nack(self, program: pb.Program, refused: Refused) -> pb.FromPicker:
-        """Refuse a program."""
+    def nack(
+        self, program: pb.Program, refused: Refused, applied: Iterable[str] = ()
+    ) -> pb.FromPicker:
+        """Refuse a program, but for the parts that were applied."""
         return pb.FromPicker(
             nack=pb.Nack(
                 nonce=program.nonce,
@@ -182,11 +274,12 @@ class Programs:
                 ],
                 still_running=self.applied.message() if self.applied else None,
                 highest_epoch=self.highest_epoch,
+                applied=applied,
             )
         )
 
 
-def _unknown(message: Message, path: str) -> Iterator[str]:
+def _unknown(message: Message, path: str = "") -> Iterator[str]:
     """Yield the path of every field that this release does not know."""
     for field in UnknownFieldSet(message):  # type: ignore[attr-defined]  # the stubs lack __iter__
         yield f"{path}field {field.field_number}"

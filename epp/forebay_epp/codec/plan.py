@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from google.protobuf import json_format
 
+from forebay_control.limits import MAX_ENDPOINTS
 from forebay_control.v1 import control_pb2 as pb
 from forebay_epp.core.plan import (
     BandPlan,
@@ -55,15 +56,31 @@ def parse_snapshot(message: pb.Snapshot) -> tuple[Plan, tuple[Endpoint, ...]]:
         PlanError: with the path of every field that is wrong.
     """
     problems: Problems = []
-    plan = _plan(message.plan, problems)
+    try:
+        plan = parse_plan(message.plan)
+    except PlanError as error:
+        problems += error.problems
     endpoints = _endpoints(message.endpoints, problems)
+    if problems:
+        raise PlanError(problems)
+    return plan, endpoints
+
+
+def parse_plan(message: pb.Plan) -> Plan:
+    """Translate and validate a plan that comes without endpoints.
+
+    Raises:
+        PlanError: with the path of every field that is wrong.
+    """
+    problems: Problems = []
+    plan = _plan(message, problems)
     try:
         plan.validate()
     except PlanError as error:
         problems.extend((f"plan.{path}", what) for path, what in error.problems)
     if problems:
         raise PlanError(problems)
-    return plan, endpoints
+    return plan
 
 
 def parse_endpoints(message: pb.Endpoints) -> tuple[Endpoint, ...]:
@@ -151,6 +168,10 @@ def _one_of(names: type[_Name], value: str, path: str, problems: Problems) -> _N
 
 
 def _endpoints(message: pb.Endpoints, problems: Problems) -> tuple[Endpoint, ...]:
+    if len(message.endpoints) > MAX_ENDPOINTS:
+        text = f"must be at most {MAX_ENDPOINTS}, are {len(message.endpoints)}"
+        problems.append(("endpoints.endpoints", text))
+        return ()
     seen: set[str] = set()
     endpoints: list[Endpoint] = []
     for index, endpoint in enumerate(message.endpoints):
@@ -158,7 +179,7 @@ def _endpoints(message: pb.Endpoints, problems: Problems) -> tuple[Endpoint, ...
         if not _is_address(endpoint.address):
             problems.append((path, f"{endpoint.address!r} is not ip:port"))
         elif endpoint.address in seen:
-            problems.append((path, f"{endpoint.address!r} is there twice"))
+            problems.append((path, f"{endpoint.address!r} is given twice"))
         seen.add(endpoint.address)
         endpoints.append(Endpoint(endpoint.address, endpoint.name, endpoint.uid))
     return tuple(endpoints)

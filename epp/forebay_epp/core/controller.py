@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from forebay_epp.core.terms import Endpoint, EndpointMetrics, RandomSource, Request
 
 NEVER = float("inf")
+DELETED_POOL_SECONDS = 30.0  # for what waits when the pool is deleted
+_DELETED_RETRY_SECONDS = 60
+_DELETED = "the InferencePool of this endpoint picker is deleted"
 
 
 class FlowController:
@@ -57,6 +60,7 @@ class FlowController:
         self._dispatched: dict[int, tuple[Request, EndpointState]] = {}
         self._decisions: list[Decision] = []
         self._draining = False
+        self._served_until = NEVER
         self._free = 0
         self._changed = False
         self._next_expiry = NEVER
@@ -138,6 +142,23 @@ class FlowController:
                 request, Outcome.EVICTED_SHUTTING_DOWN, "the endpoint picker shuts down", now
             )
 
+    @property
+    def pool_deleted(self) -> bool:
+        """Whether the pool is deleted."""
+        return self._served_until < NEVER
+
+    def delete_pool(self, now: float) -> None:
+        """Refuse new requests; what waits may still be dispatched for `DELETED_POOL_SECONDS`."""
+        if not self.pool_deleted:
+            self._served_until = now + DELETED_POOL_SECONDS
+            self._reschedule(now)
+
+    def restore_pool(self, now: float) -> None:
+        """Take requests again: the pool exists."""
+        if self.pool_deleted:
+            self._served_until = NEVER
+            self._reschedule(now)
+
     # --- requests
 
     def submit(self, request: Request, now: float) -> None:
@@ -150,6 +171,9 @@ class FlowController:
             raise ValueError(f"request id {request.id} is in use")
         request.enqueued_at = now
         band = self._registry.classify(request)
+        if self.pool_deleted:
+            self._reject(request, Outcome.REJECTED_POOL_DELETED, _DELETED_RETRY_SECONDS, _DELETED)
+            return
         if band is None:
             self._reject(
                 request, Outcome.REJECTED_UNKNOWN_MODEL, 1, "the pool does not serve this model"
@@ -365,7 +389,8 @@ class FlowController:
 
         While the pool has no endpoints the clock is that of `noEndpoints`, and it starts anew when
         that changes: requests that waited for the first endpoint then get their band's whole TTL.
-        Both together are the most that a request may wait, however often endpoints come and go.
+        Both together are the most that a request may wait, however often endpoints come and go;
+        a deleted pool ends it for all.
         """
         no_endpoints_ttl = self._plan.no_endpoints_ttl_seconds
         ttl = band.plan.ttl_seconds
@@ -373,6 +398,7 @@ class FlowController:
         return min(
             since + (ttl if self._present else no_endpoints_ttl),
             enqueued_at + ttl + no_endpoints_ttl,
+            self._served_until,
         )
 
     def _reschedule(self, now: float) -> None:
@@ -390,7 +416,9 @@ class FlowController:
                     self._next_expiry = min(self._next_expiry, deadline)
                     break
                 waited = f"waited {now - request.enqueued_at:.1f} s"
-                if self._present and (request.subset is None or self._in_subset(request.subset)):
+                if now >= self._served_until:
+                    self._evict(request, Outcome.EVICTED_POOL_DELETED, _DELETED, now)
+                elif self._present and (request.subset is None or self._in_subset(request.subset)):
                     message = f"{waited} for a free slot, longer than band {request.band} allows"
                     self._evict(request, Outcome.EVICTED_TTL, message, now)
                 else:

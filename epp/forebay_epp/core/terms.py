@@ -29,10 +29,12 @@ class Outcome(StrEnum):
     REJECTED_UNKNOWN_MODEL = "RejectedUnknownModel"
     REJECTED_QUEUE_FULL = "RejectedQueueFull"
     REJECTED_NO_ENDPOINTS = "RejectedNoEndpoints"
+    REJECTED_POOL_DELETED = "RejectedPoolDeleted"
     REJECTED_SHUTTING_DOWN = "RejectedShuttingDown"
     EVICTED_TTL = "EvictedTTL"
     EVICTED_NO_ENDPOINTS = "EvictedNoEndpoints"
     EVICTED_CANCELLED = "EvictedCancelled"
+    EVICTED_POOL_DELETED = "EvictedPoolDeleted"
     EVICTED_SHUTTING_DOWN = "EvictedShuttingDown"
 
 
