@@ -299,7 +299,8 @@ class FlowLoop:
         stream = exchange.stream
         self.traffic.body_read(stream.size_bytes)
         asked = stream.asked_model
-        if asked is not None and self._answer_from_catalogue(stream, asked):
+        deleted = self.controller.pool_deleted
+        if asked is not None and not deleted and self._answer_from_catalogue(stream, asked):
             return
         request = Request(
             exchange.id, stream.model, stream.size_bytes, stream.subset, stream.objective

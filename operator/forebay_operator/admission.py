@@ -27,6 +27,7 @@ PROTOCOL = 1
 HELLO_SECONDS = 10.0
 MAX_SILENT_STREAMS = 250
 HASH_BYTES = 32
+MAX_FEATURES = 64
 
 
 class RefusedError(Exception):
@@ -142,6 +143,8 @@ def _problem(hello: pb.Hello) -> str:
     for name in ("pool", "pod_namespace", "pod_name", "pod_uid", "boot_id", "build"):
         if len(getattr(hello, name)) > MAX_NAME:
             return f"hello.{name} has more than {MAX_NAME} characters"
+    if len(hello.features) > MAX_FEATURES:
+        return f"hello.features has more than {MAX_FEATURES} entries"
     if hello.HasField("applied") and len(hello.applied.sha256) != HASH_BYTES:
         return f"hello.applied.sha256 has not {HASH_BYTES} bytes"
     return ""

@@ -7,6 +7,7 @@ manifests it is folder.py's operator that runs.
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import logging
 import signal
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from forebay_operator import metrics, pages, sources, tls
 from forebay_operator.cluster import ApiError, Cluster
 from forebay_operator.control import ControlServer, join
+from forebay_operator.deletion import Deletions, is_absent
 from forebay_operator.denials import Denial, Denials
 from forebay_operator.election import Elector, Leadership
 from forebay_operator.folder import FolderOperator
@@ -130,8 +132,13 @@ class ClusterOperator:
             changed=self._pickers_changed,
             higher_epoch=self._higher_epoch,
         )
+        self._deletions = Deletions(self._control, functools.partial(is_absent, self._cluster))
         self._reconciler = Reconciler(
-            self._store, self._control, ClusterReporter(self._cluster), settings.controller_name
+            self._store,
+            self._control,
+            ClusterReporter(self._cluster),
+            settings.controller_name,
+            deletions=self._deletions,
         )
         self._watching = Watching(
             self._cluster,
@@ -171,7 +178,14 @@ class ClusterOperator:
             return pod.addresses if isinstance(pod, Pod) else frozenset()
 
         settings = self._settings
-        pods = Pods(expected, addresses if settings.control_peer_address == "pod" else None)
+
+        def is_deleted(pool: str) -> bool:
+            namespaces = settings.namespaces
+            watched = not namespaces or pool.partition("/")[0] in namespaces
+            return watched and self._deletions.is_deleted(pool)
+
+        checked = addresses if settings.control_peer_address == "pod" else None
+        pods = Pods(expected, checked, is_deleted)
         match settings.control_client_auth:
             case "token":
                 return TokenTrust(self._cluster.review_token, pods, settings.control_audience)
@@ -240,6 +254,7 @@ class ClusterOperator:
                 # All of it before anybody is programmed: a part would program the lack of the rest.
                 await self._reconciler.plan_touched()
                 start(self._reconciler.run_planning(), "planning")
+                start(self._deletions.run(), "deletions")
                 start(self._watching.run_sweeps(), "sweeps")
                 start(self._watching.run_discovery(), "discovery")
                 start(self._watching.run_watches(), "watches")

@@ -44,6 +44,7 @@ class Picker:
         connected: whether it has a stream.
         generations: uid -> generation of the objects in the program it has acknowledged.
         error: what it said when it refused, for people; the first word is the code.
+        unsupported: what of the plan it is not sent since it does not know it, as field paths.
         stats: what it reported last.
     """
 
@@ -52,6 +53,7 @@ class Picker:
     connected: bool = False
     generations: Mapping[str, int] = field(default_factory=dict)
     error: str = ""
+    unsupported: tuple[str, ...] = ()
     stats: pb.Stats | None = None
 
 
@@ -62,7 +64,8 @@ class Attachment:
     `refused` is the reason and message why it does not count there, if it does not. `pickers` is
     None where the pool does not exist. `service` is the one behind which they should be; None:
     the pool names none; "": there are no Services. `held_by` is the invalid policy for whose sake
-    the pool's endpoint pickers keep the plan they have.
+    the pool's endpoint pickers keep the plan they have. `too_large` says so of the plan, which is
+    then not sent.
     """
 
     pool: str
@@ -73,6 +76,7 @@ class Attachment:
     notes: tuple[str, ...] = ()
     endpoints: int = 0
     held_by: str = ""
+    too_large: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +165,22 @@ def model_status(subject: Subject, attachment: Attachment) -> dict[str, Any]:
         accepted = _condition("Accepted", "Unknown", "Pending", message)
     else:
         accepted = _condition("Accepted", "True", "Accepted", "")
-    conditions = [accepted, _programmed(subject, [attachment], attachment.pickers or ())]
+    programmed = _programmed(subject, [attachment], attachment.pickers or (), "plan.models")
+    conditions = [accepted, programmed]
     return {"conditions": [{**c, "observedGeneration": subject.generation} for c in conditions]}
+
+
+def pool_problems(pickers: Sequence[Picker]) -> dict[str, str]:
+    """Return what is wrong with a pool's EPPs, whether it has a policy or not: text by reason."""
+    found: dict[str, str] = {}
+    older = [picker for picker in pickers if picker.unsupported]
+    if older:
+        found["UnsupportedByEndpointPicker"] = _older(older)
+    rejected = [picker for picker in pickers if picker.state is PickerState.REJECTED]
+    if rejected:
+        named = "; ".join(f"{picker.name}: {picker.error}" for picker in rejected[:MAX_NAMED])
+        found["Rejected"] = f"{len(rejected)} of {len(pickers)} endpoint pickers refuse: {named}"
+    return found
 
 
 def was_in_force(status: Mapping[str, Any]) -> bool:
@@ -308,8 +326,13 @@ def _programs(subject: Subject, picker: Picker) -> bool:
 
 
 def _programmed(
-    subject: Subject, attachments: Sequence[Attachment], pickers: Sequence[Picker]
+    subject: Subject,
+    attachments: Sequence[Attachment],
+    pickers: Sequence[Picker],
+    part: str = "plan.",
 ) -> dict[str, Any]:
+    """Say whether all EPPs run the latest generation; `part`: which fields of the plan it is."""
+
     def false(reason: str, message: str) -> dict[str, Any]:
         return _condition("Programmed", "False", reason, message)
 
@@ -341,9 +364,8 @@ def _programmed(
             "their logs and at the network between them and the operator"
         )
         return false("Stale", message)
-    behind = [picker.name for picker in pickers if not _programs(subject, picker)]
-    if behind:
-        return false("Pending", f"waits for {_listed(behind)} to acknowledge")
+    if (behind := _behind(subject, counting, pickers, part)) is not None:
+        return false(*behind)
     idle = [a for a in counting if a.pickers is not None and not a.pickers]
     if idle:
         return false("NoEndpointPickers", _no_pickers(idle[0]))
@@ -353,6 +375,35 @@ def _programmed(
         "Programmed",
         f"{len(pickers)} of {len(pickers)} endpoint pickers run it",
     )
+
+
+def _older(pickers: Sequence[Picker]) -> str:
+    paths = sorted({path for picker in pickers for path in picker.unsupported})
+    return (
+        f"{_listed([picker.name for picker in pickers])}: of an older release, which does not know "
+        f"{_listed(paths)}: update it, or leave that out"
+    )
+
+
+def _behind(
+    subject: Subject, attachments: Sequence[Attachment], pickers: Sequence[Picker], part: str
+) -> tuple[str, str] | None:
+    """Return reason and message where EPPs do not run the latest generation, or a part of it."""
+    older = [
+        picker
+        for picker in pickers
+        if any(path.startswith(part) for path in picker.unsupported)
+        or (picker.unsupported and not _programs(subject, picker))
+    ]
+    if older:
+        return "UnsupportedByEndpointPicker", _older(older)
+    behind = [picker.name for picker in pickers if not _programs(subject, picker)]
+    if not behind:
+        return None
+    too_large = next((a.too_large for a in attachments if a.too_large), "")
+    if too_large:
+        return "TooLarge", too_large
+    return "Pending", f"waits for {_listed(behind)} to acknowledge"
 
 
 def _no_pickers(attachment: Attachment) -> str:

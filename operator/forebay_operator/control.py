@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.message import DecodeError
 
+from forebay_control import features
 from forebay_control.v1 import control_pb2 as pb
 from forebay_control.v1 import control_pb2_grpc as rpc
 from forebay_operator import metrics, wording
@@ -47,6 +48,7 @@ MAX_CONNECTIONS = 500  # 0.1 MB each with TLS, of somebody unknown too
 MAX_STREAMS = 1000
 MAX_STREAMS_PER_POD = 2
 CLOSE_SECONDS = 3.0
+REDIAL_SECONDS = 0.5
 LOG_SECONDS = 1.0
 
 _log = logging.getLogger(__name__)
@@ -137,6 +139,12 @@ class ControlServer(rpc.ControlServicer):
         self._rollouts[pool].give_up()
         if pool not in self._streams:
             del self._rollouts[pool]
+
+    def redial(self, pool: str) -> None:
+        """Have the EPPs of a pool dial again, each at a moment of its own."""
+        for stream in self._streams.get(pool, ()):
+            after = random.uniform(0, REDIAL_SECONDS)  # noqa: S311  # spreads load, hides nothing
+            self._end(stream, pb.FromOperator(close=pb.Close(retry_after_seconds=after)))
 
     def retain(self, pool: str, expected: Collection[str]) -> None:
         """Forget all pickers of a pool that are neither expected (pod uids) nor connected."""
@@ -252,7 +260,8 @@ class ControlServer(rpc.ControlServicer):
         """Register a picker; from here on it is told of every change."""
         now = self._clock()
         applied = hello.applied if hello.HasField("applied") else None
-        stream = _Stream(hello.pool, uid, hello.pod_name, Session(now, applied))
+        known = features.NAMES & set(hello.features)
+        stream = _Stream(hello.pool, uid, hello.pod_name, Session(now, applied, known))
         streams = self._streams.setdefault(hello.pool, [])
         mine = [other for other in streams if other.pod_uid == uid and not other.ended]
         for other in mine[: max(0, len(mine) + 1 - MAX_STREAMS_PER_POD)]:
@@ -260,8 +269,7 @@ class ControlServer(rpc.ControlServicer):
             self._end(other)
         streams.append(stream)
         metrics.STREAMS.labels(hello.pool).set(len(streams))
-        if applied is not None:
-            self._rollouts[hello.pool].runs(uid, applied.sha256, now)
+        self._rollouts[hello.pool].runs(uid, applied, known, now)
         seen = max(hello.highest_epoch, applied.version.epoch if applied else 0)
         if self._epoch is not None and seen > self._epoch:
             self._higher_epoch(seen, uid, namespace_of(hello.pool))
@@ -280,7 +288,7 @@ class ControlServer(rpc.ControlServicer):
             metrics.STREAMS.remove(stream.pool)
         rollout = self._rollouts[stream.pool]
         rollout.left(stream.pod_uid, stream.session.heard_at)
-        if not streams and rollout.desired is None:
+        if not streams and not rollout.wants:
             del self._rollouts[stream.pool]
         self._changed(stream.pool)
 
@@ -358,7 +366,7 @@ class ControlServer(rpc.ControlServicer):
         """Return what a picker should run, if it is ours to say now."""
         if self._epoch is None or self._quiet or stream.ended:
             return None
-        return self._rollouts[stream.pool].desired
+        return self._rollouts[stream.pool].desired_for(stream.session.features)
 
     def _offer(self, stream: _Stream, now: float) -> None:
         """Put the program into the outbox if this picker should get it now."""

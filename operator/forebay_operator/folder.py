@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from forebay_operator import pages, planning, sources, wording
 from forebay_operator.control import ControlServer, join
+from forebay_operator.deletion import Deletions
 from forebay_operator.election import MAX_EPOCH
 from forebay_operator.reconcile import Reconciler
 from forebay_operator.resources import (
@@ -168,11 +169,18 @@ class FolderOperator:
         self._control = ControlServer(
             believe, changed=self._pickers_changed, higher_epoch=self._lead_from
         )
-        self._reconciler = Reconciler(self._store, self._control, self, None)
+        self._deletions = Deletions(self._control, self._is_absent)
+        self._reconciler = Reconciler(
+            self._store, self._control, self, None, deletions=self._deletions
+        )
         self._runner: AppRunner | None = None
         self._snapshots: dict[str, pb.Snapshot] = {}
         self._said: frozenset[str] = frozenset()
         self._errors: tuple[str, ...] = ()
+
+    async def _is_absent(self, namespace: str, name: str) -> bool | None:
+        """Say whether the folder has no such pool; not while a file cannot be read."""
+        return None if self._errors else f"{namespace}/{name}" not in self._snapshots
 
     def _pickers_changed(self, pool: str) -> None:
         self._reconciler.pickers_changed(pool)
@@ -211,11 +219,13 @@ class FolderOperator:
             OSError: the folder cannot be watched.
         """
         reporting = asyncio.create_task(self._reconciler.run_reporting())
+        deleting = asyncio.create_task(self._deletions.run())
         try:
             async for manifests in sources.changes(self._path):
                 self._take(manifests)
         finally:
             reporting.cancel()
+            deleting.cancel()
 
     async def stop(self) -> None:
         """Let the pickers go and close the ports."""
@@ -244,7 +254,7 @@ class FolderOperator:
                 if changes:
                     self._tell(_listed(f"{name} changes", changes), False)
         for name in self._snapshots.keys() - snapshots.keys():
-            self._tell(f"InferencePool {name} is gone; its endpoint picker keeps its plan", True)
+            self._tell(f"InferencePool {name} is gone; its endpoint picker drains", True)
         self._snapshots = snapshots
 
     def _complain(self, manifests: Manifests) -> None:
@@ -279,6 +289,8 @@ class FolderOperator:
 
     async def announce(self, entry: Entry, changes: list[Transition]) -> None:
         """Tell of conditions that have changed; of one that is new only if it is bad."""
+        if not entry.kind.ours_to_report:
+            return  # a pool's problems are told of with the manifests
         metadata = entry.metadata
         where = self._folder.where(entry.kind, metadata.namespace, metadata.name)
         for change in changes:

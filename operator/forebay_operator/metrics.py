@@ -8,6 +8,9 @@ STREAMS = Gauge("forebay_control_streams", "Open control streams", ["pool"])
 REFUSALS = Counter("forebay_control_refusals", "Control streams refused or ended", ["reason"])
 PROGRAMS = Counter("forebay_control_programs", "Programs sent to endpoint pickers")
 ANSWERS = Counter("forebay_control_answers", "Answers to programs", ["answer"])
+POOL_PROBLEMS = Gauge(
+    "forebay_pool_problems", "1 for each problem that a pool has now", ["pool", "reason"]
+)
 PLANNING = Histogram(
     "forebay_reconcile_seconds",
     "Time of one planning pass",

@@ -10,6 +10,7 @@ import ipaddress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from forebay_control.limits import MAX_ENDPOINTS, MAX_PLAN_BYTES
 from forebay_control.v1 import control_pb2 as pb
 from forebay_operator.resources import (
     CONTROLLER_LABEL,
@@ -43,7 +44,6 @@ _NO_POLICY = PolicySpec.model_validate({"targetRefs": [{"name": "none"}]})
 MAX_MODELS = 4096  # what an endpoint picker takes
 MAX_OBJECTIVES = 1024
 _ORIGINS = ("pool_uid", "sources")  # of a snapshot: what it was made from, not what it does
-MAX_SNAPSHOT_BYTES = 1 << 20
 ACTIVE_PORTS = ("llm-d.ai/active-ports", "inference.networking.k8s.io/active-ports")
 
 _NEVER = dt.datetime.max.replace(tzinfo=dt.UTC)
@@ -69,6 +69,7 @@ class Planned:
 
     `policy` is the one in force, if any; `pickers` are the pods that are to be programmed, by uid.
     `held_by` is the policy for whose sake the plan is left out, so that pickers keep theirs.
+    `too_large` says that it is left out for its size.
     """
 
     snapshot: pb.Snapshot
@@ -76,6 +77,7 @@ class Planned:
     policy: FlowControlPolicy | None = None
     pickers: dict[str, str] = field(default_factory=dict)
     held_by: str = ""
+    too_large: str = ""
 
 
 def pools(resources: Iterable[Resource]) -> list[AnyPool]:
@@ -161,18 +163,18 @@ def plan(pool: AnyPool, resources: Iterable[Resource], unread: Iterable[Metadata
         held_by = oldest.name
         snapshot.ClearField("plan")
         snapshot.ClearField("sources")
-    if (size_bytes := snapshot.ByteSize()) > MAX_SNAPSHOT_BYTES:
-        message = (
-            f"its plan has {size_bytes} bytes and endpoint pickers take {MAX_SNAPSHOT_BYTES}: "
-            "have fewer InferenceModels, or shorter names; the plan before stays in force"
+    too_large = ""
+    if (size_bytes := snapshot.plan.ByteSize()) > MAX_PLAN_BYTES:
+        too_large = (
+            f"the plan of InferencePool {pool.metadata.name} has {size_bytes} bytes and endpoint "
+            f"pickers take {MAX_PLAN_BYTES}: have fewer InferenceModels, or shorter names; until "
+            "then they keep the plan they have, and take endpoints"
         )
-        problems.append(_problem("InferencePool", pool.metadata, "TooLarge", message))
-    return Planned(snapshot, tuple(problems), policy, _pickers(pool, everything), held_by)
-
-
-def fits(planned: Planned) -> bool:
-    """Say whether endpoint pickers would take the snapshot for its size."""
-    return not any(problem.reason == "TooLarge" for problem in planned.problems)
+        problems.append(_problem("InferencePool", pool.metadata, "TooLarge", too_large))
+        snapshot.ClearField("plan")
+        snapshot.ClearField("sources")
+    pickers = _pickers(pool, everything)
+    return Planned(snapshot, tuple(problems), policy, pickers, held_by, too_large)
 
 
 def unattached(resources: Iterable[Resource]) -> tuple[Problem, ...]:
@@ -452,7 +454,11 @@ def _endpoints(pool: AnyPool, resources: list[Resource], problems: list[Problem]
             and resource.metadata.labels.get(POOL_LABEL) == pool.metadata.name
         ):
             _add_slice(pool, resource, found, problems)
-    return pb.Endpoints(endpoints=[found[address] for address in sorted(found)])
+    addresses = sorted(found)
+    if len(addresses) > MAX_ENDPOINTS:
+        message = f"has {len(addresses)} endpoints; those beyond {MAX_ENDPOINTS} get no requests"
+        problems.append(_problem("InferencePool", pool.metadata, "TooManyEndpoints", message))
+    return pb.Endpoints(endpoints=[found[address] for address in addresses[:MAX_ENDPOINTS]])
 
 
 def _add_pod(pool: AnyPool, pod: Pod, found: dict[str, pb.Endpoint]) -> None:
@@ -468,7 +474,8 @@ def _add_pod(pool: AnyPool, pod: Pod, found: dict[str, pb.Endpoint]) -> None:
     for rank, port in enumerate(pool.ports):
         if allowed is None or str(port) in allowed:
             name = f"{pod.metadata.name}-rank-{rank}" if len(pool.ports) > 1 else pod.metadata.name
-            found.setdefault(f"{host}:{port}", pb.Endpoint(address=f"{host}:{port}", name=name))
+            address, uid = f"{host}:{port}", pod.metadata.uid
+            found.setdefault(address, pb.Endpoint(address=address, name=name, uid=uid))
 
 
 def _add_slice(
@@ -487,7 +494,8 @@ def _add_slice(
             for port in ports:
                 address = f"{host}:{port}"
                 name = endpoint.target_ref.name or address
-                found.setdefault(address, pb.Endpoint(address=address, name=name))
+                uid = endpoint.target_ref.uid
+                found.setdefault(address, pb.Endpoint(address=address, name=name, uid=uid))
 
 
 def _host(text: str) -> str | None:

@@ -20,6 +20,7 @@ from forebay_operator.cluster import ApiError, now_text
 from forebay_operator.conditions import Attachment, Subject, Transition
 from forebay_operator.resources import (
     CONTROLLER_LABEL,
+    KINDS,
     FlowControlPolicy,
     InferenceModel,
     InferencePool,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from forebay_operator.control import ControlServer
+    from forebay_operator.deletion import Deletions
     from forebay_operator.planning import Planned
     from forebay_operator.resources import AnyPool, Resource
     from forebay_operator.store import Entry, Store
@@ -44,6 +46,7 @@ LOOK_SECONDS = 5.0
 TICK_SECONDS = 0.1
 MAX_WRITES = 16  # at once
 MAX_BACKOFF_SECONDS = 30.0
+_POOL = "InferencePool"
 
 _log = logging.getLogger(__name__)
 
@@ -85,6 +88,7 @@ class Reconciler:
         controller: the operator's name; pools are its own whose EPP Service carries it as label
             forebay.dev/controller. None, without a cluster: all are, and their pickers are those
             that are connected, since there are neither Services nor pods.
+        deletions: hears of pools that come and go.
         clock: monotonic seconds.
     """
 
@@ -94,6 +98,8 @@ class Reconciler:
         control: ControlServer,
         reporter: Reporter,
         controller: str | None,
+        *,
+        deletions: Deletions | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
@@ -103,8 +109,10 @@ class Reconciler:
         self._standalone = controller is None
         self._name = f"forebay.dev/{controller}" if controller else conditions.CONTROLLER_NAME
         self._clock = clock
+        self._deletions = deletions
         self._planned: dict[str, tuple[AnyPool, Planned]] = {}
         self._not_ours: dict[str, str] = {}  # other pools, and whose they are: "" nobody's
+        self._problems: dict[str, set[str]] = {}  # that were told of, by pool
         self._dirty: set[str] = set()
         self._touched_at = 0.0
         self._wake = asyncio.Event()
@@ -176,13 +184,19 @@ class Reconciler:
             pools = self._claimed(namespace, everything, resources)
             for name in [name for name in self._planned if name.partition("/")[0] == namespace]:
                 if name not in pools:
-                    del self._planned[name]
+                    gone, _ = self._planned.pop(name)
                     self._control.forget(name)
+                    if self._deletions is not None and name not in everything:
+                        self._deletions.suspect(name, gone.metadata.uid)
+                    self._tell_of_pool(name, gone, {})
                     _log.info(
                         "pool is %s; its endpoint pickers keep their program",
                         "not claimed any more" if name in everything else "gone",
                         extra={"pool": name},
                     )
+            if self._deletions is not None:
+                for name in everything:
+                    self._deletions.exists(name)
             for name, pool in pools.items():
                 unread = [
                     entry.metadata for entry in entries if _is_unread(entry, pool.metadata.name)
@@ -194,8 +208,7 @@ class Reconciler:
                     continue
                 self._planned[name] = (pool, planned)
                 self._control.retain(name, self.expected(name) or ())
-                if planning.fits(planned):
-                    self._control.program(name, planned.snapshot)
+                self._control.program(name, planned.snapshot)
             self._unreported.add(namespace)
             self._report_wake.set()
 
@@ -327,7 +340,7 @@ class Reconciler:
             ),
             None,
         )
-        notes = [p.message for p in planned.problems if p.kind == "InferencePool"]
+        notes = [p.message for p in planned.problems if p.kind == _POOL]
         endpoints = len(planned.snapshot.endpoints.endpoints)
         if not endpoints:
             notes.append(f"InferencePool {pool} has no ready endpoints: requests wait for some")
@@ -340,10 +353,17 @@ class Reconciler:
             notes=tuple(notes),
             endpoints=endpoints,
             held_by=planned.held_by,
+            too_large=planned.too_large,
         )
 
     def _look(self, namespace: str, now: float) -> None:
         """Find out which statuses of a namespace have to be written, and when."""
+        for name, (pool, planned) in list(self._planned.items()):
+            if name.partition("/")[0] == namespace:
+                pickers = self._control.pickers(name, self.expected(name) or {})
+                problems = {p.reason: p.message for p in planned.problems if p.kind == _POOL}
+                problems |= conditions.pool_problems(pickers)
+                self._tell_of_pool(name, pool, problems)
         for entry, status in self.statuses(namespace):
             key = (entry.kind, entry.metadata.uid)
             pending = self._pending.get(key)
@@ -361,6 +381,36 @@ class Reconciler:
             pending.status = status
             patience = self._patience(entry, status, now, meaning=meaning)
             pending.due_at = now + patience if not meaning else pending.noticed_at + patience
+
+    def _tell_of_pool(self, name: str, pool: AnyPool, problems: Mapping[str, str]) -> None:
+        """Tell of problems (message by reason) that are new, and of those that are over.
+
+        A pool's own status belongs to gateways, so there are log, metric and Event.
+        """
+        before = self._problems.pop(name, set())
+        if problems:
+            self._problems[name] = set(problems)
+        for reason in before - problems.keys():
+            metrics.POOL_PROBLEMS.remove(name, reason)
+            _log.info("pool is better", extra={"pool": name, "reason": reason})
+        new = [reason for reason in problems if reason not in before]
+        for reason in new:
+            metrics.POOL_PROBLEMS.labels(name, reason).set(1)
+            text = problems[reason]
+            _log.warning("pool has a problem", extra={"pool": name, "reason": reason, "text": text})
+        kind = next(kind for kind in KINDS if kind.model is type(pool))
+        entry = self._store.get(kind, pool.metadata.uid)
+        if new and entry is not None:
+            changes = [Transition("Degraded", "True", reason, problems[reason]) for reason in new]
+            task = asyncio.create_task(self._announce(entry, changes))
+            self._writes.add(task)
+            task.add_done_callback(self._writes.discard)
+
+    async def _announce(self, entry: Entry, changes: list[Transition]) -> None:
+        try:
+            await self._reporter.announce(entry, changes)
+        except ApiError as error:  # what it says stands in the status or the log as well
+            _log.info("event not posted", extra={"error": str(error)})
 
     def _patience(
         self, entry: Entry, status: dict[str, Any], now: float, *, meaning: bool
@@ -427,10 +477,7 @@ class Reconciler:
         self._unreported.add(entry.metadata.namespace)
         changes = conditions.transitions(pending.status, before)
         if changes:
-            try:
-                await self._reporter.announce(entry, changes)
-            except ApiError as error:  # what it says stands in the status as well
-                _log.info("event not posted", extra={"error": str(error)})
+            await self._announce(entry, changes)
 
     def _not_written(self, entry: Entry, pending: _Pending, error: Exception) -> None:
         """Try again later: what has been deleted meanwhile is gone from the store by then."""

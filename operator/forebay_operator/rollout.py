@@ -1,8 +1,9 @@
-"""What the endpoint pickers of a pool should run, and what each is known to run.
+"""What the EPPs of a pool should run, and what each is known to run.
 
-Knowledge of a picker outlives its stream: one that dials again is not forgotten in between. Pure:
-the moment is an argument, in monotonic seconds. What a picker is sent when is session.py's
-business, what people are told about it conditions.py's.
+An EPP of another release is sent what it knows of it, so there may be several programs for a pool
+at a time. Knowledge of an EPP outlives its stream: one that dials again is not forgotten in
+between. Pure: the moment is an argument, in monotonic seconds. What an EPP is sent when belongs in
+session.py, what people are told about it in conditions.py.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from forebay_control import features
+from forebay_control.v1 import control_pb2 as pb
 from forebay_operator.conditions import Picker, PickerState
 from forebay_operator.session import Desired
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from forebay_control.v1 import control_pb2 as pb
+    from google.protobuf.message import Message
+
     from forebay_operator.session import Session
 
 SILENCE_SECONDS = 30.0
 REMEMBERED_PROGRAMS = 16
+MAX_VARIANTS = 8  # of a snapshot: EPPs of a pool are of one or two releases
 
 
 @dataclass(slots=True)
@@ -32,48 +37,89 @@ class _Record:
     heard_at: float
     sha256: bytes = b""
     generations: Mapping[str, int] = field(default_factory=dict)
+    features: frozenset[str] = features.NAMES
     stats: pb.Stats | None = None
 
 
 class Rollout:
-    """One pool. `desired` is None until something is planned, and again once the pool is gone."""
+    """One pool."""
 
     def __init__(self) -> None:
-        self.desired: Desired | None = None
-        self._programs: OrderedDict[bytes, Mapping[str, int]] = OrderedDict()
+        self._snapshot: pb.Snapshot | None = None
+        self._sha256 = b""
+        self._revision = 0
+        self._variants: OrderedDict[frozenset[str], Desired | None] = OrderedDict()
+        self._programs: OrderedDict[bytes, Mapping[str, int]] = OrderedDict()  # plans, too
         self._records: dict[str, _Record] = {}
 
     def want(self, snapshot: pb.Snapshot, revision: int) -> bool:
         """Say what the pickers should run; return whether that is news."""
-        data = snapshot.SerializeToString(deterministic=True)
-        sha256 = hashlib.sha256(data).digest()
-        if self.desired is not None and self.desired.sha256 == sha256:
+        sha256 = _hash(snapshot)
+        if self._snapshot is not None and self._sha256 == sha256:
             return False
-        generations = {source.uid: source.generation for source in snapshot.sources}
-        self.desired = Desired(data, sha256, revision, generations)
+        self._snapshot = pb.Snapshot()
+        self._snapshot.CopyFrom(snapshot)
+        self._sha256, self._revision = sha256, revision
+        self._variants.clear()
+        return True
+
+    @property
+    def wants(self) -> bool:
+        """Whether anything is planned; not before the first plan, nor once the pool is gone."""
+        return self._snapshot is not None
+
+    def desired_for(self, known: frozenset[str] = features.NAMES) -> Desired | None:
+        """Return what EPPs that know these features should run; None for nothing new."""
+        if self._snapshot is None:
+            return None
+        if known not in self._variants:
+            self._variants[known] = self._made_for(self._snapshot, known)
+            while len(self._variants) > MAX_VARIANTS:
+                self._variants.popitem(last=False)
+        return self._variants[known]
+
+    def _made_for(self, snapshot: pb.Snapshot, known: frozenset[str]) -> Desired | None:
+        restricted = features.restrict(snapshot, known)
+        sent = restricted.snapshot
+        if sent is None:
+            return None
+        data = sent.SerializeToString(deterministic=True)
+        sha256 = hashlib.sha256(data).digest()
+        generations = None
+        if sent.HasField("plan"):
+            generations = {source.uid: source.generation for source in sent.sources}
+            self._remember(sha256, generations)
+            self._remember(_hash(sent.plan), generations)
+        return Desired(data, sha256, self._revision, generations, restricted.left_out)
+
+    def _remember(self, sha256: bytes, generations: Mapping[str, int]) -> None:
         self._programs[sha256] = generations
         self._programs.move_to_end(sha256)
         while len(self._programs) > REMEMBERED_PROGRAMS:
             self._programs.popitem(last=False)
-        return True
 
     def give_up(self) -> None:
-        """Want nothing any more; pickers keep what they have."""
-        self.desired = None
+        """Want nothing any more; EPPs keep what they have."""
+        self._snapshot = None
+        self._variants.clear()
         self._programs.clear()
 
-    def runs(self, uid: str, sha256: bytes, now: float) -> None:
-        """Note what a picker runs, as it has just said."""
+    def runs(self, uid: str, applied: pb.Applied | None, known: frozenset[str], now: float) -> None:
+        """Note what an EPP runs and knows, as its Hello says."""
         record = self._record(uid, now)
-        record.heard_at = now
-        record.sha256 = sha256
-        # Nothing is known about a program of another leader.
-        record.generations = self._programs.get(sha256, {})
+        record.heard_at, record.features = now, known
+        record.sha256 = applied.sha256 if applied else b""
+        self.desired_for(known)  # it may run just that
+        # Nothing is known about a program of another leader, unless it is what is wanted now.
+        plan_sha256 = applied.plan_sha256 if applied else b""
+        record.generations = self._programs.get(record.sha256, self._programs.get(plan_sha256, {}))
 
     def acknowledged(self, uid: str, desired: Desired, now: float) -> None:
-        """Note that a picker has put a program into force."""
+        """Note that an EPP has put a program into force; one without a plan leaves its plan."""
         record = self._record(uid, now)
-        record.sha256, record.generations = desired.sha256, desired.generations
+        record.sha256 = desired.sha256
+        if desired.generations is not None:
+            record.generations = desired.generations
 
     def reported(self, uid: str, stats: pb.Stats, now: float) -> None:
         """Note a picker's report."""
@@ -107,7 +153,8 @@ class Rollout:
         self, uid: str, name: str, session: Session | None, leading_since: float, now: float
     ) -> Picker:
         record = self._record(uid, now)
-        wanted = self.desired.sha256 if self.desired else b""
+        desired = self.desired_for(session.features if session else record.features)
+        wanted = desired.sha256 if desired else b""
         heard_at = session.heard_at if session else max(record.heard_at, leading_since)
         if session is not None and session.nacked == wanted and wanted:
             state = PickerState.REJECTED
@@ -123,8 +170,13 @@ class Rollout:
             connected=session is not None,
             generations=record.generations,
             error=session.error if session else "",
+            unsupported=desired.left_out if desired else (),
             stats=record.stats,
         )
 
     def _record(self, uid: str, now: float) -> _Record:
         return self._records.setdefault(uid, _Record(now))
+
+
+def _hash(message: Message) -> bytes:
+    return hashlib.sha256(message.SerializeToString(deterministic=True)).digest()

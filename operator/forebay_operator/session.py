@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from forebay_control import features
 from forebay_control.v1 import control_pb2 as pb
 from forebay_operator import wording
 
@@ -49,12 +50,22 @@ class Answer(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Desired:
-    """What the pickers of a pool should run. `generations`: of what it was made from, by uid."""
+    """What some EPPs of a pool should run: those that know the same features.
+
+    Attributes:
+        snapshot: serialised.
+        sha256: of it.
+        revision: of the program.
+        generations: of what the plan was made from, by uid; None where the snapshot has no plan,
+            so that EPPs keep theirs.
+        left_out: what of the plan they are not sent since they do not know it, as field paths.
+    """
 
     snapshot: bytes
     sha256: bytes
     revision: int
-    generations: Mapping[str, int] = field(default_factory=dict)
+    generations: Mapping[str, int] | None = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
 
 class Session:
@@ -63,6 +74,7 @@ class Session:
     Args:
         now: the moment its Hello came.
         applied: what it runs, as its Hello says.
+        features: what it knows, as its Hello says; see forebay_control.features.
 
     Attributes:
         heard_at: when it said something last.
@@ -70,8 +82,14 @@ class Session:
         error: why it refused; the first word is the code.
     """
 
-    def __init__(self, now: float, applied: pb.Applied | None = None) -> None:
+    def __init__(
+        self,
+        now: float,
+        applied: pb.Applied | None = None,
+        features: frozenset[str] = features.NAMES,
+    ) -> None:
         self.heard_at = now
+        self.features = features
         self.nacked = b""
         self.error = ""
         self._acked = (applied.version.epoch, applied.sha256) if applied is not None else None
@@ -154,6 +172,8 @@ class Session:
         if program is None or nack.nonce != program.nonce:
             return Answer.UNKNOWN
         self._in_flight = None
+        if nack.applied:  # a part: what it had acknowledged is not what it runs any more
+            self._acked = None
         if self.nacked != program.sha256 and not self._stale:
             self._refusals = 0
         self.nacked = program.sha256

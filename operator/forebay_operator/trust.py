@@ -68,10 +68,13 @@ class Pods:
     Attributes:
         expected: the EPPs of a pool (name by pod uid), or None for an unknown pool.
         addresses: the IP addresses of a pod by its uid, or None where any address will do.
+        is_deleted: whether an unknown pool is known to be deleted: any pod of its namespace may
+            hear that.
     """
 
     expected: Callable[[str], Mapping[str, str] | None]
     addresses: Callable[[str], Collection[str]] | None
+    is_deleted: Callable[[str], bool] = lambda _: False
 
     def check(self, pool: str, namespace: str, uid: str, address: str) -> None:
         """Raise RefusedError unless the pod is an EPP of the pool and has this address."""
@@ -82,6 +85,8 @@ class Pods:
                 f"a pod of namespace {namespace} cannot serve pool {pool}",
             )
         expected = self.expected(pool)
+        if expected is None and self.is_deleted(pool):
+            return
         if expected is None:
             raise RefusedError(_UNAVAILABLE, "no_pool", f"InferencePool {pool} is not known (yet)")
         if uid not in expected:

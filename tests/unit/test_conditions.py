@@ -62,6 +62,15 @@ def message(which, subject, *attachments):
         ("Programmed", SUBJECT, [ABSENT], "False", "TargetNotFound", "does not exist"),
         ("Programmed", SUBJECT, [at(picker()), ABSENT], "True", "Programmed", ""),
         ("Programmed", SUBJECT, [at(picker(generation=2))], "False", "Pending", "epp-0"),
+        (
+            *("Programmed", SUBJECT, [at(picker(generation=2), too_large="has 2 MiB")]),
+            *("False", "TooLarge", "has 2 MiB"),
+        ),
+        ("Programmed", SUBJECT, [at(picker(), too_large="has 2 MiB")], "True", "Programmed", ""),
+        (
+            *("Programmed", SUBJECT, [at(picker(unsupported=("plan.metrics",)))]),
+            *("False", "UnsupportedByEndpointPicker", "does not know plan.metrics: update it"),
+        ),
         ("Programmed", SUBJECT, [at()], "False", "NoEndpointPickers", "Service epp"),
         ("Programmed", SUBJECT, [at(service=None)], "False", "NoEndpointPickers", "names no"),
         ("Programmed", SUBJECT, [at(service="")], "False", "NoEndpointPickers", "is connected"),
@@ -202,6 +211,17 @@ def test_models_have_their_conditions():
     assert model(SUBJECT, ABSENT)["Programmed"] == ("False", "TargetNotFound")
     assert model(INVALID, ABSENT) == {"Accepted": invalid, "Programmed": invalid}
     assert model(SUBJECT, at(held_by="p"))["Programmed"] == ("Unknown", "PlanHeld")
+
+
+def test_a_model_is_only_told_of_what_concerns_it():
+    """A field of the policy that an older EPP does not know, unless it costs the whole plan."""
+    unsupported = ("False", "UnsupportedByEndpointPicker")
+    policys = {"unsupported": ("plan.metrics",)}
+    mine = {"unsupported": ("plan.models[3].weight",)}
+
+    assert model(SUBJECT, at(picker(**policys)))["Programmed"] == ("True", "Programmed")
+    assert model(SUBJECT, at(picker(generation=2, **policys)))["Programmed"] == unsupported
+    assert model(SUBJECT, at(picker(**mine)))["Programmed"] == unsupported
 
 
 # --- times

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from forebay_control.v1 import control_pb2 as pb
-from forebay_operator import conditions, planning
+from forebay_operator import conditions, metrics, planning
 from forebay_operator.cluster import ApiError
 from forebay_operator.conditions import Picker, PickerState
 from forebay_operator.control import ControlServer
@@ -421,3 +421,39 @@ async def test_a_burst_of_changes_is_planned_once(world):
     running.cancel()
     (snapshot,) = world.control.programs["default/chat"]
     assert snapshot.plan.limits.max_requests == 29
+
+
+# --- pools without a policy
+
+
+async def test_a_plan_that_is_too_large_is_told_of_without_a_policy(world):
+    """By an Event on the pool, once; endpoints are sent without it, and the plan when it fits."""
+    name = "x" * 250
+    for number in range(5):
+        spec = {
+            "modelName": f"m{number}",
+            "poolRef": {"name": "chat"},
+            "criticality": "Critical",
+            "targetModels": [{"name": f"{name}{target}"} for target in range(4)],
+        }
+        world.put(MODEL, manifest(MODEL, f"m{number}", spec))
+    await world.after(1)
+    assert "chat" not in {entry[0] for entry in world.written.announced}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "MAX_PLAN_BYTES", 2000)
+        world.reconciler.plan("default")
+        sent = world.control.programs["default/chat"][-1]
+        await world.after(20)
+    assert (sent.HasField("plan"), sent.HasField("endpoints")) == (False, True)
+    told = [entry for entry in world.written.announced if entry[0] == "chat"]
+    assert told == [("chat", "Degraded", "True", "TooLarge")]
+    problems = metrics.POOL_PROBLEMS.labels("default/chat", "TooLarge")
+    assert problems._value.get() == 1
+    reasons = {entry: reason(status) for entry, status in world.written.statuses}
+    assert set(reasons.values()) == {"TooLarge"}, reasons
+
+    world.reconciler.plan("default")
+    assert world.control.programs["default/chat"][-1].HasField("plan")
+    await world.after(20)
+    assert ("default/chat", "TooLarge") not in metrics.POOL_PROBLEMS._metrics

@@ -237,6 +237,17 @@ def test_reports_are_cut_to_what_a_status_can_hold():
     assert b"x" * 1024 not in kept.SerializeToString()
 
 
+def test_a_program_of_which_a_part_was_taken_replaces_what_was_acknowledged():
+    """Going back to that one sends it again, for its endpoints are not in force any more."""
+    session = programmed()
+    refused = nack(session.offer(B, 5, 1.0))
+    refused.applied.append("Endpoints")
+    assert session.on_nack(refused, 1.0) is Answer.NACK
+
+    back = Desired(A.snapshot, A.sha256, 3)
+    assert session.offer(back, 5, 2.0).version.revision == 3
+
+
 class Stream(RuleBasedStateMachine):
     """A stream on which anything may happen, and which ends when it is not answered."""
 

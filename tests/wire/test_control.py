@@ -15,6 +15,7 @@ from control_driver import WAIT_SECONDS, Driver
 from control_peers import POOL, Peer, snapshot
 from ext_proc_peer import until
 
+from forebay_control.features import NAMES
 from forebay_control.v1 import control_pb2 as pb
 from forebay_operator import admission, control, metrics, session
 from forebay_operator.admission import RefusedError
@@ -89,6 +90,58 @@ def test_a_picker_that_is_programmed_hears_that_it_is_connected(driver, dial):
 
     again = dial().hello(applied=applied, highest_epoch=5)
     assert again.next("ping", "program") == pb.Ping()
+
+
+def known(peer_program: pb.Program) -> pb.Snapshot:
+    return pb.Snapshot.FromString(peer_program.snapshot)
+
+
+def test_each_picker_is_sent_what_its_release_knows(driver, dial):
+    """One of 0.1 names no features and gets no pod uids; each acknowledges its own program."""
+    made = snapshot(30.0, POOL, "10.0.0.1:8000")
+    made.endpoints.endpoints[0].uid = "pod-1"
+    driver.program(POOL, made)
+    old, new = dial().hello(), dial().hello(pod_uid="uid-1", features=[*NAMES, "FromTheFuture"])
+    programs = old.program(), new.program()
+
+    assert [known(sent).endpoints.endpoints[0].uid for sent in programs] == ["", "pod-1"]
+    assert known(programs[0]).plan == known(programs[1]).plan == made.plan
+    old.ack(programs[0])
+    new.ack(programs[1])
+    expected = {"uid-0": "epp-0", "uid-1": "epp-1"}
+    until(
+        lambda: (
+            [p.state for p in driver.ask(lambda server: server.pickers(POOL, expected))]
+            == [PickerState.PROGRAMMED] * 2
+        )
+    )
+
+
+def test_only_those_that_know_it_are_told_that_the_pool_is_deleted(driver, dial):
+    """To one of release 0.1 the message would be the end of its endpoints."""
+    driver.program(POOL, snapshot())
+    old, new = dial().hello(), dial().hello(pod_uid="uid-1", features=NAMES)
+    for peer in (old, new):
+        peer.ack(peer.program())
+    driver.program(POOL, pb.Snapshot(deleted=True))
+    assert known(new.program()).deleted
+
+    driver.program(POOL, snapshot(31.0))
+    assert known(old.program()) == snapshot(31.0)
+
+
+def test_a_part_that_was_taken_is_told(driver, dial):
+    """The picker refuses the plan and takes the endpoints; the next program is sent at once."""
+    driver.program(POOL, snapshot())
+    peer = dial().hello(features=NAMES)
+    peer.ack(peer.program())
+    driver.program(POOL, snapshot(31.0))
+    sent = peer.program()
+    peer.send(nack=pb.Nack(nonce=sent.nonce, code="Invalid", applied=["Endpoints"]))
+    until(lambda: driver.pickers(POOL)[0].state is PickerState.REJECTED)
+
+    driver.program(POOL, snapshot())  # what it had acknowledged, but does not run as a whole
+    assert known(peer.program()) == snapshot()
 
 
 def test_a_nack_shows_with_its_paths(driver, dial):

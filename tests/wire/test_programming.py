@@ -268,7 +268,7 @@ def test_a_picker_with_endpoints_but_no_plan_serves_defaults_after_a_while(start
     """The operator holds the plan back; the bootstrap timeout is its chance to come."""
     made = snapshot(30.0, POOL, "10.0.0.1:8000")
     made.ClearField("plan")
-    picker = start(puppet.port, "--bootstrap-timeout=3s")
+    picker = start(puppet.port, "--bootstrap-timeout=15s")
     puppet.next("hello", seconds=WAIT_SECONDS)
     ack = puppet.answer(program(made))
     assert (ack.plan_sha256, healthy(picker)) == (b"", False)
@@ -304,7 +304,7 @@ def test_a_damaged_file_is_told_of_and_the_next_source_counts(start, puppet, dam
     file.write_bytes(damaged)
     picker = start(puppet.port)
     hello = puppet.next("hello", seconds=WAIT_SECONDS)
-    assert not hello.HasField("applied")
+    assert hello.applied.sha256 in (b"", bytes(32))  # nothing, or not all of any program
     failures = picker.metric("forebay_last_good_failures_total")
 
     assert isinstance(puppet.answer(program(snapshot(31.0), 5, 2)), pb.Ack)

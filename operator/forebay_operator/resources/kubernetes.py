@@ -79,6 +79,7 @@ class _Conditions(Foreign):
 
 class _TargetPod(Foreign):
     name: Annotated[str, Field(max_length=253)] = ""
+    uid: Annotated[str, Field(max_length=64)] = ""
 
 
 class _SliceEndpoint(Foreign):
