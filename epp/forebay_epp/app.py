@@ -27,7 +27,7 @@ from forebay_epp.core.plan import Plan, SaturationMode, UnmatchedAction
 from forebay_epp.loop import FlowLoop
 from forebay_epp.programming import Operator, PlanFile, PlanFileError
 from forebay_epp.traffic import Traffic
-from forebay_epp.transport import credentials, health
+from forebay_epp.transport import Connections, credentials, health
 from forebay_epp.transport.aio import AioTransport
 from forebay_epp.transport.completion_queue import CompletionQueueTransport
 
@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 FINISH_SECONDS = 5.0
 QUIET_SECONDS = 0.3
 
-TRANSPORTS: dict[str, Callable[[FlowLoop, str, grpc.ServerCredentials | None, int], Transport]] = {
+TRANSPORTS: dict[
+    str, Callable[[FlowLoop, str, grpc.ServerCredentials | None, Connections], Transport]
+] = {
     "completion-queue": CompletionQueueTransport,
     "aio": AioTransport,
 }
@@ -119,7 +121,9 @@ class EndpointPicker:
         address = _address(settings.bind_address, settings.grpc_port)
         bind = TRANSPORTS[settings.transport]
         try:
-            return bind(self._loop, address, _credentials(settings), settings.max_message_bytes)
+            return bind(
+                self._loop, address, _credentials(settings), Connections(settings.max_message_bytes)
+            )
         except RuntimeError as error:
             raise StartError(f"--grpc-port: cannot bind {address}: in use?") from error
 

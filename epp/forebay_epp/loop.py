@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,10 @@ BUSY_TICK_SECONDS = 0.005
 IDLE_TICK_SECONDS = 0.05
 TIMEOUT_MARGIN_SECONDS = 10.0
 
+# So many of the oldest unfinished bodies are compared to find the one to give up. More would not
+# find a better one, and a connection can hold thousands.
+COMPARED_BODIES = 64
+
 _NO_USAGE = Usage()
 
 
@@ -43,16 +48,29 @@ class Exchange:
     has arrived. `close` is owed exactly once, whatever happened before.
     """
 
-    __slots__ = ("_loop", "_read_bytes", "id", "on_output", "reading", "request", "stream")
+    __slots__ = (
+        *("_loop", "id", "on_output", "opened_at", "peer"),
+        *("read_bytes", "reading", "refused", "request", "stream"),
+    )
 
-    def __init__(self, loop: FlowLoop, exchange_id: int, on_output: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        loop: FlowLoop,
+        exchange_id: int,
+        on_output: Callable[[], None],
+        peer: str,
+        opened_at: float,
+    ) -> None:
         self._loop = loop
         self.id = exchange_id
         self.on_output = on_output
+        self.peer = peer
+        self.opened_at = opened_at
         self.stream = ExtProcStream(loop.max_body_bytes, loop.controller.plan.default_model)
         self.request: Request | None = None
         self.reading = True
-        self._read_bytes = 0
+        self.refused = False
+        self.read_bytes = 0
 
     @property
     def outbox(self) -> deque[bytes]:
@@ -85,6 +103,8 @@ class Exchange:
     def half_close(self) -> None:
         """The peer will send nothing more."""
         event = self.stream.half_close()
+        if self.ended:
+            self._loop.stop_reading(self)
         if event is not None:
             self._loop.handle(self, event)
 
@@ -95,16 +115,25 @@ class Exchange:
         if event is not None:
             self._loop.handle(self, event)
 
-    def take_read_bytes(self) -> int:
-        """Return how many body bytes were read since the last call."""
-        grown = self.stream.size_bytes - self._read_bytes
-        self._read_bytes = self.stream.size_bytes
-        return grown
 
-    def drop_read_bytes(self) -> int:
-        """Return how many body bytes have been counted, and count none from now on."""
-        counted, self._read_bytes = self._read_bytes, 0
-        return counted
+class _Unread:
+    """What one connection holds of requests that are not complete.
+
+    Attributes:
+        exchanges: theirs, the oldest first; a dict for its order.
+        size_bytes: of the bodies so far.
+    """
+
+    __slots__ = ("exchanges", "size_bytes")
+
+    def __init__(self) -> None:
+        self.exchanges: dict[Exchange, None] = {}
+        self.size_bytes = 0
+
+    def slowest(self, now: float) -> Exchange:
+        """Return the body that has kept most bytes for longest, of the oldest ones."""
+        oldest = islice(self.exchanges, COMPARED_BODIES)
+        return max(oldest, key=lambda e: e.read_bytes * (now - e.opened_at))
 
 
 class FlowLoop:
@@ -113,7 +142,8 @@ class FlowLoop:
     Args:
         controller: the pool's flow controller; from now on only this loop calls it.
         traffic: counters to feed.
-        max_streams: streams beyond are refused at once with 429.
+        max_streams: how many may be open. One more costs the slowest unread request of the
+            connection that has most of them its stream; where there is none it is refused with 429.
         clock: monotonic seconds.
 
     Attributes:
@@ -138,7 +168,9 @@ class FlowLoop:
         self._queued_or_sent: dict[int, Exchange] = {}
         self._silent: OrderedDict[Exchange, float] = OrderedDict()
         self._reading: OrderedDict[Exchange, float] = OrderedDict()
+        self._unread: dict[str, _Unread] = {}
         self._read_bytes = 0
+        self._refused = 0
         self._current: Exchange | None = None
         self._tick_at = 0.0
         self.catalogue = Catalogue(controller.plan, int(time.time()))
@@ -160,13 +192,18 @@ class FlowLoop:
         """The largest request body that is read."""
         return self.controller.plan.limits.max_body_bytes
 
-    def open(self, on_output: Callable[[], None]) -> Exchange:
-        """Begin a stream. It may already have a refusal to send."""
+    def open(self, on_output: Callable[[], None], peer: str = "") -> Exchange:
+        """Begin a stream of the connection `peer`. It may already have a refusal to send."""
+        now = self.clock()
         self._next_id += 1
-        exchange = Exchange(self, self._next_id, on_output)
-        full = len(self._open) >= self._max_streams
+        exchange = Exchange(self, self._next_id, on_output, peer, now)
+        full = len(self._open) - self._refused >= self._max_streams and not self._give_up_stream()
         self._open[exchange.id] = exchange
         self.traffic.stream_opened()
+        unread = self._unread.get(peer)
+        if unread is None:
+            unread = self._unread[peer] = _Unread()
+        unread.exchanges[exchange] = None
         if full:
             self.traffic.stream_refused()
             self._refuse_unread(
@@ -175,7 +212,7 @@ class FlowLoop:
                 f"{self._max_streams} requests are open at this endpoint picker",
             )
         else:
-            self._silent[exchange] = self.clock() + SILENT_STREAM_SECONDS
+            self._silent[exchange] = now + SILENT_STREAM_SECONDS
         return exchange
 
     def timeout(self, now: float) -> float:
@@ -250,14 +287,17 @@ class FlowLoop:
         """Account for a message of a request that was not yet complete when it came."""
         if self._silent.pop(exchange, None) is not None:
             self._reading[exchange] = self.clock() + READ_REQUEST_SECONDS
-        self._read_bytes += exchange.take_read_bytes()
-        if event is not None:
-            self._stop_reading(exchange)
-            self.handle(exchange, event)
-        elif self._read_bytes > self.controller.plan.limits.max_bytes:
-            self._refuse_unread(
-                exchange, Outcome.REJECTED_QUEUE_FULL, "too many request bodies are being read"
-            )
+        if event is not None or exchange.ended:
+            self.stop_reading(exchange)
+            if event is not None:
+                self.handle(exchange, event)
+            return
+        grown = exchange.stream.size_bytes - exchange.read_bytes
+        exchange.read_bytes += grown
+        self._unread[exchange.peer].size_bytes += grown
+        self._read_bytes += grown
+        while self._read_bytes > self.controller.plan.limits.max_bytes:
+            self._give_up_body(exchange)
 
     def handle(self, exchange: Exchange, event: Event) -> None:
         """Tell the controller what has happened on a stream, and the streams what follows."""
@@ -279,7 +319,6 @@ class FlowLoop:
             case Event.ABANDONED:
                 self.controller.cancel(exchange.id, now)
             case Event.REFUSED:
-                self._stop_reading(exchange)
                 refusal = exchange.stream.refusal
                 if refusal is not None:
                     self.traffic.decided("", None, refusal, 0.0)
@@ -290,8 +329,22 @@ class FlowLoop:
         """A stream is gone."""
         if self._open.pop(exchange.id, None) is not None:
             self.traffic.stream_closed()
-        if exchange.reading:
-            self._stop_reading(exchange)
+            self._refused -= exchange.refused
+        self.stop_reading(exchange)
+
+    def stop_reading(self, exchange: Exchange) -> None:
+        """A request is complete, or not wanted any more."""
+        if not exchange.reading:
+            return
+        exchange.reading = False
+        unread = self._unread[exchange.peer]
+        del unread.exchanges[exchange]
+        unread.size_bytes -= exchange.read_bytes
+        self._read_bytes -= exchange.read_bytes
+        if not unread.exchanges:
+            del self._unread[exchange.peer]
+        self._silent.pop(exchange, None)
+        self._reading.pop(exchange, None)
 
     # --- inside
 
@@ -375,17 +428,40 @@ class FlowLoop:
         if exchange is not self._current:
             exchange.on_output()
 
-    def _stop_reading(self, exchange: Exchange) -> None:
-        exchange.reading = False
-        self._read_bytes -= exchange.drop_read_bytes()
-        self._silent.pop(exchange, None)
-        self._reading.pop(exchange, None)
-
     def _refuse_unread(self, exchange: Exchange, outcome: Outcome, message: str) -> None:
-        self._stop_reading(exchange)
+        self.stop_reading(exchange)
+        # Its proxy may be slow to close it, or frozen; that must not keep others out.
+        exchange.refused = True
+        self._refused += 1
         retry_after = 1 if outcome is Outcome.REJECTED_QUEUE_FULL else None
         exchange.stream.refuse(outcome, message, retry_after)
         self.traffic.decided("", None, outcome, 0.0)
+
+    def _give_up_body(self, current: Exchange) -> None:
+        """Refuse the slowest body of the connection whose unfinished bodies are largest."""
+        unread = max(self._unread.values(), key=lambda unread: unread.size_bytes)
+        slowest = unread.slowest(self.clock())
+        self._refuse_unread(
+            slowest,
+            Outcome.REJECTED_QUEUE_FULL,
+            "too many request bodies are being read, and this one was the slowest",
+        )
+        if slowest is not current:
+            slowest.on_output()
+
+    def _give_up_stream(self) -> bool:
+        """Refuse the oldest unread request of the connection that has most; False if none has."""
+        if not self._unread:
+            return False
+        unread = max(self._unread.values(), key=lambda unread: len(unread.exchanges))
+        oldest = next(iter(unread.exchanges))
+        self._refuse_unread(
+            oldest,
+            Outcome.REJECTED_QUEUE_FULL,
+            f"{self._max_streams} requests are open, and this one was slow to arrive",
+        )
+        oldest.on_output()
+        return True
 
     def _time_out(self, now: float) -> None:
         """End streams that say nothing and requests that do not come to an end."""
@@ -393,7 +469,7 @@ class FlowLoop:
             exchange, deadline = next(iter(self._silent.items()))
             if deadline > now:
                 break
-            self._stop_reading(exchange)
+            self.stop_reading(exchange)
             exchange.stream.fail(f"no request within {SILENT_STREAM_SECONDS:.0f} s")
             exchange.on_output()
         while self._reading:

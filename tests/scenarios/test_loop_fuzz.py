@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 RUNS = int(os.environ.get("FOREBAY_FUZZ_RUNS", "2000"))
 SHARES = 4  # a failure names a quarter of the runs, and they can run side by side
 STEPS = 60
+PEERS = ("ipv4:10.1.0.1:1000", "ipv4:10.1.0.1:1001", "unix:")
 MAX_STREAMS = 12
 PATHS = (
     *(b"/v1/completions", b"/v1/chat/completions", b"/tokenize", b"/x"),
@@ -176,7 +177,7 @@ class Run:
         if len(self.proxies) >= MAX_STREAMS + 2:
             return
         random = self.random
-        exchange = self.loop.open(lambda: None)
+        exchange = self.loop.open(lambda: None, random.choice(PEERS))
         self.opened += 1
         self.proxies.append(
             Proxy(exchange, random.choice(MODES), random.choice(MODES), random.random() < 0.8)
@@ -356,6 +357,8 @@ class Run:
         assert all(endpoint.in_flight == 0 for endpoint in state.endpoints)
         assert self.controller.decided == self.controller.submitted
         assert (self.loop.open_streams, self.loop.unfinished, self.loop._read_bytes) == (0, 0, 0)
+        assert not self.loop._unread
+        assert not self.loop._refused
         assert not self.loop._silent
         assert not self.loop._reading
         traffic = self.loop.traffic

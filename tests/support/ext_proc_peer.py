@@ -16,7 +16,7 @@ from forebay_epp.core.plan import Plan, SaturationMode, SaturationPlan
 from forebay_epp.core.terms import Endpoint
 from forebay_epp.loop import FlowLoop
 from forebay_epp.traffic import Traffic
-from forebay_epp.transport import PROCESS
+from forebay_epp.transport import PROCESS, Connections
 from forebay_epp.transport.aio import AioTransport
 from forebay_epp.transport.completion_queue import CompletionQueueTransport
 from forebay_extproc.v3 import external_processor_pb2 as pb
@@ -48,6 +48,7 @@ class Picker:
         slots: int = 1,
         credentials: grpc.ServerCredentials | None = None,
         max_streams: int = 1000,
+        connections: Connections | None = None,
     ) -> None:
         self.plan = plan or Plan(
             saturation=SaturationPlan(SaturationMode.CONCURRENCY, max_concurrency=slots)
@@ -57,7 +58,7 @@ class Picker:
         self.loop = FlowLoop(self.controller, Traffic(), max_streams)
         self.loop.serving = True
         self.transport = TRANSPORTS[transport](
-            self.loop, "127.0.0.1:0", credentials, max_message_bytes=64 << 20
+            self.loop, "127.0.0.1:0", credentials, connections or Connections()
         )
         self._thread = threading.Thread(target=self.transport.serve)
         self._thread.start()

@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from forebay_epp import loop as loop_module
 from forebay_epp.core.plan import ModelPlan, Plan, UnmatchedAction
 from forebay_epp.core.terms import Endpoint, Outcome
-from forebay_epp.transport import credentials
+from forebay_epp.transport import Connections, credentials
 
 
 @pytest.fixture
@@ -271,7 +271,7 @@ def test_a_second_bind_of_the_port_fails(start):
     picker = start()
 
     with pytest.raises(RuntimeError):
-        type(picker.transport)(picker.loop, picker.address, None, 1 << 20)
+        type(picker.transport)(picker.loop, picker.address, None, Connections())
 
 
 def test_draining_dispatches_what_waits_and_refuses_what_comes(start, open_stream):

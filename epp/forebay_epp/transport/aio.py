@@ -16,6 +16,7 @@ from forebay_epp.transport import PROCESS, health
 
 if TYPE_CHECKING:
     from forebay_epp.loop import Exchange, FlowLoop
+    from forebay_epp.transport import Connections
 
 
 class AioTransport:
@@ -26,25 +27,17 @@ class AioTransport:
         loop: FlowLoop,
         address: str,
         credentials: grpc.ServerCredentials | None,
-        max_message_bytes: int,
+        connections: Connections,
     ) -> None:
         self._loop = loop
         self._stopping = asyncio.Event()
         self._runner = asyncio.Runner()
-        self._server = self._runner.run(self._bind(address, credentials, max_message_bytes))
+        self._server = self._runner.run(self._bind(address, credentials, connections))
 
     async def _bind(
-        self, address: str, credentials: grpc.ServerCredentials | None, max_message_bytes: int
+        self, address: str, credentials: grpc.ServerCredentials | None, connections: Connections
     ) -> grpc.aio.Server:
-        server = grpc.aio.server(
-            options=[
-                ("grpc.so_reuseport", 0),
-                # As in completion_queue.py: a burst must not be dropped unanswered.
-                ("grpc.server.max_pending_requests", (1 << 31) - 1),
-                ("grpc.server.max_pending_requests_hard_limit", (1 << 31) - 1),
-                ("grpc.max_receive_message_length", max_message_bytes),
-            ]
-        )
+        server = grpc.aio.server(options=connections.options())
         server.add_generic_rpc_handlers((_Handlers(self),))
         if credentials is None:
             self._port = server.add_insecure_port(address)
@@ -77,7 +70,7 @@ class AioTransport:
     async def process(self, _: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         """Carry one exchange."""
         wake = asyncio.Event()
-        exchange = self._loop.open(wake.set)
+        exchange = self._loop.open(wake.set, context.peer())
         reader = asyncio.create_task(self._read(exchange, context, wake))
         try:
             while True:

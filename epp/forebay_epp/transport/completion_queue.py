@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     import grpc
 
     from forebay_epp.loop import FlowLoop
+    from forebay_epp.transport import Connections
 
 _EMPTY_FLAGS = 0
-_UNLIMITED = (1 << 31) - 1
 _SHUTDOWN = "shutdown"
 _CALL = "call"
 
@@ -49,7 +49,7 @@ class CompletionQueueTransport:
         loop: what the streams talk to.
         address: host:port to bind; port 0 picks one.
         credentials: TLS, or None for plaintext.
-        max_message_bytes: larger messages are refused by grpc.
+        connections: how long connections live, and what they may carry.
 
     Raises:
         RuntimeError: the address cannot be bound.
@@ -60,19 +60,11 @@ class CompletionQueueTransport:
         loop: FlowLoop,
         address: str,
         credentials: grpc.ServerCredentials | None,
-        max_message_bytes: int,
+        connections: Connections,
     ) -> None:
         self._loop = loop
         self._queue = cygrpc.CompletionQueue()
-        options = (
-            (b"grpc.so_reuseport", 0),
-            (b"grpc.max_receive_message_length", max_message_bytes),
-            (b"grpc.max_concurrent_streams", _UNLIMITED),
-            # The core drops streams at random when 1,000 are not yet accepted, which a burst
-            # reaches; the loop has a cap that answers.
-            (b"grpc.server.max_pending_requests", _UNLIMITED),
-            (b"grpc.server.max_pending_requests_hard_limit", _UNLIMITED),
-        )
+        options = tuple((name.encode(), value) for name, value in connections.options())
         self._server = cygrpc.Server(options, False)  # no xDS
         self._server.register_completion_queue(self._queue)
         if credentials is None:
@@ -157,7 +149,7 @@ class _Stream:
         self._over = False
         self._receiving = False
         self._sending = False
-        self._exchange = loop.open(self.pump)
+        self._exchange = loop.open(self.pump, call.peer().decode())
         call.start_server_batch(
             (cygrpc.ReceiveCloseOnServerOperation(_EMPTY_FLAGS),), self._on_close
         )
