@@ -71,18 +71,24 @@ def run(settings: Settings) -> int:
 
 def table(items: list[dict[str, Any]]) -> Table:
     """Lay the objects out with the columns that kubectl has."""
-    columns = ("kind", "name", "accepted", "programmed", "epps", "queued", "saturation")
+    columns = (
+        *("kind", "name", "pools", "accepted", "programmed", "reason"),
+        *("epps", "queued", "saturation"),
+    )
     found = Table(box=None, pad_edge=False)
     for column in columns:
         found.add_column(column.upper())
     for item in items:
         status = item["status"]
         conditions = {c["type"]: c["status"] for c in status.get("conditions", [])}
+        reasons = {c["type"]: c["reason"] for c in status.get("conditions", [])}
         row = (
             item["kind"],
             item["metadata"]["name"],
+            status.get("poolNames", ""),
             conditions.get("Accepted", ""),
             conditions.get("Programmed", ""),
+            reasons.get("Programmed", ""),
             status.get("endpointPickers", {}).get("ready", ""),
             status.get("queued", ""),
             status.get("saturation", ""),

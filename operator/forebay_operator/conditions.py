@@ -9,6 +9,7 @@ reconcile.py's business.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,14 @@ if TYPE_CHECKING:
 CONTROLLER_NAME = "forebay.dev/operator"
 NOT_CLAIMED = "PoolNotClaimed"
 MAX_ANCESTORS = 16  # the schema's
+MAX_BANDS = 64  # the schema's
 PLAN_HELD = "PlanHeld"
 MAX_NAMED = 5
 MAX_MESSAGE = 1024
+_TOLD_BY_PROGRAMMED = ("EndpointPickersStale", "EndpointPickersReject")
+_GOOD = 2  # rank of a condition that needs nothing done
+
+_Verdict = tuple[str, str, str]  # a condition's status, reason and message
 
 
 class PickerState(StrEnum):
@@ -65,7 +71,7 @@ class Attachment:
     None where the pool does not exist. `service` is the one behind which they should be; None:
     the pool names none; "": there are no Services. `held_by` is the invalid policy for whose sake
     the pool's endpoint pickers keep the plan they have. `too_large` says so of the plan, which is
-    then not sent.
+    then not sent. `shared_with` are other pools that name the same Service.
     """
 
     pool: str
@@ -77,6 +83,7 @@ class Attachment:
     endpoints: int = 0
     held_by: str = ""
     too_large: str = ""
+    shared_with: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +130,8 @@ def policy_status(
     """
     live = [a for a in attachments if a.pickers is not None and a.refused is None]
     pickers = [picker for attachment in live for picker in attachment.pickers or ()]
-    accepted = _accepted(subject, attachments)
-    conditions = [
-        accepted,
-        _resolved(attachments),
-        _programmed(subject, attachments, pickers),
-        _degraded(subject, attachments, pickers),
-    ]
+    verdicts = [_verdicts(subject, attachment) for attachment in attachments]
+    found = _summary(attachments, verdicts) if attachments else _verdicts(subject, None)
     counts = {
         "desired": len(pickers),
         "connected": sum(picker.connected for picker in pickers),
@@ -138,11 +140,16 @@ def policy_status(
         "stale": sum(picker.state is PickerState.STALE for picker in pickers),
     }
     status: dict[str, Any] = {
-        "conditions": [{**c, "observedGeneration": subject.generation} for c in conditions],
-        "ancestors": [_ancestor(subject, each, controller_name) for each in attachments],
+        "conditions": _observed(subject, found),
+        "ancestors": [
+            _ancestor(subject, attachment, conditions, controller_name)
+            for attachment, conditions in zip(attachments, verdicts, strict=True)
+        ],
         "endpointPickers": {**counts, "ready": f"{counts['programmed']}/{counts['desired']}"},
         "pools": [_pool(attachment) for attachment in live],
     }
+    if attachments:
+        status["poolNames"] = ",".join(a.pool for a in attachments)[:MAX_MESSAGE]
     generations = [picker.generations.get(subject.uid, 0) for picker in pickers]
     if generations and min(generations) > 0:
         status["programmedGeneration"] = min(generations)
@@ -155,7 +162,10 @@ def policy_status(
 
 
 def model_status(subject: Subject, attachment: Attachment) -> dict[str, Any]:
-    """Return the status of an InferenceModel, its conditions without times."""
+    """Return the status of an InferenceModel, its conditions without times.
+
+    It names and counts no EPPs: a pool has thousands of models, and EPPs come and go.
+    """
     if subject.problems:
         accepted = _condition("Accepted", "False", "Invalid", _fix(subject))
     elif attachment.refused is not None:
@@ -165,9 +175,8 @@ def model_status(subject: Subject, attachment: Attachment) -> dict[str, Any]:
         accepted = _condition("Accepted", "Unknown", "Pending", message)
     else:
         accepted = _condition("Accepted", "True", "Accepted", "")
-    programmed = _programmed(subject, [attachment], attachment.pickers or (), "plan.models")
-    conditions = [accepted, programmed]
-    return {"conditions": [{**c, "observedGeneration": subject.generation} for c in conditions]}
+    programmed = _condition("Programmed", *_model_programmed(subject, attachment))
+    return {"conditions": _observed(subject, [accepted, programmed])}
 
 
 def pool_problems(pickers: Sequence[Picker]) -> dict[str, str]:
@@ -180,6 +189,12 @@ def pool_problems(pickers: Sequence[Picker]) -> dict[str, str]:
     if rejected:
         named = "; ".join(f"{picker.name}: {picker.error}" for picker in rejected[:MAX_NAMED])
         found["Rejected"] = f"{len(rejected)} of {len(pickers)} endpoint pickers refuse: {named}"
+    stale = [picker.name for picker in pickers if picker.state is PickerState.STALE]
+    if stale:
+        found["Stale"] = (
+            f"no connection from {_listed(stale)}; they keep the last program they had: look at "
+            "their logs and at the network between them and the operator"
+        )
     return found
 
 
@@ -252,7 +267,7 @@ def differs(
 def transitions(desired: Mapping[str, Any], observed: Mapping[str, Any]) -> list[Transition]:
     """Return what has become of each condition whose status or reason is new.
 
-    One that only repeats why the object is not accepted is left out.
+    One that only repeats what another says is left out.
     """
     before = {
         condition.get("type"): (condition.get("status"), condition.get("reason"))
@@ -270,6 +285,7 @@ def transitions(desired: Mapping[str, Any], observed: Mapping[str, Any]) -> list
         for c in desired.get("conditions") or ()
         if before.get(c["type"]) != (c["status"], c["reason"])
         and (c["type"] == "Accepted" or c["reason"] not in refused)
+        and c["reason"] not in _TOLD_BY_PROGRAMMED
     ]
 
 
@@ -297,27 +313,72 @@ def _fix(subject: Subject) -> str:
     return f"{text}. Generation {subject.valid_generation}, the last valid one, stays in force"
 
 
-def _accepted(subject: Subject, attachments: Sequence[Attachment]) -> dict[str, Any]:
+def _observed(subject: Subject, conditions: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**c, "observedGeneration": subject.generation} for c in conditions]
+
+
+def _summary(
+    attachments: Sequence[Attachment], verdicts: Sequence[list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Return of each type the worst condition, saying at which pools."""
+    found = []
+    for same in zip(*verdicts, strict=True):
+        worst = min(same, key=_rank)
+        equals = {
+            attachment.pool: c["message"]
+            for attachment, c in zip(attachments, same, strict=True)
+            if (c["status"], c["reason"]) == (worst["status"], worst["reason"])
+        }
+        message = worst["message"]
+        if _rank(worst) != _GOOD and len(attachments) > 1:
+            texts: dict[str, list[str]] = {}
+            for pool, text in equals.items():
+                texts.setdefault(text, []).append(pool)
+            message = "; ".join(
+                f"InferencePool {_listed(pools)}: {text}"
+                for text, pools in list(texts.items())[:MAX_NAMED]
+            )
+        found.append(_condition(worst["type"], worst["status"], worst["reason"], message))
+    return found
+
+
+def _rank(condition: Mapping[str, Any]) -> int:
+    """Order conditions of one type, the worst first."""
+    bad = "True" if condition["type"] == "Degraded" else "False"
+    return {bad: 0, "Unknown": 1}.get(condition["status"], _GOOD)
+
+
+def _verdicts(subject: Subject, attachment: Attachment | None) -> list[dict[str, Any]]:
+    """Return the four conditions at one pool; None: no pool can be read from the policy."""
+    found = {
+        "Accepted": _accepted(subject, attachment),
+        "ResolvedRefs": _resolved(attachment),
+        "Programmed": _programmed(subject, attachment),
+        "Degraded": _degraded(subject, attachment),
+    }
+    return [_condition(kind, *verdict) for kind, verdict in found.items()]
+
+
+def _accepted(subject: Subject, attachment: Attachment | None) -> _Verdict:
     if subject.problems:
-        return _condition("Accepted", "False", "Invalid", _fix(subject))
-    refused = [attachment.refused for attachment in attachments if attachment.refused]
-    if refused:
-        reason = refused[0][0]
-        return _condition("Accepted", "False", reason, "; ".join(text for _, text in refused))
-    return _condition("Accepted", "True", "Accepted", "")
+        return "False", "Invalid", _fix(subject)
+    if attachment is not None and attachment.refused is not None:
+        return "False", *attachment.refused
+    if attachment is None or attachment.pickers is None:
+        return "False", "TargetNotFound", "its pool does not exist: see ResolvedRefs"
+    return "True", "Accepted", ""
 
 
-def _resolved(attachments: Sequence[Attachment]) -> dict[str, Any]:
-    if not attachments:
-        return _condition("ResolvedRefs", "Unknown", "Invalid", "no target is named: see Accepted")
-    missing = [attachment.pool for attachment in attachments if attachment.pickers is None]
-    if missing:
+def _resolved(attachment: Attachment | None) -> _Verdict:
+    if attachment is None:
+        return "Unknown", "Invalid", "no target is named: see Accepted"
+    if attachment.pickers is None:
         message = (
-            f"there is no InferencePool {_listed(missing)} in this namespace; "
+            f"there is no InferencePool {attachment.pool} in this namespace; "
             "it counts as soon as it is created"
         )
-        return _condition("ResolvedRefs", "False", "TargetNotFound", message)
-    return _condition("ResolvedRefs", "True", "ResolvedRefs", "")
+        return "False", "TargetNotFound", message
+    return "True", "ResolvedRefs", ""
 
 
 def _programs(subject: Subject, picker: Picker) -> bool:
@@ -325,85 +386,95 @@ def _programs(subject: Subject, picker: Picker) -> bool:
     return picker.generations.get(subject.uid) == subject.generation
 
 
-def _programmed(
-    subject: Subject,
-    attachments: Sequence[Attachment],
-    pickers: Sequence[Picker],
-    part: str = "plan.",
-) -> dict[str, Any]:
-    """Say whether all EPPs run the latest generation; `part`: which fields of the plan it is."""
-
-    def false(reason: str, message: str) -> dict[str, Any]:
-        return _condition("Programmed", "False", reason, message)
-
+def _without_effect(subject: Subject, attachment: Attachment | None) -> _Verdict | None:
+    """Say why an object has no effect at a pool, if that does not depend on the EPPs."""
     if subject.problems:
-        return false("Invalid", "the latest generation is not valid: see Accepted")
-    counting = [attachment for attachment in attachments if attachment.refused is None]
-    if not counting:
-        reason, _ = attachments[0].refused or ("Pending", "")
-        return false(reason, "has no effect: see Accepted")
-    if all(attachment.pickers is None for attachment in counting):
-        return false("TargetNotFound", "has no effect while its pool does not exist")
-    held = next((attachment.held_by for attachment in counting if attachment.held_by), "")
-    if held:
+        return "False", "Invalid", "the latest generation is not valid: see Accepted"
+    if attachment is not None and attachment.refused is not None:
+        return "False", attachment.refused[0], "has no effect: see Accepted"
+    if attachment is None or attachment.pickers is None:
+        return "False", "TargetNotFound", "has no effect while its pool does not exist"
+    if attachment.held_by:
         message = (
-            f"FlowControlPolicy {held} is not valid: until it is mended, endpoint pickers keep the "
-            "plan they have, and the operator does not know which that is"
+            f"FlowControlPolicy {attachment.held_by} is not valid: until it is mended, endpoint "
+            "pickers keep the plan they have, and the operator does not know which that is"
         )
-        return _condition("Programmed", "Unknown", PLAN_HELD, message)
-    rejected = [picker for picker in pickers if picker.state is PickerState.REJECTED]
-    if rejected:
-        named = "; ".join(f"{picker.name}: {picker.error}" for picker in rejected[:MAX_NAMED])
-        unsupported = all(picker.error.startswith("Unsupported") for picker in rejected)
-        reason = "UnsupportedByEndpointPicker" if unsupported else "Rejected"
-        return false(reason, f"{len(rejected)} of {len(pickers)} endpoint pickers refuse: {named}")
-    stale = [picker.name for picker in pickers if picker.state is PickerState.STALE]
-    if stale:
-        message = (
-            f"no connection from {_listed(stale)}; they keep the last program they had: look at "
-            "their logs and at the network between them and the operator"
-        )
-        return false("Stale", message)
-    if (behind := _behind(subject, counting, pickers, part)) is not None:
-        return false(*behind)
-    idle = [a for a in counting if a.pickers is not None and not a.pickers]
-    if idle:
-        return false("NoEndpointPickers", _no_pickers(idle[0]))
-    return _condition(
-        "Programmed",
-        "True",
-        "Programmed",
-        f"{len(pickers)} of {len(pickers)} endpoint pickers run it",
-    )
+        return "Unknown", PLAN_HELD, message
+    if not attachment.pickers:
+        return "False", "NoEndpointPickers", _no_pickers(attachment)
+    return None
 
 
-def _older(pickers: Sequence[Picker]) -> str:
-    paths = sorted({path for picker in pickers for path in picker.unsupported})
-    return (
-        f"{_listed([picker.name for picker in pickers])}: of an older release, which does not know "
-        f"{_listed(paths)}: update it, or leave that out"
-    )
+def _programmed(subject: Subject, attachment: Attachment | None) -> _Verdict:
+    """Say whether all EPPs of a pool run the latest generation of its policy."""
+    verdict = _without_effect(subject, attachment)
+    if verdict is not None or attachment is None:
+        return verdict or ("False", "Invalid", "")
+    pickers = attachment.pickers or ()
+    problems = pool_problems(pickers)
+    for reason in ("Rejected", "Stale", "UnsupportedByEndpointPicker"):
+        if reason in problems:
+            text = problems[reason]
+            return "False", _unsupported(pickers) if reason == "Rejected" else reason, text
+    behind = [picker.name for picker in pickers if not _programs(subject, picker)]
+    if not behind:
+        return "True", "Programmed", "every endpoint picker runs it"
+    if attachment.too_large:
+        return "False", "TooLarge", attachment.too_large
+    return "False", "Pending", f"waits for {_listed(behind)} to acknowledge"
 
 
-def _behind(
-    subject: Subject, attachments: Sequence[Attachment], pickers: Sequence[Picker], part: str
-) -> tuple[str, str] | None:
-    """Return reason and message where EPPs do not run the latest generation, or a part of it."""
+def _model_programmed(subject: Subject, attachment: Attachment) -> _Verdict:
+    """Say whether the EPPs that serve run the latest generation of a model.
+
+    An EPP that cannot be reached serves by what it acknowledged last, and one that has acknowledged
+    nothing yet is not ready. Neither is news about a model that the others run.
+    """
+    verdict = _without_effect(subject, attachment)
+    if verdict is not None:
+        return verdict
+    pickers = attachment.pickers or ()
+    serving = [picker for picker in pickers if picker.generations] or pickers
     older = [
         picker
-        for picker in pickers
-        if any(path.startswith(part) for path in picker.unsupported)
+        for picker in serving
+        if any(path.startswith("plan.models") for path in picker.unsupported)
         or (picker.unsupported and not _programs(subject, picker))
     ]
     if older:
-        return "UnsupportedByEndpointPicker", _older(older)
-    behind = [picker.name for picker in pickers if not _programs(subject, picker)]
+        text = f"an endpoint picker is {_age_of(older)}"
+        return "False", "UnsupportedByEndpointPicker", text
+    behind = [picker for picker in serving if not _programs(subject, picker)]
     if not behind:
-        return None
-    too_large = next((a.too_large for a in attachments if a.too_large), "")
-    if too_large:
-        return "TooLarge", too_large
-    return "Pending", f"waits for {_listed(behind)} to acknowledge"
+        return "True", "Programmed", "every endpoint picker that serves runs it"
+    rejected = [picker for picker in behind if picker.state is PickerState.REJECTED]
+    if rejected:
+        error = min(picker.error for picker in rejected)
+        return "False", _unsupported(rejected), f"an endpoint picker refuses the plan: {error}"
+    if any(picker.state is PickerState.STALE for picker in behind):
+        return "False", "Stale", "an endpoint picker that runs an older plan cannot be reached"
+    if attachment.too_large:
+        return "False", "TooLarge", attachment.too_large
+    return "False", "Pending", "waits for endpoint pickers to acknowledge"
+
+
+def _unsupported(rejected: Sequence[Picker]) -> str:
+    """Return the reason of EPPs that refuse: another one where all do not know a field."""
+    errors = [picker.error for picker in rejected if picker.state is PickerState.REJECTED]
+    if all(error.startswith("Unsupported") for error in errors):
+        return "UnsupportedByEndpointPicker"
+    return "Rejected"
+
+
+def _older(pickers: Sequence[Picker]) -> str:
+    return f"{_listed([picker.name for picker in pickers])}: {_age_of(pickers)}"
+
+
+def _age_of(pickers: Sequence[Picker]) -> str:
+    paths = sorted({path for picker in pickers for path in picker.unsupported})
+    return (
+        f"of an older release, which does not know {_listed(paths)}: update it, or leave that out"
+    )
 
 
 def _no_pickers(attachment: Attachment) -> str:
@@ -414,47 +485,58 @@ def _no_pickers(attachment: Attachment) -> str:
             f"InferencePool {attachment.pool} names no Service as its endpointPickerRef: set it to "
             "the Service of the endpoint pickers"
         )
+    if attachment.shared_with:
+        return (
+            f"InferencePool {_listed(attachment.shared_with)} names Service {attachment.service}, "
+            "too, and an endpoint picker serves one pool: give InferencePool "
+            f"{attachment.pool} a Service and endpoint pickers of its own"
+        )
     return (
         f"no running pod is behind Service {attachment.service}, the endpointPickerRef of "
         f"InferencePool {attachment.pool}: deploy forebay's endpoint picker for it"
     )
 
 
-def _degraded(
-    subject: Subject, attachments: Sequence[Attachment], pickers: Sequence[Picker]
-) -> dict[str, Any]:
+def _degraded(subject: Subject, attachment: Attachment | None) -> _Verdict:
+    if attachment is None or attachment.pickers is None or attachment.refused is not None:
+        return "False", "AsExpected", ""
     if subject.problems and subject.valid_generation is not None:
         message = f"generation {subject.valid_generation} is in force, not the latest"
-        return _condition("Degraded", "True", "LastValidInForce", message)
-    if subject.problems and any(attachment.held_by for attachment in attachments):
+        return "True", "LastValidInForce", message
+    if subject.problems and attachment.held_by:
         message = "endpoint pickers keep the plan they have; the operator knows no valid generation"
-        return _condition("Degraded", "True", PLAN_HELD, message)
-    stale = [picker.name for picker in pickers if picker.state is PickerState.STALE]
+        return "True", PLAN_HELD, message
+    stale = [p.name for p in attachment.pickers if p.state is PickerState.STALE]
     if stale:
         message = f"{_listed(stale)} cannot be reached and may run an older program"
-        return _condition("Degraded", "True", "EndpointPickersStale", message)
-    rejected = [picker.name for picker in pickers if picker.state is PickerState.REJECTED]
+        return "True", "EndpointPickersStale", message
+    rejected = [p.name for p in attachment.pickers if p.state is PickerState.REJECTED]
     if rejected:
-        message = f"{_listed(rejected)} run an older program"
-        return _condition("Degraded", "True", "EndpointPickersReject", message)
-    notes = [
-        note for attachment in attachments if not attachment.refused for note in attachment.notes
-    ]
-    if notes:
-        return _condition("Degraded", "True", "PoolDegraded", "; ".join(notes[:MAX_NAMED]))
-    return _condition("Degraded", "False", "AsExpected", "")
+        return "True", "EndpointPickersReject", f"{_listed(rejected)} run an older program"
+    if _failing(attachment.pickers):
+        message = (
+            f"more than half of the endpoints of InferencePool {attachment.pool} get no requests "
+            "since they cannot be reached or answer with errors: look at the model servers"
+        )
+        return "True", "EndpointsFailing", message
+    if attachment.notes:
+        return "True", "PoolDegraded", "; ".join(attachment.notes[:MAX_NAMED])
+    return "False", "AsExpected", ""
 
 
-def _ancestor(subject: Subject, attachment: Attachment, controller_name: str) -> dict[str, Any]:
-    if subject.problems:
-        accepted = _condition("Accepted", "False", "Invalid", _fix(subject))
-    elif attachment.pickers is None:
-        message = f"there is no InferencePool {attachment.pool} in this namespace"
-        accepted = _condition("Accepted", "False", "TargetNotFound", message)
-    elif attachment.refused is not None:
-        accepted = _condition("Accepted", "False", *attachment.refused)
-    else:
-        accepted = _condition("Accepted", "True", "Accepted", "")
+def _failing(pickers: Sequence[Picker]) -> bool:
+    """Say whether more than half of a pool's endpoints are out, by all EPPs' reports together."""
+    reports = _reports(pickers)
+    out = sum(min(report.endpoints_out, report.endpoints) for report in reports)
+    return 2 * out > sum(report.endpoints for report in reports)
+
+
+def _ancestor(
+    subject: Subject,
+    attachment: Attachment,
+    conditions: list[dict[str, Any]],
+    controller_name: str,
+) -> dict[str, Any]:
     return {
         "ancestorRef": {
             "group": attachment.group,
@@ -463,7 +545,7 @@ def _ancestor(subject: Subject, attachment: Attachment, controller_name: str) ->
             "name": attachment.pool,
         },
         "controllerName": controller_name,
-        "conditions": [{**accepted, "observedGeneration": subject.generation}],
+        "conditions": _observed(subject, conditions),
     }
 
 
@@ -476,8 +558,11 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _pool(attachment: Attachment) -> dict[str, Any]:
-    """Add up what the pool's endpoint pickers report."""
-    reports = [picker.stats for picker in attachment.pickers or () if picker.stats is not None]
+    """Add up what the pool's endpoint pickers report.
+
+    A band that few report gives way where there are more than the schema takes.
+    """
+    reports = _reports(attachment.pickers or ())
     bands: dict[str, dict[str, Any]] = {}
     for report in reports:
         for band in report.bands:
@@ -496,6 +581,8 @@ def _pool(attachment: Attachment) -> dict[str, Any]:
             for name in ("requests", "bytes", "dispatched", "rejected", "evicted"):
                 sums[name] += getattr(band, name)
             sums["oldestSeconds"] = max(sums["oldestSeconds"], band.oldest_seconds)
+    named = Counter(band.band for report in reports for band in report.bands)
+    kept = sorted(bands, key=lambda name: (-named[name], name))[:MAX_BANDS]
     for sums in bands.values():
         for name in ("requests", "bytes", "dispatched", "rejected", "evicted"):
             sums[name] = quantised(sums[name])
@@ -505,8 +592,17 @@ def _pool(attachment: Attachment) -> dict[str, Any]:
         "name": attachment.pool,
         "saturation": f"{min(round(saturation * 20) / 20, 99.0):.2f}",
         "endpoints": attachment.endpoints,
-        "queues": [bands[name] for name in sorted(bands)],
+        "queues": [bands[name] for name in sorted(kept)],
     }
+
+
+def _reports(pickers: Sequence[Picker]) -> list[pb.Stats]:
+    """Return what EPPs report; what one that cannot be reached said last is no longer so."""
+    return [
+        picker.stats
+        for picker in pickers
+        if picker.stats is not None and picker.state is not PickerState.STALE
+    ]
 
 
 def quantised(value: int) -> int:
@@ -571,5 +667,6 @@ def _meaning(status: Mapping[str, Any], like: Mapping[str, Any], controller_name
         ancestors,
         status.get("programmedGeneration") if types else None,
         status.get("endpointPickers") if types else None,
+        status.get("poolNames") if types else None,
         sorted(p["name"] for p in status.get("pools") or () if p.get("name") in mine),
     )

@@ -43,6 +43,7 @@ def _condition(kind: str) -> str:
     return f'.status.conditions[?(@.type=="{kind}")].status'
 
 
+_VERDICTS = tuple((kind, "string", _condition(kind)) for kind in ("Accepted", "Programmed"))
 _AGE = ("Age", "date", ".metadata.creationTimestamp")
 _POOL = ("Inference Pool", "string", ".spec.poolRef.name")
 _OBJECTIVE = _Names(columns=(_POOL, ("Priority", "string", ".spec.priority"), _AGE))
@@ -51,9 +52,9 @@ _NAMES = {
         short=("fcp",),
         categories=("forebay",),
         columns=(
-            ("Pool", "string", ".spec.targetRefs[0].name"),
-            ("Accepted", "string", _condition("Accepted")),
-            ("Programmed", "string", _condition("Programmed")),
+            ("Pools", "string", ".status.poolNames"),
+            *_VERDICTS,
+            ("Reason", "string", '.status.conditions[?(@.type=="Programmed")].reason'),
             ("EPPs", "string", ".status.endpointPickers.ready"),
             ("Queued", "integer", ".status.queued"),
             ("Saturation", "string", ".status.saturation"),
@@ -75,6 +76,7 @@ _NAMES = {
             ("Model Name", "string", ".spec.modelName"),
             _POOL,
             ("Criticality", "string", ".spec.criticality"),
+            *_VERDICTS,
             _AGE,
         )
     ),

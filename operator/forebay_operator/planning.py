@@ -69,7 +69,8 @@ class Planned:
 
     `policy` is the one in force, if any; `pickers` are the pods that are to be programmed, by uid.
     `held_by` is the policy for whose sake the plan is left out, so that pickers keep theirs.
-    `too_large` says that it is left out for its size.
+    `too_large` says that it is left out for its size. `shared_with` are other pools with the same
+    endpoint picker Service.
     """
 
     snapshot: pb.Snapshot
@@ -78,6 +79,7 @@ class Planned:
     pickers: dict[str, str] = field(default_factory=dict)
     held_by: str = ""
     too_large: str = ""
+    shared_with: tuple[str, ...] = ()
 
 
 def pools(resources: Iterable[Resource]) -> list[AnyPool]:
@@ -174,7 +176,13 @@ def plan(pool: AnyPool, resources: Iterable[Resource], unread: Iterable[Metadata
         snapshot.ClearField("plan")
         snapshot.ClearField("sources")
     pickers = _pickers(pool, everything)
-    return Planned(snapshot, tuple(problems), policy, pickers, held_by, too_large)
+    shared_with = tuple(
+        other.metadata.name
+        for other in pools(everything)
+        if other.metadata.name != pool.metadata.name
+        and other.picker_service == pool.picker_service is not None
+    )
+    return Planned(snapshot, tuple(problems), policy, pickers, held_by, too_large, shared_with)
 
 
 def unattached(resources: Iterable[Resource]) -> tuple[Problem, ...]:

@@ -27,8 +27,9 @@ from forebay_operator.resources import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
+    from forebay_operator.conditions import Picker
     from forebay_operator.control import ControlServer
     from forebay_operator.deletion import Deletions
     from forebay_operator.planning import Planned
@@ -148,6 +149,20 @@ class Reconciler:
         if found is None:
             return None
         return self._control.connected(pool) if self._standalone else found[1].pickers
+
+    def _pickers(self, pool: str) -> list[Picker]:
+        """Return how the EPPs of a pool stand, without those that serve another pool."""
+        expected = self.expected(pool) or {}
+        found = self._planned.get(pool)
+        if found is not None and found[1].shared_with:
+            namespace = pool.partition("/")[0]
+            elsewhere = {
+                uid
+                for other in found[1].shared_with
+                for uid in self._control.connected(f"{namespace}/{other}")
+            } - self._control.connected(pool).keys()
+            expected = {uid: name for uid, name in expected.items() if uid not in elsewhere}
+        return self._control.pickers(pool, expected)
 
     def planned(self) -> list[tuple[AnyPool, Planned]]:
         """Return every pool and its plan, by name."""
@@ -347,23 +362,25 @@ class Reconciler:
         return Attachment(
             pool=pool,
             group=resource_group(resource),
-            pickers=self._control.pickers(name, self.expected(name) or {}),
+            pickers=self._pickers(name),
             refused=refused,
             service="" if self._standalone else resource.picker_service,
             notes=tuple(notes),
             endpoints=endpoints,
             held_by=planned.held_by,
             too_large=planned.too_large,
+            shared_with=() if self._standalone else planned.shared_with,
         )
 
     def _look(self, namespace: str, now: float) -> None:
         """Find out which statuses of a namespace have to be written, and when."""
         for name, (pool, planned) in list(self._planned.items()):
             if name.partition("/")[0] == namespace:
-                pickers = self._control.pickers(name, self.expected(name) or {})
+                pickers = self._pickers(name)
                 problems = {p.reason: p.message for p in planned.problems if p.kind == _POOL}
                 problems |= conditions.pool_problems(pickers)
-                self._tell_of_pool(name, pool, problems)
+                told = problems.keys() if planned.policy is None else problems.keys() - {"Stale"}
+                self._tell_of_pool(name, pool, problems, told)
         for entry, status in self.statuses(namespace):
             key = (entry.kind, entry.metadata.uid)
             pending = self._pending.get(key)
@@ -382,8 +399,12 @@ class Reconciler:
             patience = self._patience(entry, status, now, meaning=meaning)
             pending.due_at = now + patience if not meaning else pending.noticed_at + patience
 
-    def _tell_of_pool(self, name: str, pool: AnyPool, problems: Mapping[str, str]) -> None:
+    def _tell_of_pool(
+        self, name: str, pool: AnyPool, problems: Mapping[str, str], announced: Collection[str] = ()
+    ) -> None:
         """Tell of problems (message by reason) that are new, and of those that are over.
+
+        Events are posted of the reasons in `announced`; a policy's own Event tells of the others.
 
         A pool's own status belongs to gateways, so there are log, metric and Event.
         """
@@ -400,8 +421,12 @@ class Reconciler:
             _log.warning("pool has a problem", extra={"pool": name, "reason": reason, "text": text})
         kind = next(kind for kind in KINDS if kind.model is type(pool))
         entry = self._store.get(kind, pool.metadata.uid)
-        if new and entry is not None:
-            changes = [Transition("Degraded", "True", reason, problems[reason]) for reason in new]
+        changes = [
+            Transition("Degraded", "True", reason, problems[reason])
+            for reason in new
+            if reason in announced
+        ]
+        if changes and entry is not None:
             task = asyncio.create_task(self._announce(entry, changes))
             self._writes.add(task)
             task.add_done_callback(self._writes.discard)
@@ -515,16 +540,24 @@ def resource_group(pool: AnyPool) -> str:
 
 
 def _targets(entry: Entry) -> list[tuple[str, str]]:
-    """Return (name, group) of the pools a policy is for, as far as it can be read."""
+    """Return (name, group) of the pools a policy is for, as far as it can be read.
+
+    A pool named under both API groups is one pool: references mean it by its name alone.
+    """
     if isinstance(entry.resource, FlowControlPolicy):
-        return [(ref.name, ref.group) for ref in entry.resource.spec.target_refs]
+        groups = {ref.name: ref.group for ref in reversed(entry.resource.spec.target_refs)}
+        return [
+            (name, groups[name])
+            for name in dict.fromkeys(ref.name for ref in entry.resource.spec.target_refs)
+        ]
     found = entry.spec.get("targetRefs")
     references = found if isinstance(found, list) else []
-    return [
-        (reference["name"], "inference.networking.k8s.io")
+    names = dict.fromkeys(
+        reference["name"]
         for reference in references[:16]
         if isinstance(reference, dict) and isinstance(reference.get("name"), str)
-    ]
+    )
+    return [(name, "inference.networking.k8s.io") for name in names]
 
 
 def _is_unread(entry: Entry, pool: str) -> bool:

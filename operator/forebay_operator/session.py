@@ -29,6 +29,7 @@ STATS_SECONDS = 1.0
 MAX_MESSAGES_PER_SECOND = 50
 MAX_BURST = 250
 MAX_NAME = 253
+MAX_BAND_NAME = 63  # the schema's
 MAX_STATS_BANDS = 64
 MAX_COUNT = 1 << 50  # sums of what pickers report stay numbers that an API server takes
 MAX_ERROR = 200
@@ -206,13 +207,20 @@ class Session:
             return None
         self._stats_at = now
         stats.DiscardUnknownFields()
-        del stats.bands[MAX_STATS_BANDS:]
+        bands = {b.band: b for b in stats.bands[:MAX_STATS_BANDS] if _is_band_name(b.band)}
+        kept = [pb.BandStats.FromString(band.SerializeToString()) for band in bands.values()]
+        del stats.bands[:]
+        stats.bands.extend(kept)
         if not 0 <= stats.saturation < math.inf:
             stats.saturation = 0.0
         for band in stats.bands:
-            band.band = band.band[:MAX_NAME]
             if not 0 <= band.oldest_seconds < 1e9:
                 band.oldest_seconds = 0.0
             for name in ("bytes", "dispatched", "rejected", "evicted"):
                 setattr(band, name, min(getattr(band, name), MAX_COUNT))
         return stats
+
+
+def _is_band_name(text: str) -> bool:
+    """Say whether a status may hold it: else one EPP's report would block that of all."""
+    return 0 < len(text) <= MAX_BAND_NAME and text.isprintable()

@@ -216,9 +216,10 @@ def test_the_table_shows_what_the_status_says(somewhere):
         dict(zip(header, row, strict=True)).items()
         >= {
             "NAME": "table",
-            "POOL": "chat",
+            "POOLS": "chat,other,third",
             "ACCEPTED": "False",
-            "PROGRAMMED": "True",
+            "PROGRAMMED": "False",
+            "REASON": "TargetNotFound",
             "EPPS": "1/1",
             "QUEUED": "18",
             "SATURATION": "0.85",

@@ -47,7 +47,7 @@ def message(which, subject, *attachments):
     ("which", "subject", "attachments", "status", "reason", "words"),
     [
         ("Accepted", SUBJECT, [at(picker())], "True", "Accepted", ""),
-        ("Accepted", SUBJECT, [ABSENT], "True", "Accepted", ""),
+        ("Accepted", SUBJECT, [ABSENT], "False", "TargetNotFound", "see ResolvedRefs"),
         ("Accepted", INVALID, [at()], "False", "Invalid", "spec.limits.maxRequests: must be"),
         ("Accepted", HELD_BACK, [at()], "False", "Invalid", "Generation 2, the last valid one"),
         ("Accepted", SUBJECT, [REFUSED], "False", "Conflicted", "old is older"),
@@ -56,11 +56,14 @@ def message(which, subject, *attachments):
         ("ResolvedRefs", SUBJECT, [ABSENT], "False", "TargetNotFound", "no InferencePool chat"),
         ("ResolvedRefs", SUBJECT, [at(pool="b"), ABSENT], "False", "TargetNotFound", "chat"),
         ("ResolvedRefs", INVALID, [], "Unknown", "Invalid", "see Accepted"),
-        ("Programmed", SUBJECT, [at(picker())], "True", "Programmed", "1 of 1 endpoint pickers"),
+        ("Programmed", SUBJECT, [at(picker())], "True", "Programmed", "every endpoint picker"),
         ("Programmed", INVALID, [at(picker())], "False", "Invalid", "see Accepted"),
         ("Programmed", SUBJECT, [REFUSED], "False", "Conflicted", "see Accepted"),
         ("Programmed", SUBJECT, [ABSENT], "False", "TargetNotFound", "does not exist"),
-        ("Programmed", SUBJECT, [at(picker()), ABSENT], "True", "Programmed", ""),
+        (
+            *("Programmed", SUBJECT, [at(picker(), pool="b"), ABSENT]),
+            *("False", "TargetNotFound", "InferencePool chat: has no effect"),
+        ),
         ("Programmed", SUBJECT, [at(picker(generation=2))], "False", "Pending", "epp-0"),
         (
             *("Programmed", SUBJECT, [at(picker(generation=2), too_large="has 2 MiB")]),
@@ -73,6 +76,10 @@ def message(which, subject, *attachments):
         ),
         ("Programmed", SUBJECT, [at()], "False", "NoEndpointPickers", "Service epp"),
         ("Programmed", SUBJECT, [at(service=None)], "False", "NoEndpointPickers", "names no"),
+        (
+            *("Programmed", SUBJECT, [at(shared_with=("code",))]),
+            *("False", "NoEndpointPickers", "InferencePool code names Service epp, too"),
+        ),
         ("Programmed", SUBJECT, [at(service="")], "False", "NoEndpointPickers", "is connected"),
         ("Programmed", SUBJECT, [at(picker()), at(pool="b")], "False", "NoEndpointPickers", "b"),
         ("Programmed", SUBJECT, [at(held_by="old")], "Unknown", "PlanHeld", "old is not valid"),
@@ -174,24 +181,87 @@ def test_ancestors_are_the_pools_as_gep_713_has_them():
         "Conflicted",
         "TargetNotFound",
     ]
-    assert status["ancestors"][0] == {
-        "ancestorRef": {
-            "group": GROUP,
-            "kind": "InferencePool",
-            "namespace": "default",
-            "name": "chat",
-        },
-        "controllerName": "forebay.dev/operator",
-        "conditions": [
-            {
-                "type": "Accepted",
-                "status": "True",
-                "reason": "Accepted",
-                "message": "",
-                "observedGeneration": 3,
-            }
-        ],
+    assert status["ancestors"][0]["ancestorRef"] == {
+        "group": GROUP,
+        "kind": "InferencePool",
+        "namespace": "default",
+        "name": "chat",
     }
+    assert {a["controllerName"] for a in status["ancestors"]} == {"forebay.dev/operator"}
+
+
+ABSENT_B = Attachment("b", GROUP, None)
+STALE = picker("epp-1", 2, PickerState.STALE)
+
+
+@pytest.mark.parametrize(
+    "attachments",
+    [
+        [at(picker())],
+        [ABSENT],
+        [REFUSED],
+        [at(picker()), ABSENT_B],
+        [REFUSED, at(picker(), pool="b")],
+        [at(STALE), at(picker(), pool="b"), Attachment("c", GROUP, None)],
+        [at(held_by="old"), at(picker(), pool="b")],
+    ],
+)
+@pytest.mark.parametrize("subject", [SUBJECT, INVALID, HELD_BACK])
+def test_the_summary_is_the_worst_of_the_ancestors(subject, attachments):
+    """Of all four conditions; one that is bad says at which pool, unless there is one only."""
+    status = conditions.policy_status(subject, attachments)
+
+    for condition in status["conditions"]:
+        bad = "True" if condition["type"] == "Degraded" else "False"
+        per_pool = {
+            ancestor["ancestorRef"]["name"]: c
+            for ancestor in status["ancestors"]
+            for c in ancestor["conditions"]
+            if c["type"] == condition["type"]
+        }
+        assert len(per_pool) == len(attachments)
+        order = [bad, "Unknown", {"True": "False", "False": "True"}[bad]]
+        worst = min((c["status"] for c in per_pool.values()), key=order.index)
+        assert condition["status"] == worst
+        if len(attachments) > 1 and worst == bad:
+            culprits = [
+                pool
+                for pool, c in per_pool.items()
+                if (c["status"], c["reason"]) == (worst, condition["reason"])
+            ]
+            assert culprits
+            assert all(f"{pool}" in condition["message"] for pool in culprits)
+    verdicts = told(subject, *attachments)
+    if verdicts["Accepted"][0] == "False":
+        assert verdicts["Programmed"][0] == "False"
+
+
+def test_a_policy_that_loses_at_one_pool_is_not_told_to_be_programmed():
+    """Where it is in force is said by that pool's conditions."""
+    status = conditions.policy_status(SUBJECT, [REFUSED, at(picker(), pool="b")])
+    b = {c["type"]: c["status"] for c in status["ancestors"][1]["conditions"]}
+
+    assert told(SUBJECT, REFUSED, at(picker(), pool="b"))["Programmed"] == ("False", "Conflicted")
+    assert b == {
+        "Accepted": "True",
+        "ResolvedRefs": "True",
+        "Programmed": "True",
+        "Degraded": "False",
+    }
+
+
+@pytest.mark.parametrize(
+    ("out", "degraded"), [((0, 0), False), ((2, 2), False), ((1, 4), True), ((2**32 - 1, 0), False)]
+)
+def test_a_pool_with_most_endpoints_out_is_degraded(out, degraded):
+    """More than half, over what its two EPPs report; one that lies counts as one."""
+    pickers = [
+        picker(str(number), stats=pb.Stats(endpoints=4, endpoints_out=count))
+        for number, count in enumerate(out)
+    ]
+
+    reason = "EndpointsFailing" if degraded else "AsExpected"
+    assert told(SUBJECT, at(*pickers, endpoints=4))["Degraded"] == (str(degraded), reason)
 
 
 def model(subject, attachment):
@@ -211,6 +281,40 @@ def test_models_have_their_conditions():
     assert model(SUBJECT, ABSENT)["Programmed"] == ("False", "TargetNotFound")
     assert model(INVALID, ABSENT) == {"Accepted": invalid, "Programmed": invalid}
     assert model(SUBJECT, at(held_by="p"))["Programmed"] == ("Unknown", "PlanHeld")
+
+
+@pytest.mark.parametrize(
+    "pickers",
+    [
+        [picker(), picker("epp-1")],
+        [picker(), Picker("new", PickerState.PENDING)],
+        [picker(), Picker("unheard", PickerState.STALE)],
+        [picker(), picker("epp-1", state=PickerState.STALE)],
+        [picker(), picker("epp-1", state=PickerState.REJECTED, error="Invalid: x: no")],
+    ],
+)
+def test_endpoint_pickers_that_come_and_go_are_no_news_about_a_model(pickers):
+    """As long as all that serve run it; a pool has thousands of models."""
+    written = conditions.with_times(conditions.model_status(SUBJECT, at(picker())), {}, "T1")
+
+    assert conditions.differs(conditions.model_status(SUBJECT, at(*pickers)), written) == ""
+
+
+@pytest.mark.parametrize(
+    ("behind", "reason"),
+    [
+        (picker("e", 2, PickerState.PENDING), "Pending"),
+        (picker("e", 2, PickerState.STALE), "Stale"),
+        (picker("e", 2, PickerState.REJECTED, error="Invalid: x: no"), "Rejected"),
+        (
+            picker("e", 2, PickerState.REJECTED, error="Unsupported: x: no"),
+            "UnsupportedByEndpointPicker",
+        ),
+    ],
+)
+def test_a_model_that_some_serve_otherwise_is_not_programmed(behind, reason):
+    """An EPP still serves an older generation of it."""
+    assert model(SUBJECT, at(picker(), behind))["Programmed"] == ("False", reason)
 
 
 def test_a_model_is_only_told_of_what_concerns_it():
@@ -300,7 +404,7 @@ def test_transitions_are_new_statuses_and_reasons():
     assert conditions.transitions(desired(), observed) == []
     observed["conditions"][2]["reason"] = "Pending"
     observed["conditions"][2]["status"] = "False"
-    text = "1 of 1 endpoint pickers run it"
+    text = "every endpoint picker runs it"
     assert conditions.transitions(desired(), observed) == [
         Transition("Programmed", "True", "Programmed", text, before="False")
     ]
@@ -323,6 +427,24 @@ def test_two_digits_are_kept(value):
     assert value * 0.9 <= kept <= value
     assert len(str(kept).rstrip("0")) <= 2
     assert conditions.quantised(kept) == kept
+
+
+def test_the_numbers_of_an_endpoint_picker_that_is_away_do_not_count():
+    """What it said last is not what waits now."""
+    gone = picker("gone", state=PickerState.STALE, stats=stats(requests=50, saturation=2.0))
+    found = conditions.policy_status(SUBJECT, [at(picker(stats=stats()), gone)])
+
+    assert (found["queued"], found["saturation"]) == (7, "0.50")
+
+
+def test_bands_that_one_endpoint_picker_makes_up_give_way():
+    """The schema takes 64; those that more EPPs report are kept."""
+    liar = pb.Stats(bands=[pb.BandStats(band=f"a{number}") for number in range(64)])
+    honest = [picker(name, stats=stats()) for name in ("x", "y")]
+    found = conditions.policy_status(SUBJECT, [at(*honest, picker("liar", stats=liar))])
+
+    bands = [queue["band"] for queue in found["pools"][0]["queues"]]
+    assert (len(bands), bands[0]) == (64, "Standard")
 
 
 def test_pickers_reports_are_added_up():

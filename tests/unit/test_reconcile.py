@@ -229,6 +229,45 @@ async def test_numbers_of_many_objects_are_spread(world):
     assert 6 <= len([count for count in found if count]) <= 9
 
 
+async def test_a_pool_named_under_both_groups_is_one(world):
+    """Counted, queued and listed once; the API server refuses a list with it twice."""
+    groups = ("inference.networking.k8s.io", "inference.networking.x-k8s.io")
+    world.control.stats = pb.Stats(bands=[pb.BandStats(band="Standard", requests=7)])
+    world.put(POLICY, policy(targetRefs=[{"group": group, "name": "chat"} for group in groups]))
+    ((_, status),) = await world.after(1)
+
+    assert status["endpointPickers"]["ready"] == "1/1"
+    assert status["queued"] == 7
+    assert [pool["name"] for pool in status["pools"]] == ["chat"]
+    assert [a["ancestorRef"]["group"] for a in status["ancestors"]] == [groups[0]]
+
+
+async def test_endpoint_pickers_that_come_and_go_write_nothing_into_models(world):
+    """One write for the policy each time, one Event for the one that is away, none per model."""
+    world.put(POLICY, policy())
+    for number in range(20):
+        spec = {"modelName": f"m-{number}", "poolRef": {"name": "chat"}}
+        world.put(MODEL, manifest(MODEL, f"m-{number}", spec))
+    assert len(await world.after(1)) == 21
+
+    def epp(name, state=PickerState.PROGRAMMED, **more):
+        latest = world.control.programs["default/chat"][-1]
+        return Picker(name, state, True, {s.uid: s.generation for s in latest.sources}, **more)
+
+    for pickers, events in (
+        ([epp("epp-0"), Picker("epp-1", PickerState.PENDING)], 0),
+        ([epp("epp-0"), epp("epp-1")], 0),
+        ([epp("epp-0"), epp("epp-1", PickerState.STALE)], 1),
+        ([epp("epp-0")], 0),
+    ):
+        world.written.announced.clear()
+        world.control.pickers = lambda *_, pickers=pickers: pickers
+        assert {name for name, _ in await world.after(40)} == {"p"}
+        bad = [entry for entry in world.written.announced if entry[2:] == ("False", "Stale")]
+        assert len(bad) == events
+        assert {entry[0] for entry in world.written.announced} <= {"p"}
+
+
 # --- errors
 
 

@@ -225,16 +225,28 @@ def test_one_report_a_second_is_kept():
 
 def test_reports_are_cut_to_what_a_status_can_hold():
     """Numbers an API server takes, 64 bands, nothing hidden in unknown fields."""
-    bands = [pb.BandStats(band="b" * 999, bytes=2**64 - 1, oldest_seconds=math.nan)] * 100
+    bands = [
+        pb.BandStats(band=f"b{number}", bytes=2**64 - 1, oldest_seconds=math.nan)
+        for number in range(100)
+    ]
     stats = pb.Stats(saturation=math.inf, bands=bands)
     stats.MergeFromString(b"\xfa\x3e\x80\x08" + b"x" * 1024)  # field 1007
 
     kept = Session(0.0).on_stats(stats, 0.0)
 
     assert (kept.saturation, len(kept.bands)) == (0.0, 64)
-    assert len(kept.bands[0].band) == module.MAX_NAME
     assert (kept.bands[0].bytes, kept.bands[0].oldest_seconds) == (module.MAX_COUNT, 0.0)
     assert b"x" * 1024 not in kept.SerializeToString()
+
+
+def test_a_band_whose_name_no_status_may_hold_is_not_kept():
+    """The API server would refuse the numbers of all EPPs with it, each time."""
+    names = ["b" * 63, "b" * 64, "", "Standard", "Standard", "a\nb", "x" * 253]
+    stats = pb.Stats(bands=[pb.BandStats(band=name) for name in names])
+
+    kept = Session(0.0).on_stats(stats, 0.0)
+
+    assert [band.band for band in kept.bands] == ["b" * 63, "Standard"]
 
 
 def test_a_program_of_which_a_part_was_taken_replaces_what_was_acknowledged():

@@ -131,16 +131,18 @@ class FieldError(_message.Message):
     def __init__(self, path: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Stats(_message.Message):
-    __slots__ = ("saturation", "endpoints", "in_flight", "bands")
+    __slots__ = ("saturation", "endpoints", "in_flight", "bands", "endpoints_out")
     SATURATION_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
     IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     BANDS_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTS_OUT_FIELD_NUMBER: _ClassVar[int]
     saturation: float
     endpoints: int
     in_flight: int
     bands: _containers.RepeatedCompositeFieldContainer[BandStats]
-    def __init__(self, saturation: _Optional[float] = ..., endpoints: _Optional[int] = ..., in_flight: _Optional[int] = ..., bands: _Optional[_Iterable[_Union[BandStats, _Mapping]]] = ...) -> None: ...
+    endpoints_out: int
+    def __init__(self, saturation: _Optional[float] = ..., endpoints: _Optional[int] = ..., in_flight: _Optional[int] = ..., bands: _Optional[_Iterable[_Union[BandStats, _Mapping]]] = ..., endpoints_out: _Optional[int] = ...) -> None: ...
 
 class BandStats(_message.Message):
     __slots__ = ("band", "requests", "bytes", "oldest_seconds", "dispatched", "rejected", "evicted")

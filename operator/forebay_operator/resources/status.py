@@ -139,16 +139,18 @@ class Ancestor(Own):
     conditions: Annotated[
         tuple[Condition, ...], Field(min_length=1, max_length=8), Unique(("type",))
     ]
-    """Accepted."""
+    """Accepted, ResolvedRefs, Programmed and Degraded, at this pool."""
 
 
 class PolicyStatus(Own):
     """What became of the policy."""
 
     conditions: Conditions = ()
-    """Accepted, ResolvedRefs, Programmed and Degraded."""
+    """Accepted, ResolvedRefs, Programmed and Degraded: of each the worst of the ancestors'."""
     ancestors: Annotated[tuple[Ancestor, ...], Field(max_length=16, json_schema_extra=ATOMIC)] = ()
     """How the policy fares at each pool."""
+    pool_names: Annotated[str, Field(max_length=1024)] | None = None
+    """The pools it is for, in one line for tables."""
     programmed_generation: Number | None = None
     """The generation that every endpoint picker runs, or a later one."""
     endpoint_pickers: EndpointPickers | None = None
