@@ -182,7 +182,7 @@ class ControlServer(rpc.ControlServicer):
                 ("grpc.max_connection_idle_ms", 15_000),
                 ("grpc.keepalive_time_ms", 20_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
                 ("grpc.max_connection_age_ms", 1_800_000),
                 ("grpc.max_connection_age_grace_ms", 5_000),
             ],

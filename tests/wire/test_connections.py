@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -15,7 +17,10 @@ from ext_proc_peer import Stream, channel, until
 
 from forebay_epp.core.plan import LimitsPlan, Plan, SaturationMode, SaturationPlan
 from forebay_epp.core.terms import Outcome
-from forebay_epp.transport import Connections
+from forebay_epp.transport import PROCESS, Connections
+from forebay_extproc.v3 import external_processor_pb2 as pb
+
+PING, GOAWAY, ACK = 6, 7, 1
 
 BODY_BYTES = 64 << 10
 BODIES = 128
@@ -89,25 +94,57 @@ def test_a_frozen_proxy_loses_its_slots(start):
         proxy.stdout.close()
 
 
-def test_a_proxy_that_pings_while_its_request_waits_is_not_cut(start):
-    """Many pings with nothing sent in between, each later than the least interval."""
-    picker = start(endpoints=(), connections=Connections(min_ping_seconds=0.05))
-    options = [
-        ("grpc.use_local_subchannel_pool", 1),
-        ("grpc.keepalive_time_ms", 200),
-        ("grpc.keepalive_timeout_ms", 5000),
-        ("grpc.http2.max_pings_without_data", 0),
-    ]
-    with grpc.insecure_channel(picker.address, options=options) as pinging:
-        stream = Stream(pinging)
-        stream.send_request()
-        until(lambda: picker.snapshot().requests == 1)
-        ended_at = time.monotonic() + 3.0
-        until(lambda: time.monotonic() > ended_at or stream.call.done())
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    """An HTTP/2 frame (RFC 9113)."""
+    head = len(payload).to_bytes(3, "big") + bytes((kind, flags)) + stream.to_bytes(4, "big")
+    return head + payload
 
-        assert not stream.call.done()
-        assert picker.snapshot().requests == 1
-        stream.cancel()
+
+def request() -> bytes:
+    """The frames of a whole request on stream 1, its headers uncompressed (RFC 7541)."""
+    pairs = {
+        ":method": "POST",
+        ":scheme": "http",
+        ":path": PROCESS,
+        ":authority": "epp",
+        "te": "trailers",
+        "content-type": "application/grpc",
+    }
+    block = b"".join(
+        b"\0" + bytes((len(key),)) + key.encode() + bytes((len(value),)) + value.encode()
+        for key, value in pairs.items()
+    )
+    headers = pb.HttpHeaders(end_of_stream=True)
+    for key, value in ((":method", b"GET"), (":path", b"/x")):
+        headers.headers.headers.add(key=key, raw_value=value)
+    message = pb.ProcessingRequest(request_headers=headers).SerializeToString()
+    data = b"\0" + struct.pack(">I", len(message)) + message
+    return frame(1, 4, 1, block) + frame(0, 0, 1, data)
+
+
+def test_a_proxy_that_pings_while_its_request_waits_is_not_cut(start):
+    """Ten pings with nothing else on the connection, each later than the least interval."""
+    picker = start(endpoints=(), connections=Connections(min_ping_seconds=0.05))
+    with socket.create_connection(("127.0.0.1", picker.transport.port), 10) as peer:
+        answers = peer.makefile("rb")
+        peer.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"") + request())
+        until(lambda: picker.snapshot().requests == 1)
+        answered = 0
+        for number in range(10):
+            time.sleep(0.1)  # the interval is what is tested
+            peer.sendall(frame(PING, 0, 0, number.to_bytes(8, "big")))
+            while True:
+                head = answers.read(9)
+                payload = answers.read(int.from_bytes(head[:3], "big"))
+                assert head[3] != GOAWAY, payload
+                if head[3] == PING and head[4] == ACK:
+                    answered += payload == number.to_bytes(8, "big")
+                    break
+                if head[3] == PING:
+                    peer.sendall(frame(PING, ACK, 0, payload))
+        answers.close()
+
+        assert (answered, picker.snapshot().requests) == (10, 1)
 
 
 def test_an_old_connection_is_left_without_a_cut(start):

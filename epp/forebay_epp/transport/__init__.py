@@ -55,7 +55,7 @@ class Connections:
             # While nothing is sent the core forgives two pings that come sooner than this, by
             # default 5 minutes; the third is answered with GOAWAY (too_many_pings).
             (
-                "grpc.http2.min_recv_ping_interval_without_data_ms",
+                "grpc.http2.min_ping_interval_without_data_ms",
                 _milliseconds(self.min_ping_seconds),
             ),
             ("grpc.max_connection_age_ms", _milliseconds(self.max_age_seconds)),
