@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     import grpc
 
-    from forebay_epp.core.terms import ControllerSnapshot, Endpoint
+    from forebay_epp.core.terms import ControllerSnapshot, Endpoint, HealthChange
     from forebay_epp.programming import Source, Update
     from forebay_epp.settings import Settings
     from forebay_epp.transport import Transport
@@ -87,14 +87,17 @@ class EndpointPicker:
         self._source = self._open_source()
         first = self._source.first
         plan, endpoints = first.plan or Plan(), first.endpoints or ()
-        self._controller = FlowController(plan, random.SystemRandom())
+        self._controller = FlowController(plan, random.Random())  # noqa: S311  # spreads load
         self._controller.set_endpoints(endpoints, time.monotonic())
         if first.deleted:
             self._controller.delete_pool(time.monotonic())
-        self._loop = FlowLoop(self._controller, self._traffic, settings.max_streams)
+        self._loop = FlowLoop(
+            self._controller, self._traffic, settings.max_streams, health_changed=_log_health
+        )
         self._scraper = Scraper(
             lambda metrics: self._loop.post(lambda now: self._controller.observe(metrics, now)),
             interval_seconds=settings.scrape_interval_seconds,
+            report_failure=self._scrape_failed,
         )
         self._served = ServedModels(
             lambda models: self._loop.post(lambda _: self._loop.catalogue.serve(models))
@@ -298,6 +301,9 @@ class EndpointPicker:
         queued = plan.unmatched_action is UnmatchedAction.QUEUE
         self._served.set_addresses(addresses if queued else frozenset())
 
+    def _scrape_failed(self, address: str, refused: bool) -> None:  # noqa: FBT001  # a callback
+        self._loop.post(lambda now: self._controller.scrape_failed(address, now, refused=refused))
+
     # --- pages
 
     async def _snapshot(self) -> ControllerSnapshot:
@@ -374,3 +380,11 @@ def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
         return credentials.from_folder(settings.cert_path)
     except (OSError, ValueError) as error:
         raise StartError(f"--cert-path: {error}") from error
+
+
+def _log_health(change: HealthChange) -> None:
+    extra = {"endpoint": change.address, "pod": change.name, "cause": change.cause}
+    if change.out:
+        _log.warning("endpoint fails and is left out", extra=extra)
+    else:
+        _log.info("endpoint is in again", extra=extra)

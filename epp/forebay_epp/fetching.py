@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from aiohttp import (
     ClientConnectionError,
+    ClientConnectorError,
     ClientPayloadError,
     ClientSession,
     ClientTimeout,
@@ -28,12 +29,14 @@ class FetchError(Exception):
         cause: one of `CAUSES`.
         missing: the page is not at this path: no sign that the server is in trouble. It may be at
             another path, or have its gauges only after a first request.
+        status: the HTTP status where that is what is wrong, otherwise 0.
     """
 
-    def __init__(self, cause: str, what: str, *, missing: bool = False) -> None:
+    def __init__(self, cause: str, what: str, *, missing: bool = False, status: int = 0) -> None:
         super().__init__(what)
         self.cause = cause
         self.missing = missing
+        self.status = status
 
 
 def open_session() -> ClientSession:
@@ -60,7 +63,8 @@ async def fetch(session: ClientSession, url: str, accept: str) -> bytes:
             cause = "redirect" if 300 <= response.status < 400 else "status"
             response.close()
             missing = response.status == 404
-            raise FetchError(cause, f"HTTP status {response.status}", missing=missing)
+            what = f"HTTP status {response.status}"
+            raise FetchError(cause, what, missing=missing, status=response.status)
         encoding = response.headers.get("Content-Encoding", "identity")
         if encoding.strip().lower() != "identity":
             response.close()
@@ -84,6 +88,16 @@ def cause(error: Exception) -> str:
         case ClientConnectionError() | ClientPayloadError() | InvalidURL() | OSError():
             return "connect"
     return "unparsable"
+
+
+def refused(error: Exception) -> bool:
+    """Return whether there was not even a connection."""
+    return isinstance(error, ClientConnectorError)
+
+
+def unserved(error: Exception) -> bool:
+    """Return whether the server says that it cannot serve."""
+    return isinstance(error, FetchError) and error.status in {502, 503, 504}
 
 
 def text(error: Exception) -> str:

@@ -14,6 +14,7 @@ from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
+from forebay_epp.codec.answers import verdict
 from forebay_epp.codec.extproc.stream import Event, ExtProcStream, State
 from forebay_epp.codec.openai import Catalogue, Usage
 from forebay_epp.core.terms import Dispatched, Outcome, Request
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from forebay_epp.core.controller import FlowController
     from forebay_epp.core.plan import Plan
-    from forebay_epp.core.terms import Decision
+    from forebay_epp.core.terms import Decision, HealthChange
     from forebay_epp.traffic import Traffic
 
 SILENT_STREAM_SECONDS = 10.0
@@ -145,6 +146,7 @@ class FlowLoop:
         max_streams: how many may be open. One more costs the slowest unread request of the
             connection that has most of them its stream; where there is none it is refused with 429.
         clock: monotonic seconds.
+        health_changed: told of every endpoint that is left out or comes back.
 
     Attributes:
         catalogue: the models that clients may ask for.
@@ -156,11 +158,13 @@ class FlowLoop:
         traffic: Traffic,
         max_streams: int = 40_000,
         clock: Callable[[], float] = time.monotonic,
+        health_changed: Callable[[HealthChange], None] = lambda _: None,
     ) -> None:
         self.controller = controller
         self.traffic = traffic
         self.clock = clock
         self._welcome = False
+        self._health_changed = health_changed
         self._max_streams = max_streams
         self._inbox: SimpleQueue[Callable[[float], None]] = SimpleQueue()
         self._next_id = 0
@@ -243,6 +247,9 @@ class FlowLoop:
             call(now)
         self._time_out(now)
         self._settle(now)
+        for change in self.controller.take_health_changes():
+            self.traffic.health_changed(change)
+            self._health_changed(change)
         self._tick_at = now + (BUSY_TICK_SECONDS if self.controller.waiting else IDLE_TICK_SECONDS)
 
     # --- for other threads
@@ -388,7 +395,7 @@ class FlowLoop:
             return
         stream = exchange.stream
         usage = stream.usage() or _NO_USAGE
-        self.controller.complete(exchange.id, blind=blind)
+        self.controller.complete(exchange.id, now, verdict(stream.status), blind=blind)
         self.traffic.completed(
             request.band,
             request.flow,

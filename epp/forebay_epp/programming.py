@@ -337,6 +337,7 @@ def stats(state: ControllerSnapshot, traffic: Traffic) -> pb.Stats:
     return pb.Stats(
         saturation=state.saturation,
         endpoints=len(state.endpoints),
+        endpoints_out=sum(endpoint.out for endpoint in state.endpoints),
         in_flight=state.in_flight,
         bands=[
             pb.BandStats(

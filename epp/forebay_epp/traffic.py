@@ -12,11 +12,14 @@ from bisect import bisect_left
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from forebay_epp.core.health import CAUSES
 from forebay_epp.core.registry import UNMATCHED_FLOW
 from forebay_epp.core.terms import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from forebay_epp.core.terms import HealthChange
 
 MAX_MODEL_LABELS = 100
 MAX_LABEL_LENGTH = 128
@@ -107,6 +110,7 @@ class Traffic:
         waits: seconds in the queue by band, of requests that were queued and have left it.
         first_tokens: seconds from dispatch to the first chunk of the answer, by band.
         durations: seconds from arrival to the end of the answer, by band.
+        ejections: endpoints that were left out because they failed, by cause.
         responses: answers by class of HTTP status, "2xx"; `NO_STATUS` when none was seen.
         prompt_tokens: as the model servers counted them, by model label.
         completion_tokens: likewise.
@@ -123,6 +127,7 @@ class Traffic:
         "body_bytes",
         "completion_tokens",
         "durations",
+        "ejections",
         "first_tokens",
         "models",
         "outcomes",
@@ -146,6 +151,7 @@ class Traffic:
         self.responses: defaultdict[str, int] = defaultdict(int)
         self.prompt_tokens: defaultdict[str, int] = defaultdict(int)
         self.completion_tokens: defaultdict[str, int] = defaultdict(int)
+        self.ejections = dict.fromkeys(CAUSES, 0)
         self.plan_reloads = {"taken": 0, "refused": 0}
         self.body_bytes = 0
         self.streams_opened = 0
@@ -221,6 +227,11 @@ class Traffic:
     def stream_closed(self) -> None:
         """Count the end of a stream."""
         self.streams_open -= 1
+
+    def health_changed(self, change: HealthChange) -> None:
+        """Count an endpoint that is left out from now on; one that is back counts nothing."""
+        if change.out:
+            self.ejections[change.cause] += 1
 
     def plan_reloaded(self, *, ok: bool) -> None:
         """Count a plan that was offered; one that is refused changes nothing. Any one thread."""

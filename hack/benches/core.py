@@ -25,7 +25,7 @@ from forebay_epp.core.plan import (
     SaturationMode,
     SaturationPlan,
 )
-from forebay_epp.core.terms import Endpoint, Request
+from forebay_epp.core.terms import Endpoint, Request, Verdict
 
 FEW, MANY = 100, 100_000
 ENDPOINTS, SLOTS, MODELS = 4, 8, 10
@@ -79,7 +79,7 @@ class Pool:
             self._now += 0.001
             self._submit()
             self._poll()
-            self._controller.complete(self._in_flight.popleft())
+            self._controller.complete(self._in_flight.popleft(), self._now, Verdict.GOOD)
             self._poll()
         return (time.perf_counter() - started) / LIVES * 1e6
 

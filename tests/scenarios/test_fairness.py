@@ -68,7 +68,7 @@ def dispatched_by_flow(
         for decision in decisions:
             assert isinstance(decision, Dispatched)
             counts[arrivals[decision.request_id]] += 1
-            controller.complete(decision.request_id)
+            controller.complete(decision.request_id, 0.0)
         capacity -= len(decisions)
     return counts
 

@@ -24,7 +24,7 @@ from forebay_epp.core.plan import (
     SaturationPlan,
     UnmatchedAction,
 )
-from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Outcome, Request
+from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Outcome, Request, Verdict
 
 ADDRESSES = ("10.0.0.1:8000", "10.0.0.2:8000", "10.0.0.3:8000")
 MODELS = {"critical": "Critical", "chat": "Standard", "code": "Standard", "batch": "Sheddable"}
@@ -203,12 +203,17 @@ class Flow(RuleBasedStateMachine):
             assert request_id not in self.in_flight
 
     @precondition(lambda self: self.in_flight)
-    @rule(number=st.integers(0, 200), blind=st.booleans(), many=st.booleans())
-    def complete(self, number, blind, many):
+    @rule(
+        number=st.integers(0, 200),
+        verdict=st.sampled_from(Verdict),
+        blind=st.booleans(),
+        many=st.booleans(),
+    )
+    def complete(self, number, verdict, blind, many):
         for _ in range(len(self.in_flight) if many else 1):
             request_id = list(self.in_flight)[number % len(self.in_flight)]
             del self.in_flight[request_id]
-            self.call("complete", request_id, blind=blind)
+            self.call("complete", request_id, self.now, verdict, blind=blind)
         self.polled()
 
     @rule(seconds=st.sampled_from([0.0, 0.05, 0.25, 0.5, 1.0, 3.0, 10.0, 30.0]))
@@ -242,6 +247,11 @@ class Flow(RuleBasedStateMachine):
     def observe(self, address, running, waiting, kv_usage, age):
         metrics = EndpointMetrics(address, running, waiting, kv_usage, self.now - age)
         self.call("observe", metrics, self.now)
+        self.polled()
+
+    @rule(address=st.sampled_from([*ADDRESSES, "10.9.9.9:8000"]), refused=st.booleans())
+    def scrape_failed(self, address, refused):
+        self.call("scrape_failed", address, self.now, refused=refused)
         self.polled()
 
     @rule(plan=plans())
@@ -287,9 +297,16 @@ class Flow(RuleBasedStateMachine):
         for endpoint in snapshot.endpoints:
             mine = sum(sent.endpoint == endpoint.address for sent in self.in_flight.values())
             assert endpoint.in_flight == mine
-            assert endpoint.free <= max(0, endpoint.limit - mine)
+            # One that is closed by its page alone may get a request to find out.
+            assert endpoint.free <= max(0 if mine else 1, endpoint.limit - mine)
         has_room = any(endpoint.free for endpoint in snapshot.endpoints)
         assert has_room == (snapshot.saturation < 1.0)
+
+    @invariant()
+    def an_endpoint_that_is_out_has_at_most_a_trial(self):
+        endpoints = self.controller.snapshot(self.now).endpoints
+        if not all(endpoint.out for endpoint in endpoints):
+            assert all(endpoint.free <= 1 for endpoint in endpoints if endpoint.out)
 
     @invariant()
     def no_free_slot_is_left_that_somebody_waits_for(self):
@@ -316,14 +333,14 @@ class Flow(RuleBasedStateMachine):
         self.call("flush", self.now)
         self.polled()
         for request_id in list(self.in_flight):
-            self.call("complete", request_id)
+            self.call("complete", request_id, self.now)
         self.in_flight.clear()
         self.polled()
         snapshot = self.controller.snapshot(self.now)
         assert (snapshot.requests, snapshot.size_bytes, snapshot.in_flight) == (0, 0, 0)
         assert all(endpoint.in_flight == 0 for endpoint in snapshot.endpoints)
         assert self.decided == set(range(self.next_id))
-        assert set(self.controller._endpoints) == self.present
+        assert set(self.controller._endpoints._states) == self.present
         again = FlowController(self.first_plan, Random(self.seed))
         replayed = [perform(again, *call) for call in self.calls]
         assert [decisions for decisions in replayed if decisions is not None] == self.all_decisions

@@ -160,9 +160,12 @@ class Run:
 
     def everything(self):
         act = self.random.choices
-        doings = [self.open, self.speak, self.time, self.scrape, self.set_endpoints, self.replan]
+        doings = [
+            *(self.open, self.speak, self.time, self.scrape, self.set_endpoints, self.replan),
+            self.scrape_failed,
+        ]
         for _ in range(STEPS):
-            act(doings, weights=[6, 30, 5, 4, 1, 1])[0]()
+            act(doings, weights=[6, 30, 5, 4, 1, 1, 1])[0]()
             self.check()
         if self.random.random() < 0.3:
             self.loop.drain()
@@ -197,6 +200,11 @@ class Run:
             self.now - random.choice([0.0, 0.1, 3.0]),
         )
         self.loop.post(lambda now: self.controller.observe(metrics, now))
+        self.loop.tick()
+
+    def scrape_failed(self):
+        address, refused = self.random.choice(ADDRESSES), self.random.random() < 0.5
+        self.loop.post(lambda now: self.controller.scrape_failed(address, now, refused=refused))
         self.loop.tick()
 
     def set_endpoints(self):

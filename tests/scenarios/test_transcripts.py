@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from forebay_epp.codec.answers import verdict
 from forebay_epp.core.controller import FlowController
 from forebay_epp.core.plan import (
     BandPlan,
@@ -96,13 +97,19 @@ class Story:
     def do_cancel(self, arguments, _options, _more):
         self.controller.cancel(int(arguments[0]), self.now)
 
-    def do_complete(self, arguments, _options, _more):
-        """`complete 1 2 blind`: one after the other, polled between."""
+    def do_complete(self, arguments, options, _more):
+        """`complete 1 2 status=503`, or `blind`: one after the other, polled between."""
         blind = "blind" in arguments
+        judged = verdict(int(options.get("status", 0)))
         for number in arguments:
             if number != "blind":
-                self.controller.complete(int(number), blind=blind)
+                self.controller.complete(int(number), self.now, judged, blind=blind)
                 self.poll()
+
+    def do_scrape(self, arguments, _options, _more):
+        """`scrape A refused`, or `failed`."""
+        address, how = arguments
+        self.controller.scrape_failed(address, self.now, refused=how == "refused")
 
     def do_observe(self, arguments, options, _more):
         kv_usage = float(options["kv"]) if "kv" in options else None

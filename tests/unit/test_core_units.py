@@ -9,6 +9,7 @@ import pytest
 
 from forebay_epp.core import selection
 from forebay_epp.core.controller import FlowController
+from forebay_epp.core.endpoints import EndpointState
 from forebay_epp.core.plan import (
     BandPlan,
     FairnessName,
@@ -20,7 +21,6 @@ from forebay_epp.core.plan import (
     SaturationPlan,
 )
 from forebay_epp.core.registry import MAX_RETRY_AFTER_SECONDS, UNMATCHED_FLOW
-from forebay_epp.core.saturation import EndpointState
 from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Request
 
 A = "10.0.0.1:8000"
@@ -203,10 +203,10 @@ def test_completing_what_is_not_in_flight_is_an_error():
     controller = controller_of(Plan(), A)
     controller.submit(Request(1, "m", 1), 0.0)
     controller.poll(0.0)
-    controller.complete(1)
+    controller.complete(1, 0.0)
 
     with pytest.raises(KeyError):
-        controller.complete(1)
+        controller.complete(1, 0.0)
 
 
 def test_invented_names_are_one_flow_whatever_they_are():
@@ -287,60 +287,49 @@ class Lots:
         return self.drawn
 
 
-def endpoint_with(address, free, kv_usage):
-    state = EndpointState(Endpoint(address), concurrency(free))
-    state.kv_usage = kv_usage
+def endpoint_with(address, limit, taken):
+    state = EndpointState(Endpoint(address), concurrency(limit), 0.0)
+    for _ in range(taken):
+        state.dispatched()
     return state
 
 
-def test_most_free_slots_win_over_kv_usage():
-    """Room comes first."""
-    lots = Lots(0)
-    picked = selection.pick([endpoint_with(A, 2, 0.9), endpoint_with(B, 1, 0.1)], lots)
-
-    assert picked is not None
-    assert picked.address == A
-    assert not lots.stops
+def picked(*states, largest=8, lot=0):
+    lots = Lots(lot)
+    state = selection.pick(states, largest, lots, 0.0)
+    return state and state.address, lots.stops
 
 
-def test_least_kv_usage_wins_among_equally_free():
-    """The emptier cache has more room for what is to come."""
-    lots = Lots(0)
-    picked = selection.pick([endpoint_with(A, 1, 0.3), endpoint_with(B, 1, 0.2)], lots)
-
-    assert picked is not None
-    assert picked.address == B
-    assert not lots.stops
+def test_the_relatively_least_occupied_endpoint_is_picked():
+    """3 of 8 slots are less than 1 of 2, although the other has taken fewer."""
+    assert picked(endpoint_with(A, 2, 1), endpoint_with(B, 8, 3)) == (B, [])
 
 
-@pytest.mark.parametrize(("kv_usage", "expected"), [(0.4, A), (0.6, B)])
-def test_an_unreported_kv_usage_counts_as_half(kv_usage, expected):
-    """Neither preferred nor shunned."""
-    picked = selection.pick([endpoint_with(A, 1, kv_usage), endpoint_with(B, 1, None)], Lots(0))
-
-    assert picked is not None
-    assert picked.address == expected
+def test_an_idle_pool_with_unequal_limits_is_used_evenly():
+    """No slot is taken anywhere, so all are equal, however many slots each has."""
+    assert picked(endpoint_with(A, 2, 0), endpoint_with(B, 8, 0), lot=1) == (B, [2])
 
 
-def test_a_tie_is_broken_by_lot_among_the_equal_only():
-    """Two of three are equal: the lot is drawn between those."""
-    lots = Lots(1)
-    picked = selection.pick(
-        [endpoint_with("c", 1, 0.5), endpoint_with(A, 2, 0.5), endpoint_with(B, 2, None)], lots
-    )
+def test_only_the_equal_draw_lots():
+    """Two of three are as free as each other."""
+    states = (endpoint_with("c", 4, 3), endpoint_with(A, 2, 1), endpoint_with(B, 4, 2))
 
-    assert picked is not None
-    assert picked.address == B
-    assert lots.stops == [2]
+    assert picked(*states, lot=1) == (B, [2])
 
 
-def test_nobody_is_picked_without_a_free_slot():
+def test_a_limit_that_is_not_settled_counts_as_the_largest():
+    """Nothing is known of the server's size, so the lower number of requests decides."""
+    unknown = EndpointState(Endpoint(A), SaturationPlan(SaturationMode.ADAPTIVE), 0.0)
+    unknown.dispatched()
+
+    assert picked(unknown, endpoint_with(B, 8, 2)) == (A, [])
+    assert picked(unknown, endpoint_with(B, 8, 0)) == (B, [])
+
+
+def test_no_endpoint_is_picked_without_a_free_slot():
     """Nor among none at all."""
-    full = endpoint_with(A, 1, 0.0)
-    full.dispatched()
-
-    assert selection.pick([full], Lots(0)) is None
-    assert selection.pick([], Lots(0)) is None
+    assert picked(endpoint_with(A, 1, 1)) == (None, [])
+    assert picked() == (None, [])
 
 
 def test_foreign_load_is_forgotten_when_limits_are_given():
@@ -360,7 +349,7 @@ def test_places_held_blindly_are_free_when_limits_are_given():
     controller.observe(EndpointMetrics(A, 0, 0, 0.1, 1.0), 1.0)
     controller.submit(Request(1, "m", 1), 1.0)
     controller.poll(1.0)
-    controller.complete(1, blind=True)
+    controller.complete(1, 1.0, blind=True)
     controller.reconfigure(Plan(saturation=concurrency(4)), 1.0)
 
     (endpoint,) = controller.snapshot(1.0).endpoints
@@ -375,7 +364,7 @@ def test_a_burst_completed_blindly_still_counts_once_the_server_reports_it():
     for number in range(4):
         controller.submit(Request(number, "m", 1), 1.0)
     for decision in controller.poll(1.0):
-        controller.complete(decision.request_id, blind=True)
+        controller.complete(decision.request_id, 1.0, blind=True)
     controller.observe(EndpointMetrics(A, 4, 1, 0.1, 1.2), 1.2)
 
     (endpoint,) = controller.snapshot(1.2).endpoints
@@ -452,7 +441,7 @@ def calls_of_one_life(queued, fairness):
     try:
         controller.submit(request, 1.0)
         controller.poll(1.0)
-        controller.complete(1_000_000)
+        controller.complete(1_000_000, 1.0)
         decisions = controller.poll(1.0)
     finally:
         sys.setprofile(previous)

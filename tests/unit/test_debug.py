@@ -85,6 +85,9 @@ async def test_shows_endpoints_and_saturation():
             "waiting": 1,
             "kv_usage": 0.9,
             "fresh": True,
+            "out": False,
+            "cause": "",
+            "trial_seconds": None,
         }
     ]
 

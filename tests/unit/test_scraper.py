@@ -118,10 +118,10 @@ async def until(condition, seconds: float = 10.0) -> None:
 
 
 @asynccontextmanager
-async def scraping(*addresses: str, interval_seconds: float = 0.02):
+async def scraping(*addresses: str, interval_seconds: float = 0.02, **options):
     """A running scraper and the list of what it reports."""
     reports: list[EndpointMetrics] = []
-    scraper = Scraper(reports.append, interval_seconds)
+    scraper = Scraper(reports.append, interval_seconds, **options)
     scraper.set_addresses(frozenset(addresses))
     task = asyncio.create_task(scraper.run())
     try:
@@ -142,7 +142,7 @@ async def test_reports_what_a_page_says():
         await until(lambda: reports)
 
     report = reports[0]
-    assert report == EndpointMetrics(server.address, 3, 1, 0.5, report.started_at)
+    assert report == EndpointMetrics(server.address, 3, 1, 0.5, report.started_at, 0.02)
     assert before < report.started_at < time.monotonic()
 
 
@@ -521,3 +521,39 @@ def test_an_interval_must_be_above_0(interval_seconds):
     """The error says so."""
     with pytest.raises(ValueError, match="must be above 0"):
         Scraper(print, interval_seconds)
+
+
+async def test_a_refused_scrape_is_told_as_evidence_against_the_endpoint():
+    """Also one that says 503; a page that cannot be read proves nothing."""
+    told = []
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        closed = f"127.0.0.1:{unused.getsockname()[1]}"
+        async with (
+            RawServer(replies(answer(b"", status="503 No"))).listening() as failing,
+            RawServer(replies(answer(b"nothing to read"))).listening() as unreadable,
+            scraping(
+                *(closed, failing.address, unreadable.address),
+                report_failure=lambda address, refused: told.append((address, refused)),
+            ) as (scraper, _),
+        ):
+            await until(lambda: len(set(told)) == 2 and scraper.failures["unparsable"] > 1)
+
+    assert set(told) == {(closed, True), (failing.address, False)}
+
+
+async def test_metrics_on_a_port_of_their_own_are_no_evidence():
+    """That nothing listens there says nothing about the port that serves requests."""
+    told = []
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        async with scraping(
+            "127.0.0.1:1", report_failure=lambda *arguments: told.append(arguments)
+        ) as (scraper, _):
+            scraper.set_metrics(MetricsPlan(port=port))
+            told.clear()
+            failed = scraper.failures["connect"]
+            await until(lambda: scraper.failures["connect"] > failed + 1)
+
+    assert told == []

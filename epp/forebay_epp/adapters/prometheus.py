@@ -65,6 +65,11 @@ _ENDPOINT_GAUGES: tuple[tuple[str, str, Callable[[EndpointSnapshot], float]], ..
         lambda endpoint: endpoint.free,
     ),
     (
+        "forebay_endpoint_out",
+        "1 while the endpoint is left out because it fails.",
+        lambda endpoint: endpoint.out,
+    ),
+    (
         "forebay_endpoint_metrics_fresh",
         "1 while the endpoint's own metrics are recent enough to count.",
         lambda endpoint: endpoint.fresh,
@@ -256,6 +261,12 @@ def _requests(traffic: Traffic) -> Iterator[Metric]:
     )
     yield _counter(
         "forebay_responses", "Answers of model servers.", "status_class", traffic.responses
+    )
+    yield _counter(
+        "forebay_endpoint_ejections",
+        "Endpoints that were left out because they failed.",
+        "cause",
+        traffic.ejections,
     )
     yield _counter("forebay_prompt_tokens", "Prompt tokens.", "model", traffic.prompt_tokens)
     yield _counter(

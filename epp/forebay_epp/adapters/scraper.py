@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING
 from forebay_epp.codec.metricstext import engines, parse_page
 from forebay_epp.core.plan import MetricsPlan
 from forebay_epp.core.terms import EndpointMetrics
-from forebay_epp.fetching import CAUSES, FetchError, cause, fetch, open_session, text
+from forebay_epp.fetching import (
+    CAUSES,
+    FetchError,
+    cause,
+    fetch,
+    open_session,
+    refused,
+    text,
+    unserved,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +53,10 @@ class Scraper:
         report: called in the event loop with every page that tells what is running and waiting.
         interval_seconds: between the starts of two scrapes of one endpoint.
         clock: monotonic seconds, for `EndpointMetrics.started_at`.
+        report_failure: called in the event loop with the endpoint of every scrape that shows the
+            endpoint itself to fail, and whether even the connection was refused. A page elsewhere
+            than on the endpoint's own port shows nothing of that, and neither does one that is
+            slow or cannot be read.
 
     Attributes:
         failures: scrapes that failed, by cause; every one of `CAUSES` is there from the start.
@@ -57,11 +70,13 @@ class Scraper:
         report: Callable[[EndpointMetrics], None],
         interval_seconds: float = 0.2,
         clock: Callable[[], float] = time.monotonic,
+        report_failure: Callable[[str, bool], None] = lambda _address, _refused: None,
     ) -> None:
         if not interval_seconds > 0:
             raise ValueError(f"scrape interval must be above 0 s, is {interval_seconds}")
         self.failures = dict.fromkeys(CAUSES, 0)
         self._report = report
+        self._report_failure = report_failure
         self._interval = interval_seconds
         self._clock = clock
         self._addresses: frozenset[str] = frozenset()
@@ -122,7 +137,7 @@ class Scraper:
         """Scrape one endpoint for ever; `phase` is its place 0-1 within the interval."""
         now = asyncio.get_running_loop().time
         while True:
-            interval = max(self._interval, len(self._tasks) / MAX_SCRAPES_PER_SECOND)
+            interval = self._current_interval()
             await asyncio.sleep(interval - (now() - phase * interval) % interval)
             try:
                 metrics = await self._scrape(session, address)
@@ -131,6 +146,9 @@ class Scraper:
             else:
                 self._succeeded(address)
                 self._report(metrics)
+
+    def _current_interval(self) -> float:
+        return max(self._interval, len(self._tasks) / MAX_SCRAPES_PER_SECOND)
 
     async def _scrape(self, session: ClientSession, address: str) -> EndpointMetrics:
         metrics, known = self._metrics, self._paths.pop(address, "")
@@ -148,7 +166,7 @@ class Scraper:
                 continue
             if metrics is self._metrics and address in self._tasks:
                 self._paths[address] = path
-            return EndpointMetrics(address, *page, started_at)
+            return EndpointMetrics(address, *page, started_at, self._current_interval())
         raise failures[0]
 
     def _load(self, page_text: bytes) -> tuple[int, int, float | None]:
@@ -166,6 +184,8 @@ class Scraper:
     def _failed(self, address: str, error: Exception) -> None:
         why = cause(error)
         self.failures[why] += 1
+        if (refused(error) or unserved(error)) and not self._metrics.port:
+            self._report_failure(address, refused(error))
         if address not in self._failing:
             self._failing.add(address)
             _log.warning(

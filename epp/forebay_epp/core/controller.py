@@ -12,23 +12,30 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from forebay_epp.core import selection
+from forebay_epp.core.endpoints import EndpointSet
 from forebay_epp.core.registry import Registry
-from forebay_epp.core.saturation import EndpointState
 from forebay_epp.core.terms import (
     ControllerSnapshot,
     Decision,
     Dispatched,
-    EndpointSnapshot,
     Outcome,
     Refused,
+    Verdict,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from forebay_epp.core.endpoints import EndpointState
     from forebay_epp.core.plan import Plan
     from forebay_epp.core.registry import Band
-    from forebay_epp.core.terms import Endpoint, EndpointMetrics, RandomSource, Request
+    from forebay_epp.core.terms import (
+        Endpoint,
+        EndpointMetrics,
+        HealthChange,
+        RandomSource,
+        Request,
+    )
 
 NEVER = float("inf")
 DELETED_POOL_SECONDS = 30.0  # for what waits when the pool is deleted
@@ -52,8 +59,7 @@ class FlowController:
         self._plan = plan
         self._random = random
         self._registry = Registry(plan, random)
-        self._endpoints: dict[str, EndpointState] = {}
-        self._present: tuple[EndpointState, ...] = ()
+        self._endpoints = EndpointSet(plan.saturation)
         self._regime_since = -NEVER
         self._waiting: dict[int, Request] = {}
         self._size_bytes = 0
@@ -61,10 +67,8 @@ class FlowController:
         self._decisions: list[Decision] = []
         self._draining = False
         self._served_until = NEVER
-        self._free = 0
         self._changed = False
         self._next_expiry = NEVER
-        self._next_staleness = NEVER
 
     # --- configuration and observation
 
@@ -85,10 +89,7 @@ class FlowController:
         plan.validate()
         self._plan = plan
         self._registry.reconfigure(plan)
-        for endpoint in self._endpoints.values():
-            with_slots = endpoint.free
-            endpoint.reconfigure(plan.saturation)
-            self._moved(endpoint, with_slots)
+        self._endpoints.reconfigure(plan.saturation)
         self._reschedule(now)
 
     def set_endpoints(self, endpoints: Iterable[Endpoint], now: float) -> None:
@@ -96,40 +97,29 @@ class FlowController:
 
         A different pod at a known address is a new endpoint; the old one's requests stay its own.
         """
-        wanted = {endpoint.address: endpoint for endpoint in endpoints}
-        for address, state in list(self._endpoints.items()):
-            replaced = address in wanted and state.is_another(wanted[address])
-            if (address not in wanted and state.present) or replaced:
-                with_slots = state.free
-                state.leave()
-                self._moved(state, with_slots)
-                if replaced or not state.in_flight:
-                    del self._endpoints[address]
-        for address, endpoint in wanted.items():
-            state_or_none = self._endpoints.get(address)
-            if state_or_none is None:
-                state = EndpointState(endpoint, self._plan.saturation, believed_from=now)
-                self._endpoints[address] = state
-                self._moved(state, 0)
-            else:
-                with_slots = state_or_none.free
-                state_or_none.rejoin(endpoint)
-                self._moved(state_or_none, with_slots)
-        had_endpoints = bool(self._present)
-        self._present = tuple(state for state in self._endpoints.values() if state.present)
-        if bool(self._present) != had_endpoints:
+        had_endpoints = bool(self._endpoints.present)
+        self._endpoints.replace(endpoints, now)
+        if bool(self._endpoints.present) != had_endpoints:
             self._regime_since = now
         self._reschedule(now)
 
     def observe(self, metrics: EndpointMetrics, now: float) -> None:
         """Take what a scrape said; an endpoint that is not in the pool is ignored."""
-        endpoint = self._endpoints.get(metrics.address)
-        if endpoint is None:
-            return
-        with_slots = endpoint.free
-        endpoint.observe(metrics, now)
-        self._moved(endpoint, with_slots)
-        self._next_staleness = min(self._next_staleness, endpoint.stale_at)
+        self._endpoints.observe(metrics, now)
+
+    def scrape_failed(self, address: str, now: float, *, refused: bool) -> None:
+        """Take it that a scrape of an endpoint has failed for a reason that is the server's.
+
+        Args:
+            address: of the endpoint; one that is not in the pool is ignored.
+            now: monotonic seconds.
+            refused: there was not even a connection.
+        """
+        self._endpoints.scrape_failed(address, now, refused=refused)
+
+    def take_health_changes(self) -> list[HealthChange]:
+        """Return which endpoints were left out or came back since the last call."""
+        return self._endpoints.take_changes()
 
     def drain(self) -> None:
         """Stop queueing: what waits may still be dispatched, a new request only at once."""
@@ -184,7 +174,11 @@ class FlowController:
                 request, Outcome.REJECTED_SHUTTING_DOWN, 1, "the endpoint picker shuts down"
             )
             return
-        if request.subset is not None and self._present and not self._in_subset(request.subset):
+        if (
+            request.subset is not None
+            and self._endpoints.present
+            and not self._endpoints.within(request.subset)
+        ):
             self._reject(
                 request,
                 Outcome.REJECTED_NO_ENDPOINTS,
@@ -212,35 +206,39 @@ class FlowController:
         if request is not None:
             self._evict(request, Outcome.EVICTED_CANCELLED, "the client has gone", now)
         elif request_id in self._dispatched:
-            self.complete(request_id)
+            self.complete(request_id, now)
 
-    def complete(self, request_id: int, *, blind: bool = False) -> None:
+    def complete(
+        self,
+        request_id: int,
+        now: float,
+        verdict: Verdict = Verdict.UNKNOWN,
+        *,
+        blind: bool = False,
+    ) -> None:
         """A dispatched request has ended; its slot is free for the next one.
 
         Args:
             request_id: the request.
+            now: monotonic seconds.
+            verdict: what the answer says about the server.
             blind: the proxy will not tell of the end, so the slot is held until metrics do.
 
         Raises:
             KeyError: the request is not in flight.
         """
         request, endpoint = self._dispatched.pop(request_id)
-        with_slots = endpoint.free
-        endpoint.completed(request.dispatched_at, blind=blind)
-        self._moved(endpoint, with_slots)
-        left = not endpoint.present and not endpoint.in_flight
-        if left and self._endpoints.get(endpoint.address) is endpoint:
-            del self._endpoints[endpoint.address]
+        self._endpoints.completed(endpoint, request.dispatched_at, verdict, now, blind=blind)
 
     def poll(self, now: float) -> list[Decision]:
         """Return the decisions made since the last poll, including those that time brings."""
-        if now >= self._next_staleness:
-            self._expire_metrics(now)
+        if now >= self._endpoints.next_at:
+            self._endpoints.elapse(now)
         if now >= self._next_expiry:
             self._expire_requests(now)
-        if self._changed:
-            self._changed = False
-            if self._waiting and self._free > 0:
+        if self._changed or self._endpoints.opened:
+            self._changed = self._endpoints.opened = False
+            if self._waiting and self._endpoints.free > 0:
                 self._dispatch(now)
         decisions = self._decisions
         if not decisions:
@@ -253,7 +251,7 @@ class FlowController:
         """Return when to poll at the latest if nothing happens before, or None for never."""
         if not self._waiting:
             return None
-        return min(self._next_expiry, self._next_staleness)
+        return min(self._next_expiry, self._endpoints.next_at)
 
     # --- state for people and programs
 
@@ -263,18 +261,14 @@ class FlowController:
         return len(self._waiting)
 
     def saturation(self) -> float:
-        """Places taken over places there are, over all endpoints; 1.0 when there is no endpoint.
+        """Slots taken over slots there are, of all endpoints in use; 1.0 when there is none.
 
         At or above 1.0 exactly when no endpoint has a free slot.
         """
-        if self._free <= 0:
-            return max(1.0, self._load())
-        return min(self._load(), 1.0 - 1e-9)
-
-    def _load(self) -> float:
-        limit = sum(endpoint.limit.value for endpoint in self._present)
-        taken = sum(endpoint.occupancy for endpoint in self._present)
-        return taken / limit if limit else 1.0
+        load = self._endpoints.load()
+        if self._endpoints.free <= 0:
+            return max(1.0, load)
+        return min(load, 1.0 - 1e-9)
 
     def snapshot(self, now: float) -> ControllerSnapshot:
         """Copy the whole state."""
@@ -286,44 +280,13 @@ class FlowController:
             saturation=self.saturation(),
             draining=self._draining,
             bands=tuple(band.snapshot(now) for band in self._registry.bands),
-            endpoints=tuple(
-                EndpointSnapshot(
-                    address=state.address,
-                    name=state.name,
-                    in_flight=state.in_flight,
-                    foreign=state.foreign,
-                    limit=state.limit.value,
-                    free=max(0, state.free),
-                    running=state.running,
-                    waiting=state.waiting,
-                    kv_usage=state.kv_usage,
-                    fresh=state.fresh,
-                )
-                for state in self._present
-            ),
+            endpoints=tuple(state.snapshot(now) for state in self._endpoints.present),
         )
 
     # --- inside
 
-    def _moved(self, endpoint: EndpointState, free_before: int) -> None:
-        """Account for a change of an endpoint's free slots; new room is news."""
-        self._free += max(0, endpoint.free) - max(0, free_before)
-        if endpoint.free > free_before:
-            self._changed = True
-
-    def _candidates(self, subset: frozenset[str] | None) -> Iterable[EndpointState]:
-        return self._present if subset is None else self._in_subset(subset)
-
-    def _in_subset(self, subset: frozenset[str]) -> list[EndpointState]:
-        endpoints = self._endpoints
-        return [
-            endpoints[address]
-            for address in sorted(subset)
-            if address in endpoints and endpoints[address].present
-        ]
-
     def _admissible(self, request: Request) -> bool:
-        return any(endpoint.free > 0 for endpoint in self._candidates(request.subset))
+        return any(endpoint.free > 0 for endpoint in self._endpoints.within(request.subset))
 
     def _full(self, request: Request) -> str | None:
         limits = self._plan.limits
@@ -334,13 +297,16 @@ class FlowController:
         return None
 
     def _dispatch(self, now: float) -> None:
-        """Give free slots away, strictly by band, until there is none or nobody can use one."""
+        """Give free slots away, strictly by band, until there is none or no request can use one."""
+        endpoints = self._endpoints
         for band in self._registry.waiting():
             while band.arrival:
-                if self._free <= 0:
+                if endpoints.free <= 0:
                     return
                 for _, subset in band.candidates():
-                    endpoint = selection.pick(self._candidates(subset), self._random)
+                    endpoint = selection.pick(
+                        endpoints.within(subset), endpoints.largest, self._random, now
+                    )
                     if endpoint is not None:
                         self._send(band.pop(subset, now), endpoint, now)
                         break
@@ -352,9 +318,7 @@ class FlowController:
         request.endpoint = endpoint.address
         request.dispatched_at = now
         self._dispatched[request.id] = (request, endpoint)
-        with_slots = endpoint.free
-        endpoint.dispatched()
-        self._moved(endpoint, with_slots)
+        self._endpoints.dispatched(endpoint)
         self._decisions.append(
             Dispatched(
                 request.id,
@@ -396,7 +360,7 @@ class FlowController:
         ttl = band.plan.ttl_seconds
         since = max(enqueued_at, self._regime_since)
         return min(
-            since + (ttl if self._present else no_endpoints_ttl),
+            since + (ttl if self._endpoints.present else no_endpoints_ttl),
             enqueued_at + ttl + no_endpoints_ttl,
             self._served_until,
         )
@@ -418,17 +382,9 @@ class FlowController:
                 waited = f"waited {now - request.enqueued_at:.1f} s"
                 if now >= self._served_until:
                     self._evict(request, Outcome.EVICTED_POOL_DELETED, _DELETED, now)
-                elif self._present and (request.subset is None or self._in_subset(request.subset)):
+                elif self._endpoints.within(request.subset):
                     message = f"{waited} for a free slot, longer than band {request.band} allows"
                     self._evict(request, Outcome.EVICTED_TTL, message, now)
                 else:
                     message = f"{waited} while the pool had no endpoint for it"
                     self._evict(request, Outcome.EVICTED_NO_ENDPOINTS, message, now)
-
-    def _expire_metrics(self, now: float) -> None:
-        self._next_staleness = NEVER
-        for endpoint in self._endpoints.values():  # one that left may return
-            with_slots = endpoint.free
-            endpoint.expire(now)
-            self._moved(endpoint, with_slots)
-            self._next_staleness = min(self._next_staleness, endpoint.stale_at)

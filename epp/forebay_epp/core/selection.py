@@ -1,6 +1,6 @@
 """Endpoint selection: where the request at the head goes.
 
-A filter (free slots, subset) and a ranking; when to dispatch is the controller's business.
+A filter (free slots, subset) and a ranking; when to dispatch does not belong here.
 """
 
 from __future__ import annotations
@@ -10,30 +10,44 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from forebay_epp.core.saturation import EndpointState
+    from forebay_epp.core.endpoints import EndpointState
     from forebay_epp.core.terms import RandomSource
 
 
-def pick(candidates: Iterable[EndpointState], random: RandomSource) -> EndpointState | None:
-    """Pick the endpoint with most free slots, then least KV usage, then by lot.
+def pick(
+    candidates: Iterable[EndpointState], largest: int, random: RandomSource, now: float
+) -> EndpointState | None:
+    """Pick the least occupied of the endpoints that have a free slot, one at random of equals.
 
-    An endpoint that does not report its KV usage counts as half full. None when no candidate has
-    a free slot.
+    Occupancy is relative: slots taken over slots there are, so that servers of different size are
+    used evenly. A limit that is not settled says little about the server, whose size may be that
+    of the largest: it counts as `largest`. Servers that are equal are so loaded equally whatever
+    their limits have come to, and one whose limit was cut is filled until it shows what it takes.
+
+    Args:
+        candidates: endpoints to choose from.
+        largest: the largest limit of the pool, in slots.
+        random: decides between equals.
+        now: monotonic seconds.
+
+    Returns:
+        An endpoint, or None when no candidate has a free slot.
     """
-    best: list[EndpointState] = []
-    most_free = 0
-    least_kv = 0.0
+    best: EndpointState | None = None
+    equals: list[EndpointState] = []
+    best_taken = best_limit = 0
     for endpoint in candidates:
-        free = endpoint.free
-        if free <= 0 or free < most_free:
+        if endpoint.free <= 0:
             continue
-        kv_usage = 0.5 if endpoint.kv_usage is None else endpoint.kv_usage
-        if free > most_free or kv_usage < least_kv:
-            best = [endpoint]
-            most_free = free
-            least_kv = kv_usage
-        elif kv_usage == least_kv:
-            best.append(endpoint)
-    if not best:
-        return None
-    return best[0] if len(best) == 1 else best[random.randrange(len(best))]
+        taken = endpoint.occupancy
+        limit = endpoint.limit.value if endpoint.limit.settled(now) else largest
+        # taken / limit < best_taken / best_limit, in whole numbers
+        difference = taken * best_limit - best_taken * limit
+        if best is None or difference < 0:
+            best, best_taken, best_limit = endpoint, taken, limit
+            equals = [endpoint]
+        elif difference == 0:
+            equals.append(endpoint)
+    if len(equals) > 1:
+        return equals[random.randrange(len(equals))]
+    return best

@@ -38,6 +38,22 @@ class Outcome(StrEnum):
     EVICTED_SHUTTING_DOWN = "EvictedShuttingDown"
 
 
+class Verdict(StrEnum):
+    """What the end of an answer says about the server that gave it."""
+
+    GOOD = "Good"
+    """It answered; an error that the request itself has earned is a good answer, too."""
+
+    ERROR = "Error"
+    """It failed at this request, which may or may not be the request's fault: 500."""
+
+    UNREACHABLE = "Unreachable"
+    """It could not be reached, or says that it cannot serve: 502, 503, 504."""
+
+    UNKNOWN = "Unknown"
+    """There was no answer to judge, because the client went away for example."""
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """One request on its way through flow control.
@@ -120,6 +136,7 @@ class EndpointMetrics:
         kv_usage: fraction 0-1 of KV cache in use, the fullest engine; None when not reported.
         started_at: monotonic seconds at which the scrape was sent: what was dispatched later
             cannot be in it.
+        interval_seconds: from then to the next scrape.
     """
 
     address: str
@@ -127,6 +144,17 @@ class EndpointMetrics:
     waiting: int
     kv_usage: float | None
     started_at: float
+    interval_seconds: float = 0.2
+
+
+@dataclass(slots=True, frozen=True)
+class HealthChange:
+    """An endpoint was left out, or is back in. `cause` is why it was left out."""
+
+    address: str
+    name: str
+    out: bool
+    cause: str
 
 
 @dataclass(slots=True, frozen=True)
@@ -154,7 +182,23 @@ class BandSnapshot:
 
 @dataclass(slots=True, frozen=True)
 class EndpointSnapshot:
-    """One endpoint's slots at a moment. `fresh` tells whether its metrics are recent enough."""
+    """One endpoint's slots at a moment.
+
+    Attributes:
+        address: ip:port.
+        name: for people.
+        in_flight: requests of this EPP.
+        foreign: requests of others.
+        limit: its slots.
+        free: those that could be given away now.
+        running: in its batch, by the last scrape.
+        waiting: inside it, by the last scrape.
+        kv_usage: fraction 0-1, by the last scrape; None when not reported.
+        fresh: whether the last scrape is recent enough to be believed.
+        out: whether it is left out because it fails.
+        cause: why it was left out last; "" if it never was.
+        trial_seconds: until it may get a trial request; 0 when that is due, None when it is in.
+    """
 
     address: str
     name: str
@@ -166,6 +210,9 @@ class EndpointSnapshot:
     waiting: int
     kv_usage: float | None
     fresh: bool
+    out: bool = False
+    cause: str = ""
+    trial_seconds: float | None = None
 
 
 @dataclass(slots=True, frozen=True)

@@ -1,0 +1,446 @@
+"""The endpoints of a pool: what each holds, how many slots are free, and what time changes.
+
+When slots are given away does not belong here (controller.py), nor to which endpoint a request
+goes (selection.py), how many slots an endpoint has (saturation.py), or whether it can be trusted
+with requests (health.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING
+
+from forebay_epp.core.health import Health
+from forebay_epp.core.plan import SaturationMode, SaturationPlan
+from forebay_epp.core.saturation import AdaptiveLimit, FixedLimit, Limit
+from forebay_epp.core.terms import EndpointSnapshot, HealthChange
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from forebay_epp.core.terms import Endpoint, EndpointMetrics, Verdict
+
+NEVER = float("inf")
+STALE_SECONDS = 2.0
+SCRAPE_SECONDS = 1.0
+PROBE_SECONDS = 10.0
+FOREIGN_HALF_LIFE_SECONDS = 300.0
+EPSILON = 1e-9
+
+
+class EndpointState:
+    """One endpoint: what it holds and how much more it takes.
+
+    Three things are in its slots: requests in flight, which this EPP has sent and whose end it
+    will see; blind ones, whose end it will not see because the proxy closed its stream after the
+    request phase (each holds its slot until a scrape that was started after it was sent); and
+    foreign ones, which the server reports beyond these.
+
+    A scrape is believed until two more are overdue, and for `STALE_SECONDS` at least. After that
+    the foreign load is not known: it is taken to be as it was, and to halve every
+    `FOREIGN_HALF_LIFE_SECONDS`. A server's page can be wrong for longer, because vLLM publishes its
+    gauges at the end of a step and takes none while it idles. An endpoint that is closed by its
+    page alone and has had nothing of ours for `PROBE_SECONDS` therefore gets one request.
+
+    Attributes:
+        free: slots that can be given away now; negative when a limit has shrunk.
+        occupancy: slots taken, whoever has taken them.
+        spared: used although it is out, because the whole pool is.
+        wake_at: when `free` may change by time alone, in monotonic seconds.
+        scheduled_at: when `EndpointSet` will look at it.
+    """
+
+    __slots__ = (
+        "_arrivals",
+        "_blind",
+        "_foreign_then",
+        "_idle_since",
+        "_kv_threshold",
+        "_observed_at",
+        "_peak",
+        "_probing",
+        "_stale_at",
+        "address",
+        "foreign",
+        "free",
+        "fresh",
+        "health",
+        "in_flight",
+        "kv_usage",
+        "limit",
+        "name",
+        "occupancy",
+        "present",
+        "running",
+        "scheduled_at",
+        "spared",
+        "uid",
+        "waiting",
+        "wake_at",
+    )
+
+    def __init__(self, endpoint: Endpoint, plan: SaturationPlan, now: float) -> None:
+        self.address = endpoint.address
+        self.uid = endpoint.uid
+        self.name = endpoint.name or endpoint.address
+        self.present = True
+        self.spared = False
+        self.health = Health()
+        self.limit: Limit = FixedLimit(1)
+        self.in_flight = 0
+        self.foreign = 0
+        self.running = 0
+        self.waiting = 0
+        self.kv_usage: float | None = None
+        self.fresh = False
+        self.free = 0
+        self.occupancy = 0
+        self.wake_at = self.scheduled_at = NEVER
+        self._stale_at = NEVER
+        self._foreign_then = 0
+        self._idle_since = now
+        self._observed_at = now  # a scrape from before is of whatever had the address then
+        self._peak = 0
+        self._probing = False
+        self._arrivals = 0
+        self._blind: deque[float] = deque()
+        self.reconfigure(plan)
+
+    def reconfigure(self, plan: SaturationPlan) -> None:
+        """Take a new plan; what has been learned stays when the mode stays Adaptive."""
+        if plan.mode is SaturationMode.CONCURRENCY:
+            self.limit = FixedLimit(plan.max_concurrency)
+            self._kv_threshold: float | None = None
+            self.foreign = self._foreign_then = 0
+            self._blind.clear()
+        else:
+            if not isinstance(self.limit, AdaptiveLimit):
+                self.limit = AdaptiveLimit()
+            self._kv_threshold = plan.kv_cache_usage_threshold
+        self.refresh()
+
+    def dispatched(self) -> None:
+        """Count one more request in flight."""
+        self.in_flight += 1
+        self._arrivals += 1
+        self._peak = max(self._peak, self.in_flight)
+        self._probing = False
+        self.health.dispatched()
+        self.refresh()
+
+    def completed(self, dispatched_at: float, verdict: Verdict, now: float, *, blind: bool) -> None:
+        """Count one request less, or go on holding its slot when its end is unknown.
+
+        Holding needs metrics that will show the truth later; without them the slot is free.
+        """
+        self.in_flight -= 1
+        self._idle_since = now
+        if blind and self.fresh and isinstance(self.limit, AdaptiveLimit):
+            self._blind.append(dispatched_at)
+            self._peak -= 1  # it may still run: the scrape that frees its slot counts it foreign
+        self.health.answered(verdict, dispatched_at, now)
+        self.refresh()
+
+    def observe(self, metrics: EndpointMetrics, now: float) -> None:
+        """Take a scrape; one that is stale, or was started before the last one, is ignored."""
+        believed_seconds = max(STALE_SECONDS, 2 * metrics.interval_seconds + SCRAPE_SECONDS)
+        stale_at = metrics.started_at + believed_seconds
+        if metrics.started_at < self._observed_at or now >= stale_at:
+            return
+        while self._blind and self._blind[0] <= metrics.started_at:
+            self._blind.popleft()
+        self.fresh = True
+        self._observed_at = metrics.started_at
+        self._stale_at = stale_at
+        self.running = metrics.running
+        self.waiting = metrics.waiting
+        self.kv_usage = metrics.kv_usage
+        self.health.scraped(now)
+        if isinstance(self.limit, AdaptiveLimit):
+            # The page may be older than the last completion: what was in flight at any moment
+            # since the scrape before is not foreign.
+            own = self._peak + len(self._blind)
+            self.foreign = max(0, metrics.running + metrics.waiting - own)
+            self.occupancy = self.in_flight + len(self._blind) + self.foreign
+            self.limit.observe(
+                metrics.running, metrics.waiting, self.occupancy, self._arrivals, now
+            )
+        self._peak = self.in_flight
+        self._arrivals = 0
+        was_open = self.free > 0
+        self.refresh()
+        if was_open and self.free <= 0 and not self.in_flight:
+            self._idle_since = now  # closed by this page, so doubt begins with it
+            self.refresh()
+
+    def elapse(self, now: float) -> None:
+        """Let time change what it changes: belief in metrics, trials, probes."""
+        if self.fresh and now >= self._stale_at:
+            self.fresh = False
+            self._foreign_then = self.foreign
+            self._blind.clear()
+        if not self.fresh and self.foreign:
+            halvings = (now - self._stale_at) / FOREIGN_HALF_LIFE_SECONDS
+            left = self._foreign_then * 0.5**halvings
+            self.foreign = math.ceil(left * (1 - EPSILON) - 0.5)  # rounded, and not by luck
+        self.health.elapse(now)
+        self._probing = not self.in_flight and now >= self._idle_since + PROBE_SECONDS
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Count free slots again, and say when time alone may change them."""
+        occupancy = self.occupancy = self.in_flight + len(self._blind) + self.foreign
+        if not self.present:
+            self.free = 0
+            self.wake_at = NEVER
+            return
+        free = self.limit.value - occupancy
+        wake_at = self._stale_at if self.fresh else self._next_decay()
+        if (
+            free > 0
+            and self.fresh
+            and self._kv_threshold is not None
+            and self.kv_usage is not None
+            and self.kv_usage >= self._kv_threshold
+            and occupancy + self.running > 0
+        ):
+            free = 0  # an idle server takes a request whatever it says, or nothing would move
+        if free <= 0 and not self.in_flight:
+            if self._probing:
+                free = 1
+            else:
+                wake_at = min(wake_at, self._idle_since + PROBE_SECONDS)
+        health = self.health
+        if health.out and not self.spared:
+            free = min(free, 1) if health.trial_due else min(free, 0)
+            wake_at = min(wake_at, health.wake_at)
+        self.free = free
+        self.wake_at = wake_at
+
+    def _next_decay(self) -> float:
+        """Return when the unknown foreign load is less by one."""
+        if not self.foreign:
+            return NEVER
+        halvings = math.log2(self._foreign_then / (self.foreign - 0.5))
+        return self._stale_at + halvings * FOREIGN_HALF_LIFE_SECONDS
+
+    def leave(self) -> None:
+        """The endpoint left the pool; requests in flight may still complete."""
+        self.present = False
+        self.refresh()
+
+    def is_another(self, endpoint: Endpoint) -> bool:
+        """Whether a different pod has this address now."""
+        return bool(self.uid and endpoint.uid and self.uid != endpoint.uid)
+
+    def rejoin(self, endpoint: Endpoint) -> None:
+        """The endpoint is in the pool (again)."""
+        self.present = True
+        self.uid = endpoint.uid or self.uid
+        self.name = endpoint.name or endpoint.address
+        self.refresh()
+
+    def snapshot(self, now: float) -> EndpointSnapshot:
+        """Copy the state."""
+        health = self.health
+        return EndpointSnapshot(
+            address=self.address,
+            name=self.name,
+            in_flight=self.in_flight,
+            foreign=self.foreign,
+            limit=self.limit.value,
+            free=max(0, self.free),
+            running=self.running,
+            waiting=self.waiting,
+            kv_usage=self.kv_usage,
+            fresh=self.fresh,
+            out=health.out,
+            cause=health.cause,
+            trial_seconds=max(0.0, health.trial_at - now) if health.out else None,
+        )
+
+
+class EndpointSet:
+    """All endpoints of a pool, and the sum of their free slots.
+
+    An endpoint that fails is out, but never all of them: when every endpoint is out, those that
+    have failed the fewest periods in a row are spared and used as if they were in.
+
+    Attributes:
+        present: endpoints of the pool; others only have requests that still run.
+        free: slots that can be given away now.
+        largest: the largest limit, in slots.
+        opened: whether a slot has become free since the caller last set this to False.
+    """
+
+    def __init__(self, plan: SaturationPlan) -> None:
+        self.present: tuple[EndpointState, ...] = ()
+        self.free = 0
+        self.largest = 1
+        self.opened = False
+        self._plan = plan
+        self._states: dict[str, EndpointState] = {}
+        self._alarms: list[tuple[float, int, EndpointState]] = []
+        self._alarm_number = 0
+        self._changes: list[HealthChange] = []
+
+    def reconfigure(self, plan: SaturationPlan) -> None:
+        """Take a new plan."""
+        self._plan = plan
+        for state in self._states.values():
+            before = state.free
+            state.reconfigure(plan)
+            self._moved(state, before)
+        self._measure()
+
+    def replace(self, endpoints: Iterable[Endpoint], now: float) -> None:
+        """Take these endpoints for the pool; what is in flight on others may still complete.
+
+        A different pod at a known address is a new endpoint; the old one's requests stay its own.
+        """
+        wanted = {endpoint.address: endpoint for endpoint in endpoints}
+        for address, state in list(self._states.items()):
+            replaced = address in wanted and state.is_another(wanted[address])
+            if (address not in wanted and state.present) or replaced:
+                before = state.free
+                state.leave()
+                self._moved(state, before)
+                if replaced or not state.in_flight:
+                    del self._states[address]
+        for address, endpoint in wanted.items():
+            known = self._states.get(address)
+            if known is None:
+                state = self._states[address] = EndpointState(endpoint, self._plan, now)
+                self._moved(state, 0)
+            else:
+                before = known.free
+                known.rejoin(endpoint)
+                self._moved(known, before)
+        self.present = tuple(state for state in self._states.values() if state.present)
+        self._measure()
+        self._spare()
+
+    def observe(self, metrics: EndpointMetrics, now: float) -> None:
+        """Take what a scrape said; an endpoint that is not known is ignored."""
+        state = self._states.get(metrics.address)
+        if state is not None:
+            before, limit = state.free, state.limit.value
+            state.observe(metrics, now)
+            self._moved(state, before)
+            if state.limit.value != limit:
+                self._measure()
+
+    def scrape_failed(self, address: str, now: float, *, refused: bool) -> None:
+        """Take it that a scrape has failed; an endpoint that is not known is ignored."""
+        state = self._states.get(address)
+        if state is not None:
+            before, health = state.free, (state.health.out, state.health.failures)
+            state.health.scrape_failed(now, refused=refused)
+            state.refresh()
+            self._moved(state, before)
+            self._note_health(state, *health)
+
+    def dispatched(self, state: EndpointState) -> None:
+        """One of the endpoint's free slots is taken."""
+        before = state.free
+        state.dispatched()
+        self._moved(state, before)
+
+    def completed(
+        self,
+        state: EndpointState,
+        dispatched_at: float,
+        verdict: Verdict,
+        now: float,
+        *,
+        blind: bool,
+    ) -> None:
+        """A request that was sent to the endpoint has ended."""
+        before, health = state.free, (state.health.out, state.health.failures)
+        state.completed(dispatched_at, verdict, now, blind=blind)
+        self._moved(state, before)
+        self._note_health(state, *health)
+        left = not state.present and not state.in_flight
+        if left and self._states.get(state.address) is state:
+            del self._states[state.address]
+
+    # --- time
+
+    @property
+    def next_at(self) -> float:
+        """When time alone may free a slot; infinity for never."""
+        return self._alarms[0][0] if self._alarms else NEVER
+
+    def elapse(self, now: float) -> None:
+        """Let time change what it changes."""
+        while self._alarms and self._alarms[0][0] <= now:
+            when, _, state = heappop(self._alarms)
+            if when == state.scheduled_at:
+                state.scheduled_at = NEVER
+            before = state.free
+            state.elapse(now)
+            self._moved(state, before)
+
+    # --- looking
+
+    def within(self, subset: frozenset[str] | None) -> Iterable[EndpointState]:
+        """Return the pool's endpoints, or those that have one of these addresses."""
+        if subset is None:
+            return self.present
+        states = self._states
+        return [
+            states[address]
+            for address in sorted(subset)
+            if address in states and states[address].present
+        ]
+
+    def load(self) -> float:
+        """Return slots taken over slots there are, of the endpoints in use; 1.0 without any."""
+        used = [state for state in self.present if state.spared or not state.health.out]
+        limit = sum(state.limit.value for state in used)
+        return sum(state.occupancy for state in used) / limit if limit else 1.0
+
+    def take_changes(self) -> list[HealthChange]:
+        """Return which endpoints have gone out or come back since the last call."""
+        changes, self._changes = self._changes, []
+        return changes
+
+    # --- inside
+
+    def _moved(self, state: EndpointState, before: int) -> None:
+        """Account for a change of an endpoint's free slots."""
+        free = state.free
+        if free != before:
+            self.free += max(0, free) - max(0, before)
+            if free > before:
+                self.opened = True
+        if state.wake_at < state.scheduled_at:
+            state.scheduled_at = state.wake_at
+            self._alarm_number += 1
+            heappush(self._alarms, (state.wake_at, self._alarm_number, state))
+
+    def _measure(self) -> None:
+        self.largest = max((state.limit.value for state in self.present), default=1)
+
+    def _note_health(self, state: EndpointState, was_out: bool, failures: int) -> None:  # noqa: FBT001  # what `Health` said before
+        health = state.health
+        if not state.present or (health.out, health.failures) == (was_out, failures):
+            return
+        if health.out != was_out:
+            self._changes.append(HealthChange(state.address, state.name, health.out, health.cause))
+        self._spare()
+
+    def _spare(self) -> None:
+        """Decide which endpoints are used although they are out."""
+        least = None
+        if all(state.health.out for state in self.present):
+            least = min((state.health.failures for state in self.present), default=None)
+        for state in self.present:
+            spared = state.health.failures == least
+            if spared != state.spared:
+                before = state.free
+                state.spared = spared
+                state.refresh()
+                self._moved(state, before)
