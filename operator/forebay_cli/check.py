@@ -1,6 +1,7 @@
 """`forebay check FILE...`: say what is wrong with manifests, without a cluster.
 
-Errors are those the API server would give, and those of rules that no schema can hold.
+Errors are those the API server would give, and those of rules that no schema can hold. Warnings
+tell of what has no effect, or is valid and surely not meant.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ import argparse
 from pathlib import Path
 
 from forebay_cli.output import console
-from forebay_operator import planning, sources, wording
+from forebay_operator import advice, planning, sources, wording
 
 
 class Settings(argparse.Namespace):
     """What was given on the command line."""
 
     paths: list[Path]
+    strict: bool
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,13 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "paths", type=Path, nargs="+", metavar="FILE", help="a YAML file, or a folder of them"
     )
+    parser.add_argument("--strict", action="store_true", help="fail if there is any warning")
 
 
 def run(settings: Settings) -> int:
-    """Print what is wrong; return 1 if anything is invalid.
-
-    What has no effect, such as a policy for a pool that is not among the files, is a warning.
-    """
+    """Print what is wrong; return 1 if anything is invalid, with `strict` for warnings, too."""
     out = console()
     manifests = sources.read(*settings.paths)
     for error in manifests.errors:
@@ -37,9 +37,11 @@ def run(settings: Settings) -> int:
     problems = list(planning.unattached(manifests.resources))
     for pool in planning.pools(manifests.resources):
         problems += planning.plan(pool, manifests.resources).problems
-    for line in (*manifests.ignored, *(wording.printable(str(problem)) for problem in problems)):
+    problems += advice.advice(manifests.resources)
+    warnings = [*manifests.ignored, *(wording.printable(str(problem)) for problem in problems)]
+    for line in warnings:
         out.print(f"warning: {line}", style="yellow")
     if manifests.errors:
         return 1
     out.print(f"{len(manifests.objects)} objects are valid", style="green")
-    return 0
+    return 1 if settings.strict and warnings else 0

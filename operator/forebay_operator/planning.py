@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from forebay_control.limits import MAX_ENDPOINTS, MAX_PLAN_BYTES
 from forebay_control.v1 import control_pb2 as pb
+from forebay_operator import wording
 from forebay_operator.resources import (
     CONTROLLER_LABEL,
     POOL_LABEL,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from forebay_operator.resources import Criticality, Metadata, Resource
+    from forebay_operator.resources.inference import PoolReference
     from forebay_operator.resources.policy import ModelServerMetrics
 
 PRIORITIES: dict[Criticality, int] = {"Critical": 100, "Standard": 0, "Sheddable": -100}
@@ -43,6 +45,7 @@ _NO_POLICY = PolicySpec.model_validate({"targetRefs": [{"name": "none"}]})
 
 MAX_MODELS = 4096  # what an endpoint picker takes
 MAX_OBJECTIVES = 1024
+POOL_GROUPS = ("inference.networking.k8s.io", "inference.networking.x-k8s.io")
 _ORIGINS = ("pool_uid", "sources")  # of a snapshot: what it was made from, not what it does
 ACTIVE_PORTS = ("llm-d.ai/active-ports", "inference.networking.k8s.io/active-ports")
 
@@ -92,6 +95,26 @@ def pools(resources: Iterable[Resource]) -> list[AnyPool]:
         ):
             found[name] = resource
     return [found[name] for name in sorted(found)]
+
+
+def means(reference: PoolReference, name: str = "") -> bool:
+    """Say whether a reference means a pool, or with a name the pool of that name."""
+    return (
+        reference.kind == "InferencePool"
+        and reference.group in POOL_GROUPS
+        and name in ("", reference.name)
+    )
+
+
+def not_a_pool(reference: PoolReference) -> tuple[str, str] | None:
+    """Return reason and message where a reference means no pool, whatever its name."""
+    if means(reference):
+        return None
+    message = (
+        f"spec.poolRef names a {reference.kind} of group {wording.shown(reference.group)}, and "
+        f"only an InferencePool of {' or '.join(POOL_GROUPS)} counts"
+    )
+    return "InvalidPoolRef", message
 
 
 def claimant(pool: AnyPool, resources: Iterable[Resource]) -> str:
@@ -195,6 +218,10 @@ def unattached(resources: Iterable[Resource]) -> tuple[Problem, ...]:
             case FlowControlPolicy():
                 wanted = [ref.name for ref in resource.spec.target_refs]
             case InferenceModel() | InferenceObjective():
+                if (refused := not_a_pool(resource.spec.pool_ref)) is not None:
+                    kind = type(resource).__name__
+                    problems.append(_problem(kind, resource.metadata, *refused))
+                    continue
                 wanted = [resource.spec.pool_ref.name]
             case EndpointSlice():
                 wanted = [resource.metadata.labels.get(POOL_LABEL, "")]
@@ -341,7 +368,7 @@ def _models(
         for model in resources
         if isinstance(model, InferenceModel)
         and not model.metadata.deletion_timestamp
-        and model.spec.pool_ref.name == pool.metadata.name
+        and means(model.spec.pool_ref, pool.metadata.name)
     ]
     override: dict[str, Criticality] = {model.name: model.criticality for model in spec.models}
     taken: dict[str, InferenceModel] = {}
@@ -395,7 +422,7 @@ def _objectives(
         if (
             isinstance(resource, InferenceObjective)
             and not resource.metadata.deletion_timestamp
-            and resource.spec.pool_ref.name == pool.metadata.name
+            and means(resource.spec.pool_ref, pool.metadata.name)
         ):
             # The same name in the groups llm-d.ai and x-k8s.io: the oldest counts.
             mine.setdefault(resource.metadata.name, resource)

@@ -299,6 +299,10 @@ class Reconciler:
                     yield entry, status
             elif isinstance(entry.resource, InferenceModel):
                 reference = entry.resource.spec.pool_ref
+                if (refused := planning.not_a_pool(reference)) is not None:
+                    attachment = Attachment(reference.name, reference.group, None, refused)
+                    yield entry, conditions.model_status(subject, attachment)
+                    continue
                 if f"{namespace}/{reference.name}" in self._not_ours:
                     continue
                 attachment = self._attachment(entry, reference.name, reference.group, namespace)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from forebay_operator import conditions, planning, resources
+from forebay_operator import advice, conditions, planning, resources
 
 ROOT = Path(__file__).parents[2]
 NO_REASONS = {
@@ -25,7 +25,7 @@ NO_REASONS = {
 }
 
 
-@pytest.mark.parametrize("module", [conditions, planning])
+@pytest.mark.parametrize("module", [advice, conditions, planning])
 def test_every_reason_is_explained(module):
     """Constants that are one word in CamelCase are reasons."""
     told = set(re.findall(r"`([A-Z]\w+)`", (ROOT / "operator/README.md").read_text()))

@@ -238,7 +238,7 @@ class _TargetModel(Foreign):
     """Its share of the requests, in proportion to the other weights."""
 
 
-class _PoolReference(Foreign):
+class PoolReference(Foreign):
     """The pool, in the same namespace."""
 
     group: Group = "inference.networking.x-k8s.io"
@@ -256,7 +256,7 @@ class _ModelSpec(Foreign):
     """The model that requests name."""
     criticality: Criticality | None = None
     """Which queue its requests join; Standard where unset."""
-    pool_ref: _PoolReference
+    pool_ref: PoolReference
     target_models: Annotated[
         tuple[_TargetModel, ...],
         Field(max_length=10, json_schema_extra=ATOMIC),
@@ -277,7 +277,7 @@ class InferenceModel(Foreign):
     status: Unread[ConditionsStatus] = None
 
 
-class _ObjectivePoolReference(_PoolReference):
+class _ObjectivePoolReference(PoolReference):
     """The pool, in the same namespace."""
 
     group: Group = "inference.networking.k8s.io"

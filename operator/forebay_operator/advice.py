@@ -1,0 +1,195 @@
+"""What is valid and surely not meant, as a platform engineer would tell a colleague. Pure.
+
+Nothing here changes what is planned, and none of it is an error: each could be meant. What has no
+effect at all is planning's to say.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import defaultdict
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from forebay_operator import planning
+from forebay_operator.planning import Problem
+from forebay_operator.resources import (
+    FlowControlPolicy,
+    InferenceModel,
+    InferenceObjective,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from forebay_control.v1 import control_pb2 as pb
+    from forebay_operator.planning import Planned
+    from forebay_operator.resources import AnyPool, Resource
+
+
+def advice(resources: Iterable[Resource]) -> tuple[Problem, ...]:
+    """Return what to look at again, in the order of pools."""
+    everything = list(resources)
+    found: list[Problem] = []
+    for pool in planning.pools(everything):
+        planned = planning.plan(pool, everything)
+        mine = [r for r in everything if r.metadata.namespace == pool.metadata.namespace]
+        if planned.policy is not None:
+            found += _of_policy(planned.policy, planned, mine)
+        found += _of_pool(pool, planned, mine)
+        found += _of_objectives(pool, planned, mine)
+    return tuple(dict.fromkeys(found))
+
+
+def _of_policy(
+    policy: FlowControlPolicy, planned: Planned, resources: list[Resource]
+) -> Iterator[Problem]:
+    spec = policy.spec
+
+    def told(reason: str, message: str) -> Problem:
+        name = f"{policy.metadata.namespace}/{policy.metadata.name}"
+        return Problem("FlowControlPolicy", name, reason, message)
+
+    for number, band in enumerate(spec.bands):
+        where, queue = f"spec.bands[{number}].queue", band.queue
+        for path, value, outer, limit in (
+            (
+                "maxRequests",
+                queue.max_requests,
+                "spec.limits.maxRequests",
+                spec.limits.max_requests,
+            ),
+            ("maxBytes", queue.max_bytes, "spec.limits.maxBytes", spec.limits.max_bytes),
+            (
+                "perFlow.maxRequests",
+                queue.per_flow.max_requests,
+                f"{where}.maxRequests",
+                queue.max_requests,
+            ),
+            ("perFlow.maxBytes", queue.per_flow.max_bytes, f"{where}.maxBytes", queue.max_bytes),
+        ):
+            if value is not None and value > limit:
+                message = f"{where}.{path} is {value:,}, and {outer} lets only {limit:,} wait"
+                yield told("LimitOverLimit", message)
+    if spec.limits.max_body_bytes > spec.limits.max_bytes:
+        message = (
+            f"spec.limits.maxBodyBytes is {spec.limits.max_body_bytes:,}, and "
+            f"spec.limits.maxBytes lets only {spec.limits.max_bytes:,} wait"
+        )
+        yield told("LimitOverLimit", message)
+    yield from _overrides(policy, planned.snapshot.plan, resources, told)
+    unset = {"max_concurrency"} & spec.saturation.model_fields_set
+    if unset and spec.saturation.mode == "Adaptive":
+        yield told(
+            "FieldWithoutEffect",
+            "spec.saturation.maxConcurrency counts with mode Concurrency only; mode is Adaptive",
+        )
+    if spec.model_server_metrics is not None and spec.saturation.mode == "Concurrency":
+        yield told(
+            "FieldWithoutEffect",
+            "spec.modelServerMetrics counts with mode Adaptive only; mode is Concurrency",
+        )
+    if spec.unmatched.action == "Reject" and not planned.snapshot.plan.models:
+        yield told(
+            "EverythingRejected",
+            "spec.unmatched.action is Reject and the pool has no InferenceModel: every request is "
+            "refused with 404",
+        )
+
+
+def _overrides(
+    policy: FlowControlPolicy,
+    plan: pb.Plan,
+    resources: list[Resource],
+    told: Callable[[str, str], Problem],
+) -> Iterator[Problem]:
+    """Tell of names in `spec.models` that no InferenceModel of the policy's pools has."""
+    pools = {ref.name for ref in policy.spec.target_refs}
+    names = {
+        r.spec.model_name
+        for r in resources
+        if isinstance(r, InferenceModel)
+        and planning.means(r.spec.pool_ref)
+        and r.spec.pool_ref.name in pools
+    }
+    for number, override in enumerate(policy.spec.models):
+        if override.name in names:
+            continue
+        near = difflib.get_close_matches(override.name, sorted(names), n=1)
+        message = (
+            f"spec.models[{number}].name: no InferenceModel has the modelName {override.name}, so "
+            "this makes a model of that name"
+        )
+        yield told("NoSuchModel", message + (f"; is {near[0]} meant?" if near else ""))
+    taken = {target.name: model.name for model in plan.models for target in model.targets}
+    for number, override in enumerate(policy.spec.models):
+        if override.name in taken and override.name not in names:
+            message = (
+                f"spec.models[{number}].name: {override.name} is what the servers call "
+                f"{taken[override.name]}, which is the name that requests have"
+            )
+            yield told("TargetNamed", message)
+
+
+def _of_pool(pool: AnyPool, planned: Planned, resources: list[Resource]) -> Iterator[Problem]:
+    name = f"{pool.metadata.namespace}/{pool.metadata.name}"
+    if pool.picker_service is None:
+        message = (
+            "names no Service as its endpoint picker: gateways and the operator find no EPP for it"
+        )
+        yield Problem("InferencePool", name, "NoEndpointPickerRef", message)
+    for other in planned.shared_with:
+        message = (
+            f"InferencePool {other} names Service {pool.picker_service} too, and an endpoint "
+            "picker serves one pool: give each a Service and endpoint pickers of its own"
+        )
+        yield Problem("InferencePool", name, "EndpointPickerShared", message)
+    if planned.policy is None and not planned.held_by:
+        message = "no FlowControlPolicy is for it: its queue has the defaults"
+        yield Problem("InferencePool", name, "NoPolicy", message)
+    for model in resources:
+        if not isinstance(model, InferenceModel) or not planning.means(
+            model.spec.pool_ref, pool.metadata.name
+        ):
+            continue
+        targets = [target.name for target in model.spec.target_models]
+        twice = sorted({target for target in targets if targets.count(target) > 1})
+        if twice:
+            message = f"spec.targetModels names {', '.join(twice)} more than once"
+            key = f"{model.metadata.namespace}/{model.metadata.name}"
+            yield Problem("InferenceModel", key, "TargetTwice", message)
+
+
+def _of_objectives(pool: AnyPool, planned: Planned, resources: list[Resource]) -> Iterator[Problem]:
+    """Tell of objectives that no header may choose, and of those that end up in one band."""
+    plan = planned.snapshot.plan
+    if not plan.objectives:
+        return
+    if not plan.trust_objective_header:
+        names = ", ".join(objective.name for objective in plan.objectives[:5])
+        message = (
+            f"its InferenceObjectives ({names}) have no effect: set trust.objectiveHeader in a "
+            "FlowControlPolicy, if only callers that you trust can set the header"
+        )
+        key = f"{pool.metadata.namespace}/{pool.metadata.name}"
+        yield Problem("InferencePool", key, "ObjectivesNotTrusted", message)
+    priorities = {
+        r.metadata.name: r.spec.priority or 0
+        for r in resources
+        if isinstance(r, InferenceObjective) and planning.means(r.spec.pool_ref, pool.metadata.name)
+    }
+    bands: defaultdict[str, list[str]] = defaultdict(list)
+    for objective in plan.objectives:
+        bands[objective.band].append(objective.name)
+    for band, names_of_band in bands.items():
+        ordered = sorted(names_of_band, key=lambda name: (-priorities[name], name))
+        for higher, lower in pairwise(ordered):
+            if priorities[higher] != priorities[lower]:
+                message = (
+                    f"priorities {priorities[higher]} and {priorities[lower]} ({lower}) both join "
+                    f"band {band}, so neither is served before the other: bands are Critical from "
+                    "100, Standard from 0, Sheddable below"
+                )
+                key = f"{pool.metadata.namespace}/{higher}"
+                yield Problem("InferenceObjective", key, "SameBand", message)
+                break

@@ -1,0 +1,131 @@
+"""What `forebay check` says of manifests that are valid and surely not meant."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from forebay_cli import check, plan
+from forebay_operator.advice import advice
+from forebay_operator.resources import parse
+
+BASE = """
+apiVersion: inference.networking.k8s.io/v1
+kind: InferencePool
+metadata: {name: chat}
+spec:
+  selector: {matchLabels: {app: vllm}}
+  targetPorts: [{number: 8000}]
+  endpointPickerRef: {name: epp, port: {number: 9002}}
+---
+apiVersion: inference.networking.x-k8s.io/v1alpha2
+kind: InferenceModel
+metadata: {name: llama}
+spec: {modelName: llama-chat, poolRef: {name: chat}, targetModels: [{name: llama-3.1-8b}]}
+---
+apiVersion: forebay.dev/v1alpha1
+kind: FlowControlPolicy
+metadata: {name: chat}
+spec: {targetRefs: [{name: chat}], POLICY}
+"""
+OBJECTIVE = """---
+apiVersion: inference.networking.x-k8s.io/v1alpha2
+kind: InferenceObjective
+metadata: {name: NAME}
+spec: {poolRef: {name: chat}, priority: PRIORITY}
+"""
+CODE = BASE.partition("---")[0].replace("name: chat", "name: code")
+
+
+def read(text):
+    return [parse(document) for document in yaml.safe_load_all(text)]
+
+
+def objectives(*priorities):
+    return "".join(
+        OBJECTIVE.replace("NAME", f"o{number}").replace("PRIORITY", str(priority))
+        for number, priority in enumerate(priorities)
+    )
+
+
+@pytest.mark.parametrize(
+    ("policy", "more", "reason", "words"),
+    [
+        (
+            *("bands: [{criticality: Critical, queue: {maxRequests: 50000}}]", ""),
+            *("LimitOverLimit", "spec.bands[0].queue.maxRequests is 50,000"),
+        ),
+        (
+            *("bands: [{criticality: Critical, queue: {maxBytes: 2Gi}}]", ""),
+            *("LimitOverLimit", "spec.limits.maxBytes lets only 1,073,741,824 wait"),
+        ),
+        (
+            "bands: [{criticality: Critical, queue: {perFlow: {maxRequests: 6000}}}]",
+            *("", "LimitOverLimit", "perFlow.maxRequests is 6,000"),
+        ),
+        ("limits: {maxBodyBytes: 2Gi}", "", "LimitOverLimit", "spec.limits.maxBodyBytes"),
+        (
+            *("models: [{name: lama-chat, criticality: Critical}]", ""),
+            *("NoSuchModel", "is llama-chat meant?"),
+        ),
+        (
+            *("models: [{name: llama-3.1-8b, criticality: Critical}]", ""),
+            *("TargetNamed", "is what the servers call llama-chat"),
+        ),
+        ("saturation: {maxConcurrency: 8}", "", "FieldWithoutEffect", "mode is Adaptive"),
+        ("trust: {}", f"---{CODE}", "NoPolicy", "the defaults"),
+        ("trust: {}", f"---{CODE}", "EndpointPickerShared", "names Service epp too"),
+        ("trust: {}", objectives(1), "ObjectivesNotTrusted", "trust.objectiveHeader"),
+        (
+            *("trust: {objectiveHeader: true}", objectives(5, 1)),
+            *("SameBand", "priorities 5 and 1 (o1) both join band Standard"),
+        ),
+    ],
+)
+def test_what_is_surely_not_meant_is_told(policy, more, reason, words):
+    """Each names the field or the objects, and why."""
+    found = advice(read(BASE.replace("POLICY", policy) + more))
+
+    assert [p for p in found if p.reason == reason and words in p.message], found
+
+
+@pytest.mark.parametrize(
+    ("policy", "more"),
+    [
+        ("trust: {}", ""),
+        ("bands: [{criticality: Critical, queue: {maxRequests: 10000}}]", ""),
+        ("models: [{name: llama-chat, criticality: Critical}]", ""),
+        ("trust: {objectiveHeader: true}", objectives(100, 0, -1)),
+    ],
+)
+def test_what_may_well_be_meant_is_not(policy, more):
+    """Or warnings would soon be read no more."""
+    assert advice(read(BASE.replace("POLICY", policy) + more)) == ()
+
+
+def test_warnings_fail_where_that_is_asked_for(tmp_path, capsys):
+    """`--strict`, for pipelines."""
+    (tmp_path / "all.yaml").write_text(
+        BASE.replace("POLICY", "models: [{name: lama-chat, criticality: Critical}]")
+    )
+    assert check.run(SimpleNamespace(paths=[tmp_path], strict=False)) == 0
+    assert check.run(SimpleNamespace(paths=[tmp_path], strict=True)) == 1
+    assert "NoSuchModel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "reference", ["{kind: Service, name: chat}", "{group: something.else, name: chat}"]
+)
+def test_a_reference_to_something_else_means_no_pool(reference, tmp_path, capsys):
+    """It does not attach, and `forebay check` says why."""
+    text = BASE.replace("POLICY", "trust: {}").replace(
+        "poolRef: {name: chat}", f"poolRef: {reference}"
+    )
+    (tmp_path / "all.yaml").write_text(text)
+
+    assert check.run(SimpleNamespace(paths=[tmp_path], strict=True)) == 1
+    assert "InvalidPoolRef" in capsys.readouterr().out
+    assert plan.run(SimpleNamespace(paths=[tmp_path], output="tree")) == 0
+    assert "model llama-chat" not in capsys.readouterr().out
