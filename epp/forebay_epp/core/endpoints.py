@@ -127,7 +127,8 @@ class EndpointState:
         self._arrivals += 1
         self._peak = max(self._peak, self.in_flight)
         self._probing = False
-        self.health.dispatched()
+        if self.health.out:
+            self.health.dispatched()
         self.refresh()
 
     def completed(self, dispatched_at: float, verdict: Verdict, now: float, *, blind: bool) -> None:
@@ -197,7 +198,11 @@ class EndpointState:
             self.wake_at = NEVER
             return
         free = self.limit.value - occupancy
-        wake_at = self._stale_at if self.fresh else self._next_decay()
+        wake_at = NEVER
+        if self.fresh:
+            wake_at = self._stale_at
+        elif self.foreign:
+            wake_at = self._next_decay()
         if (
             free > 0
             and self.fresh
@@ -220,9 +225,7 @@ class EndpointState:
         self.wake_at = wake_at
 
     def _next_decay(self) -> float:
-        """Return when the unknown foreign load is less by one."""
-        if not self.foreign:
-            return NEVER
+        """Return when the unknown foreign load, of which there is some, is less by one."""
         halvings = math.log2(self._foreign_then / (self.foreign - 0.5))
         return self._stale_at + halvings * FOREIGN_HALF_LIFE_SECONDS
 
@@ -358,10 +361,11 @@ class EndpointSet:
         blind: bool,
     ) -> None:
         """A request that was sent to the endpoint has ended."""
-        before, health = state.free, (state.health.out, state.health.failures)
+        before, was_out, failures = state.free, state.health.out, state.health.failures
         state.completed(dispatched_at, verdict, now, blind=blind)
         self._moved(state, before)
-        self._note_health(state, *health)
+        if was_out or state.health.out:
+            self._note_health(state, was_out, failures)
         left = not state.present and not state.in_flight
         if left and self._states.get(state.address) is state:
             del self._states[state.address]
@@ -413,9 +417,9 @@ class EndpointSet:
         """Account for a change of an endpoint's free slots."""
         free = state.free
         if free != before:
-            self.free += max(0, free) - max(0, before)
             if free > before:
                 self.opened = True
+            self.free += (max(0, free)) - (max(0, before))
         if state.wake_at < state.scheduled_at:
             state.scheduled_at = state.wake_at
             self._alarm_number += 1

@@ -86,16 +86,18 @@ class Health:
 
     def answered(self, verdict: Verdict, dispatched_at: float, now: float) -> None:
         """Take the end of a request that was sent at `dispatched_at`."""
+        if verdict is Verdict.GOOD and not self.out:
+            self._errors = 0
+            return
         if dispatched_at < self._out_since:
             return
         self._trying = False
         match verdict:
             case Verdict.GOOD:
                 self._errors = 0
-                if self.out:
-                    self.out = False
-                    self.trial_due = False
-                    self._in_since = now
+                self.out = False
+                self.trial_due = False
+                self._in_since = now
             case Verdict.UNREACHABLE:
                 self._failed(UNREACHABLE, now)
             case Verdict.ERROR:

@@ -11,6 +11,7 @@ between failed probes as in TCP's persist timer.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 INITIAL_LIMIT = 4
@@ -23,16 +24,13 @@ LONG_PAUSE_SECONDS = 2.0
 
 
 class FixedLimit:
-    """A limit given by the plan; scrapes do not change it."""
+    """A limit given by the plan; scrapes do not change it, and it is settled for good."""
 
-    __slots__ = ("value",)
+    __slots__ = ("settled_until", "value")
 
     def __init__(self, value: int) -> None:
         self.value = value
-
-    def settled(self, now: float) -> bool:  # noqa: ARG002  # AdaptiveLimit asks the time
-        """Return whether the limit is the server's capacity as far as is known: always."""
-        return True
+        self.settled_until = math.inf
 
     def observe(
         self, running: int, waiting: int, occupancy: int, arrivals: int, now: float
@@ -53,6 +51,12 @@ class AdaptiveLimit:
     the same number running, for a full batch keeps its size while what only waits for the next
     step is another number each time; or, where capacity varies, waits that are too long for a
     step. By Little's law (1961) the mean wait is the number waiting over the rate of arrivals.
+
+    Attributes:
+        value: slots.
+        settled_until: until when, in monotonic seconds, the limit is taken for the server's
+            capacity. It is not while no full batch has been seen, nor when it is time to try one
+            more slot.
     """
 
     __slots__ = (
@@ -60,8 +64,8 @@ class AdaptiveLimit:
         "_climbing",
         "_crowded",
         "_known",
-        "_next_probe_at",
         "_observed_at",
+        "settled_until",
         "value",
     )
 
@@ -70,18 +74,11 @@ class AdaptiveLimit:
         self._known = False
         self._climbing = False
         self._backoff = MIN_BACKOFF_SECONDS
-        self._next_probe_at = 0.0
+        self.settled_until = -math.inf
         self._observed_at = 0.0
         # Of the last scrapes, without a gap, that found somebody waiting: running, waiting,
         # arrivals before them, seconds before them.
         self._crowded: deque[tuple[int, int, int, float]] = deque(maxlen=CROWDED_SCRAPES)
-
-    def settled(self, now: float) -> bool:
-        """Return whether the limit is the server's capacity as far as is known.
-
-        It is not while no full batch has been seen, nor when it is time to try one more slot.
-        """
-        return self._known and now < self._next_probe_at
 
     def observe(
         self, running: int, waiting: int, occupancy: int, arrivals: int, now: float
@@ -123,7 +120,7 @@ class AdaptiveLimit:
     def _full_at(self, batch: int, now: float) -> None:
         if batch < self.value or not self._known:
             self._backoff = min(MAX_BACKOFF_SECONDS, self._backoff * 2)
-        self._next_probe_at = now + self._backoff
+        self.settled_until = now + self._backoff
         self._known = True
         self._climbing = False
         self.value = min(MAX_LIMIT, batch)
@@ -131,12 +128,12 @@ class AdaptiveLimit:
     def _grow(self, now: float) -> None:
         if not self._known:
             self.value = min(MAX_LIMIT, self.value * 2)
-        elif now >= self._next_probe_at:
+        elif now >= self.settled_until:
             if self._climbing:
                 self._backoff = max(MIN_BACKOFF_SECONDS, self._backoff / 2)
             self._climbing = True
             self.value = min(MAX_LIMIT, self.value + 1)
-            self._next_probe_at = now + self._backoff
+            self.settled_until = now + self._backoff
 
 
 Limit = FixedLimit | AdaptiveLimit

@@ -34,20 +34,20 @@ def pick(
         An endpoint, or None when no candidate has a free slot.
     """
     best: EndpointState | None = None
-    equals: list[EndpointState] = []
+    equals: list[EndpointState] | None = None
     best_taken = best_limit = 0
     for endpoint in candidates:
         if endpoint.free <= 0:
             continue
         taken = endpoint.occupancy
-        limit = endpoint.limit.value if endpoint.limit.settled(now) else largest
+        own = endpoint.limit
+        limit = own.value if now < own.settled_until else largest
         # taken / limit < best_taken / best_limit, in whole numbers
-        difference = taken * best_limit - best_taken * limit
-        if best is None or difference < 0:
+        if best is None or taken * best_limit < best_taken * limit:
             best, best_taken, best_limit = endpoint, taken, limit
-            equals = [endpoint]
-        elif difference == 0:
+            equals = None
+        elif taken * best_limit == best_taken * limit:
+            if equals is None:
+                equals = [best]
             equals.append(endpoint)
-    if len(equals) > 1:
-        return equals[random.randrange(len(equals))]
-    return best
+    return best if equals is None else equals[random.randrange(len(equals))]
