@@ -315,7 +315,7 @@ class FlowLoop:
                 self._submit(exchange, now)
             case Event.FIRST_CHUNK:
                 request = exchange.request
-                if request is not None:
+                if request is not None and exchange.id in self._queued_or_sent:
                     self.traffic.first_token(request.band, now - request.dispatched_at)
                 self._current = None
                 return

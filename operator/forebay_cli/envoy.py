@@ -258,6 +258,8 @@ def _envoy(
         "stream_idle_timeout": "0s",
         "request_timeout": "0s",
         "generate_request_id": True,
+        # Without it Envoy answers an upgrade with 403.
+        "upgrade_configs": [{"upgrade_type": "websocket"}],
         "route_config": {
             "virtual_hosts": [
                 {

@@ -83,6 +83,8 @@ class Proxy:
     sent_body: bool = False
     answering: bool = False
     replied_itself: bool = False
+    shows_answer_only: bool = False
+    conversation: bool = False
     half_closed: bool = False
     closed: bool = False
     routed: int = 0
@@ -183,7 +185,14 @@ class Run:
         exchange = self.loop.open(lambda: None, random.choice(PEERS))
         self.opened += 1
         self.proxies.append(
-            Proxy(exchange, random.choice(MODES), random.choice(MODES), random.random() < 0.8)
+            Proxy(
+                exchange,
+                random.choice(MODES),
+                random.choice(MODES),
+                honest=random.random() < 0.8,
+                shows_answer_only=random.random() < 0.05,
+                conversation=random.random() < 0.1,
+            )
         )
 
     def time(self):
@@ -249,7 +258,9 @@ class Run:
         if isinstance(message, pb.ProcessingRequest):
             if message.HasField("request_headers"):
                 proxy.sent_headers = True
-            if message.HasField("response_headers") and not proxy.routed:
+            answering = message.WhichOneof("request").startswith("response")
+            first = answering and not proxy.sent_headers
+            if first or (message.HasField("response_headers") and not proxy.routed):
                 proxy.replied_itself = True
             message = message.SerializeToString()
         proxy.exchange.receive(message)
@@ -257,11 +268,16 @@ class Run:
     def go_on(self, proxy):
         """Send what a proxy sends next."""
         random = self.random
-        if not proxy.sent_headers:
+        shown = proxy.routed or proxy.shows_answer_only
+        if not (proxy.sent_headers or proxy.shows_answer_only):
             self.send_request_headers(proxy)
-        elif not proxy.sent_body:
+        elif proxy.conversation and random.random() < 0.4:
+            if proxy.request_mode in (pb.FULL_DUPLEX_STREAMED, pb.STREAMED):
+                piece = pb.HttpBody(body=b"c" * random.choice([1, 1, 40_000]))
+                self.send(proxy, pb.ProcessingRequest(request_body=piece))
+        elif not (proxy.sent_body or shown):
             self.send_request_body(proxy)
-        elif proxy.routed and not proxy.answering:
+        elif shown and not proxy.answering:
             proxy.answering = True
             found = {
                 ":status": random.choice([b"200", b"200", b"500", b"503", b"429"]),
@@ -272,7 +288,7 @@ class Run:
             message = pb.ProcessingRequest(response_headers=headers(**found))
             message.response_headers.end_of_stream = random.random() < 0.1
             self.send(proxy, message)
-        elif proxy.routed:
+        elif shown:
             end = random.random() < 0.4
             if end and random.random() < 0.2:
                 self.send(proxy, pb.ProcessingRequest(response_trailers=pb.HttpTrailers()))
@@ -291,8 +307,9 @@ class Run:
         message = pb.ProcessingRequest(
             request_headers=headers(
                 **{
-                    ":method": b"GET" if bodiless else b"POST",
+                    ":method": b"GET" if bodiless or proxy.conversation else b"POST",
                     ":path": random.choice(PATHS),
+                    **({"upgrade": b"websocket"} if proxy.conversation else {}),
                 }
             ),
             protocol_config=pb.ProtocolConfiguration(
@@ -300,7 +317,7 @@ class Run:
             ),
         )
         message.request_headers.end_of_stream = bodiless
-        proxy.sent_body = bodiless or proxy.request_mode == pb.NONE
+        proxy.sent_body = bodiless or proxy.conversation or proxy.request_mode == pb.NONE
         if random.random() < 0.2:
             hint = message.metadata_context.filter_metadata["envoy.lb.subset_hint"].fields[
                 "x-gateway-destination-endpoint-subset"

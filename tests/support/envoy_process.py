@@ -45,6 +45,8 @@ class ModelServer:
         return f"127.0.0.1:{self.port}"
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
+        if request.headers.get("upgrade") == "websocket":
+            return await self._converse(request)
         body = await request.read()
         self.seen.append(
             {"path": request.path, "headers": dict(request.headers), "body": body.decode()}
@@ -66,6 +68,15 @@ class ModelServer:
         await response.write(f"data: {json.dumps({'usage': usage})}\n\n".encode())
         await response.write(b"data: [DONE]\n\n")
         return response
+
+    async def _converse(self, request: web.Request) -> web.WebSocketResponse:
+        """Say back what is said, until the client closes."""
+        self.seen.append({"path": request.path, "headers": dict(request.headers), "body": ""})
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        async for message in socket:
+            await socket.send_str(message.data)
+        return socket
 
     def _run(self) -> None:
         asyncio.run(self._main())

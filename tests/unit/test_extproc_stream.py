@@ -545,6 +545,9 @@ MESSAGES = st.one_of(
         modes=st.one_of(st.none(), st.tuples(st.sampled_from(range(6)), st.sampled_from(range(6)))),
         early_body=st.booleans(),
     ),
+    st.sampled_from(
+        [headers(**{":method": "GET", "upgrade": "websocket"}), headers(**{":method": "CONNECT"})]
+    ),
     st.builds(body, data=st.sampled_from([BODY, b"", b"{", b"\xff"]), end=st.booleans()),
     st.just(pb.ProcessingRequest(request_trailers=pb.HttpTrailers())),
     st.builds(answer_headers, end=st.booleans()),
@@ -595,7 +598,7 @@ def test_whatever_comes_in_whatever_order_has_one_end(steps):  # noqa: C901, PLR
                 if not stream.ended:
                     event = peer.say(step)
         events.append(event)
-        seen_headers = seen_headers or stream.state not in {State.HEADERS, State.DONE}
+        seen_headers = seen_headers or stream.state in {State.BODY, State.QUEUED}
         kinds = {message.WhichOneof("response") for message in peer.take()}
         answered = answered or bool(
             kinds & {"immediate_response", "request_headers", "response_headers"}
@@ -830,3 +833,160 @@ def test_nothing_is_said_after_the_end(late):
     assert peer.say(late) is None
     assert peer.take() == []
     assert peer.stream.failure is None
+
+
+@pytest.mark.parametrize("modes", [(pb.FULL_DUPLEX_STREAMED,) * 2, (pb.NONE, pb.BUFFERED)])
+def test_a_stream_that_shows_an_answer_only_is_passed_on(modes):
+    """A reply of the proxy's own, or a filter set up so: continued to its end, which is clean."""
+    peer = Peer()
+    first = answer_headers("503")
+    first.protocol_config.request_body_mode, first.protocol_config.response_body_mode = modes
+
+    assert peer.say(first) is Event.ABANDONED
+    peer.say(answer_body(b"overflow"))
+
+    shown, echo = peer.take()
+    assert shown.HasField("response_headers")
+    assert echo.HasField("response_body")
+    if modes[1] == pb.FULL_DUPLEX_STREAMED:
+        assert pieces([echo], "response_body")[0].body == b"overflow"
+    assert (peer.stream.ended, peer.stream.failure, peer.stream.refusal) == (True, None, None)
+
+
+def test_an_answer_without_its_headers_is_passed_on_too():
+    """A filter may be told to skip them."""
+    peer = Peer()
+
+    assert peer.say(answer_body(b"x", end=False)) is Event.ABANDONED
+    peer.say(answer_body(b"y"))
+
+    assert [piece.body for piece in pieces(peer.take(), "response_body")] == [b"x", b"y"]
+    assert (peer.stream.ended, peer.stream.failure) == (True, None)
+
+
+UPGRADES = [
+    {":method": "GET", "upgrade": "websocket", ":path": "/v1/realtime"},
+    {":method": "CONNECT", ":path": ""},
+]
+
+
+@pytest.mark.parametrize("request_headers", UPGRADES)
+def test_a_conversation_passes_in_both_directions_until_it_ends(request_headers):
+    """Decided on its headers; what follows is no body, and only its end frees the slot."""
+    peer = Peer().arrived(headers(**request_headers))
+    assert (peer.stream.model, peer.take()) == ("", [])
+
+    peer.stream.dispatch("10.0.0.1:8000", None)
+
+    (routed,) = peer.take()
+    common = routed.request_headers.response
+    assert set_headers(common)[DESTINATION] == "10.0.0.1:8000"
+    assert peer.say(answer_headers("101")) is None
+    peer.say(body(b"ping", end=False))
+    peer.say(answer_body(b"pong", end=False))
+    peer.say(body(b"", end=True))
+    shown, ping, pong, last = peer.take()
+    assert shown.HasField("response_headers")
+    assert [piece.body for piece in pieces([ping, last], "request_body")] == [b"ping", b""]
+    assert [piece.end_of_stream for piece in pieces([ping, last], "request_body")] == [False, True]
+    assert [piece.body for piece in pieces([pong], "response_body")] == [b"pong"]
+    assert not peer.stream.ended
+    assert peer.stream.half_close() is Event.FINISHED
+    assert peer.stream.reset() is None
+
+
+@pytest.mark.parametrize("modes", [(pb.BUFFERED, pb.NONE), (pb.STREAMED, pb.STREAMED)])
+def test_a_conversation_is_decided_on_its_headers_in_every_mode(modes):
+    """A proxy that buffered it would wait for an end that does not come."""
+    peer = Peer().arrived(headers(modes=modes, **UPGRADES[0]))
+
+    peer.stream.dispatch("10.0.0.1:8000", None)
+
+    (routed,) = peer.take()
+    assert routed.HasField("request_headers")
+
+
+def test_what_comes_before_a_conversation_is_open_follows_its_decision():
+    """A little of it; more ends the stream and leaves the queue."""
+    peer = Peer().arrived(headers(**UPGRADES[0]))
+    peer.say(body(b"early", end=False))
+    peer.stream.dispatch("10.0.0.1:8000", None)
+    routed, early = peer.take()
+    assert routed.HasField("request_headers")
+    assert pieces([early], "request_body")[0].body == b"early"
+
+    hasty = Peer().arrived(headers(**UPGRADES[0]))
+    assert hasty.say(body(b"x" * 62_001, end=False)) is Event.ABANDONED
+    assert "did not wait" in hasty.stream.failure
+
+
+def test_an_upgrade_header_does_not_hide_the_model():
+    """Where a model is read it is read all the same."""
+    peer = Peer().arrived(headers(upgrade="websocket"), body())
+
+    assert peer.stream.model == "m"
+
+
+PARTIAL = (pb.BUFFERED_PARTIAL, pb.NONE)
+
+
+@pytest.mark.parametrize(
+    ("part", "model"),
+    [
+        (b'{"model":"m","prompt":"hel', "m"),
+        (b'{ "a": [{"model": "inner"}], "b": "\\"model\\": \\"x\\"", "model" : "m", "c": ', "m"),
+        (b'{"model":"m","x":{},"model":"n","prompt":"', "n"),
+        (b'{"prompt":"hel', ""),
+        (b'{"model":"unfini', ""),
+        (b'{"model":7,"prompt":"hel', ""),
+        (b'{"x":"model","y":"m', ""),
+        (b'{"p":"' + b'\\"' * 500_000, ""),
+        (b"", ""),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_a_body_that_the_proxy_cuts_is_classified_by_its_beginning(part, model):
+    """The rest is never shown; it is not refused for that."""
+    peer = Peer(4 << 20).arrived(headers(modes=PARTIAL), body(part, end=False))
+
+    peer.stream.dispatch("10.0.0.1:8000", None)
+
+    assert peer.stream.model == model
+    waved, routed = peer.take()
+    assert waved.HasField("request_headers")
+    assert set_headers(routed.request_body.response)[DESTINATION] == "10.0.0.1:8000"
+    assert not routed.request_body.response.HasField("body_mutation")
+
+
+def test_a_body_that_the_proxy_cuts_cannot_be_renamed():
+    """The client is told, rather than the server asked for a model that it does not have."""
+    peer = Peer().arrived(headers(modes=PARTIAL), body(b'{"model":"m","p":"x', end=False))
+
+    assert peer.stream.dispatch("10.0.0.1:8000", "target") is Event.FINISHED
+
+    assert peer.take()[-1].immediate_response.status.code == 413
+
+
+def test_a_whole_body_of_such_a_proxy_is_read_as_ever():
+    """It says that it is whole."""
+    peer = Peer().arrived(headers(modes=PARTIAL), body())
+    peer.stream.dispatch("10.0.0.1:8000", "target")
+
+    assert json.loads(peer.take()[-1].request_body.response.body_mutation.body)["model"] == "target"
+
+
+@pytest.mark.parametrize("modes", [(pb.FULL_DUPLEX_STREAMED,) * 2, (pb.BUFFERED, pb.BUFFERED)])
+@pytest.mark.parametrize("target", ["target", None])
+def test_an_answer_that_will_be_changed_must_not_be_compressed(modes, target):
+    """In a compressed one the client's model name could not be put back."""
+    peer = Peer().arrived(headers(modes=modes, accept_encoding="gzip"), body())
+    peer.stream.dispatch("10.0.0.1:8000", target)
+
+    messages = peer.take()
+    common = (
+        messages[0].request_headers.response
+        if modes[0] == pb.FULL_DUPLEX_STREAMED
+        else messages[1].request_body.response
+    )
+    removed = list(common.header_mutation.remove_headers)
+    assert removed == (["accept-encoding"] if target else [])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
 from dataclasses import replace
 
+import aiohttp
 import pytest
 from envoy_process import Envoy, ModelServer
 from ext_proc_peer import Picker, until
@@ -19,7 +21,9 @@ from forebay_epp.core.plan import (
     SaturationMode,
     SaturationPlan,
 )
+from forebay_epp.core.terms import Outcome
 
+PARTIAL = {"request_body_mode": "BUFFERED_PARTIAL", "response_body_mode": "NONE"}
 MODES = {
     "duplex": {},
     "buffered": {"request_body_mode": "BUFFERED", "response_body_mode": "BUFFERED"},
@@ -52,7 +56,10 @@ class Stack:
         name = f"{mode}{options}"
         if name not in self._envoys:
             self._envoys[name] = Envoy(
-                self._folder, self.picker.transport.port, **MODES[mode], **options
+                self._folder,
+                self.picker.transport.port,
+                **(MODES | {"buffered-partial": PARTIAL})[mode],
+                **options,
             )
         return self._envoys[name]
 
@@ -337,6 +344,72 @@ def test_a_subset_hint_that_matches_is_obeyed(stack):
     envoy = stack.envoy(subset=(stack.server.address, "10.9.9.9:1"))
 
     assert envoy.request('{"model":"chat"}')[0] == 200
+
+
+@pytest.mark.parametrize("mode", ["duplex", "streamed"])
+def test_a_websocket_talks_to_a_server_and_holds_a_slot(stack, mode):
+    """Words go both ways for as long as it is open; the next request gets the slot behind it."""
+    envoy = stack.envoy(mode)
+
+    async def talk() -> tuple[list[str], int]:
+        async with aiohttp.ClientSession() as session:
+            url = f"http://127.0.0.1:{envoy.http}/v1/realtime"
+            async with session.ws_connect(url) as socket:
+                heard = []
+                for word in ("one", "two " * 50_000):
+                    await socket.send_str(word)
+                    heard.append(await socket.receive_str(timeout=20))
+                held = stack.picker.snapshot().in_flight
+        return heard, held
+
+    heard, held = asyncio.run(talk())
+
+    assert (heard, held) == (["one", "two " * 50_000], 1)
+    until(lambda: stack.picker.snapshot().in_flight == 0)
+    assert envoy.request('{"model":"chat"}')[0] == 200
+    assert [seen["path"] for seen in stack.server.seen] == ["/v1/realtime", "/v1/chat/completions"]
+
+
+def test_a_websocket_whose_client_vanishes_frees_its_slot(stack):
+    """Without a closing word."""
+    connection = stack.envoy().connect()
+    connection.request(
+        "GET",
+        "/v1/realtime",
+        headers={
+            "connection": "Upgrade",
+            "upgrade": "websocket",
+            "sec-websocket-version": "13",
+            "sec-websocket-key": "AAAAAAAAAAAAAAAAAAAAAA==",
+        },
+    )
+    until(lambda: stack.picker.snapshot().in_flight == 1)
+
+    connection.close()
+
+    until(lambda: stack.picker.snapshot().in_flight == 0)
+
+
+def test_a_local_reply_of_envoy_comes_as_envoy_gave_it(stack):
+    """No upgrade but WebSocket's is allowed: Envoy says so itself, and not 500."""
+    envoy, traffic = stack.envoy(), stack.picker.loop.traffic
+    before = traffic.streams_opened
+
+    status, _, _ = envoy.request(None, path="/x", connection="Upgrade", upgrade="other")
+
+    assert (status, traffic.streams_opened - before, stack.server.seen) == (403, 1, [])
+
+
+def test_a_body_beyond_the_proxys_buffer_is_classified_by_its_beginning(stack):
+    """BUFFERED_PARTIAL: the picker sees a part, the server all of it."""
+    envoy = stack.envoy("buffered-partial")
+    text = json.dumps({"model": "chat", "prompt": "x" * 300_000})
+
+    status, _, _ = envoy.request(text)
+
+    assert (status, [seen["body"] for seen in stack.server.seen]) == (200, [text])
+    outcomes = stack.picker.loop.traffic.outcomes
+    assert outcomes["Critical", "chat", Outcome.DISPATCHED]
 
 
 @pytest.mark.parametrize("mode", MODES)

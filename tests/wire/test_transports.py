@@ -162,6 +162,39 @@ def test_a_question_for_models_is_answered_at_once(start, open_stream):
     assert not picker.loop.traffic.waits
 
 
+def test_an_answer_without_a_request_is_passed_on(start, open_stream):
+    """A reply of the proxy's own: continued, then a clean end; no slot and no outcome."""
+    picker = start()
+    stream = open_stream(picker)
+
+    stream.respond(b"overflow", "503")
+
+    assert list(stream.call) == []
+    assert stream.call.code() is grpc.StatusCode.OK
+    until(picker.idle)
+    assert not picker.loop.traffic.outcomes
+
+
+def test_a_websocket_holds_its_slot_until_its_end(start, open_stream):
+    """It goes where a bodiless request would, its words pass, and the end is counted once."""
+    picker = start(slots=1)
+    talking, next_one = open_stream(picker), open_stream(picker)
+    talking.send_headers("/v1/realtime", **{":method": "GET", "upgrade": "websocket"})
+    assert talking.answer().HasField("request_headers")
+    talking.send_body(b"ping", end=False)
+    said = talking.answer().request_body.response.body_mutation.streamed_response
+    next_one.send_request()
+    until(lambda: picker.snapshot().requests == 1)
+
+    talking.half_close()
+
+    assert next_one.routed() == "10.0.0.1:8000"
+    assert (said.body, said.end_of_stream) == (b"ping", False)
+    next_one.respond()
+    next_one.half_close()
+    until(picker.idle)
+
+
 def test_a_large_body_comes_back_whole_in_pieces_of_at_most_62000_bytes(start, open_stream):
     """Bytes are forwarded unchanged whatever their number."""
     picker = start()

@@ -22,6 +22,7 @@ static_resources:
           stream_idle_timeout: 0s
           request_timeout: 0s
           generate_request_id: true
+          upgrade_configs: [{upgrade_type: websocket}]
           route_config:
             virtual_hosts:
             - name: all

@@ -73,12 +73,16 @@ def header(key: str, value: str) -> pb.HeaderValueOption:
 def route(
     response: pb.CommonResponse, message: pb.ProcessingResponse, endpoint: str, length: int | None
 ) -> None:
-    """Write the destination, equal in header and metadata, and the length of a changed body."""
+    """Write the destination, equal in header and metadata, and the length of a changed body.
+
+    The answer to a changed body is changed, too, which takes one that is not compressed.
+    """
     response.clear_route_cache = True
     headers = response.header_mutation.set_headers
     headers.append(header(DESTINATION, endpoint))
     if length is not None:
         headers.append(header("content-length", str(length)))
+        response.header_mutation.remove_headers.append("accept-encoding")
     metadata = message.dynamic_metadata.get_or_create_struct(LB_NAMESPACE)
     metadata[DESTINATION] = endpoint
 

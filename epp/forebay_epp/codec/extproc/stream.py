@@ -17,6 +17,10 @@ How a request and its answer travel depends on the proxy's body modes, given in 
 * STREAMED: the proxy sends headers on before it shows the body, unless it says otherwise, so the
   decision rides on the answer to the headers and the request is classified without its model.
 
+A WebSocket or CONNECT is decided on its headers in every mode: what follows them is a conversation,
+and passes in both directions as it comes. A stream that shows an answer before its request was
+decided, or an answer only, is one of the proxy's own: it passes, too.
+
 The source is Envoy's external_processor.proto (v3) and the endpoint picker protocol of the
 Gateway API inference extension (proposal 004).
 """
@@ -41,11 +45,17 @@ SUBSET_NAMESPACE = "envoy.lb.subset_hint"
 SUBSET = "x-gateway-destination-endpoint-subset"
 OUTCOME = "x-forebay-outcome"
 
+# A client that talks before its WebSocket is open is impatient; one that sends more is an attacker.
+MAX_EARLY_BYTES = framing.MAX_CHUNK_BYTES
+
 OBJECTIVE = "x-gateway-inference-objective"
 MAX_OBJECTIVE_CHARACTERS = 253  # the name of a Kubernetes object
 
 _READ_HEADERS = frozenset(
-    {":method", ":path", "content-length", "content-type", "content-encoding", OBJECTIVE}
+    {
+        *(":method", ":path", "content-length", "content-type", "content-encoding", "upgrade"),
+        OBJECTIVE,
+    }
 )
 
 
@@ -102,6 +112,8 @@ class ExtProcStream:
         "_body",
         "_chunks",
         "_content_type",
+        "_conversation",
+        "_cut",
         "_default_model",
         "_duplex",
         "_half_closed",
@@ -144,6 +156,8 @@ class ExtProcStream:
         self._path = ""
         self._model_field = openai.ModelField.NONE
         self._content_type = ""
+        self._conversation = False
+        self._cut = False
         self._chunks: list[bytes] = []
         self._body: bytes | None = None
         self._request_mode: int = pb.FULL_DUPLEX_STREAMED
@@ -243,6 +257,13 @@ class ExtProcStream:
         body = self._body
         self._body = None
         if target_model is not None and self.model and body is not None:
+            if self._cut:
+                self.refuse(
+                    Outcome.REJECTED_TOO_LARGE,
+                    "the model's name cannot be replaced: the proxy shows only the beginning of "
+                    "a body of this size",
+                )
+                return Event.FINISHED
             try:
                 body = openai.with_model(body, target_model, self._content_type)
             except openai.BadRequestError as error:
@@ -252,6 +273,7 @@ class ExtProcStream:
             length: int | None = len(body)
         else:
             length = None
+        early, self._chunks = self._chunks, []
         if self._request_mode in _BUFFERED_MODES and self._answered_headers:
             self._send_buffered(endpoint, body, length)
         else:
@@ -259,7 +281,9 @@ class ExtProcStream:
             if self._request_mode == pb.STREAMED:
                 self._send_owed_bodies(body if length is not None else None)
             elif body is not None:
-                self._send_duplex(body)
+                self._send_pieces(framing.REQUEST_BODY, body, end_of_stream=not self._trailers)
+            for piece in early:
+                self._send_pieces(framing.REQUEST_BODY, piece, end_of_stream=False)
         if self._trailers:
             self.outbox.append(framing.CONTINUE_TRAILERS)
         self.state = State.RESPONSE
@@ -319,13 +343,8 @@ class ExtProcStream:
     # --- request
 
     def _on_headers(self, message: pb.ProcessingRequest) -> Event | None:
-        if message.HasField("protocol_config"):
-            config = message.protocol_config
-            self._request_mode = config.request_body_mode
-            self._response_mode = config.response_body_mode
-            shows_body_first = config.send_body_without_waiting_for_header_response
-        else:
-            shows_body_first = False
+        self._read_modes(message)
+        shows_body_first = message.protocol_config.send_body_without_waiting_for_header_response
         self._read_subset(message)
         self._chunks = []
         found: dict[str, str] = {}
@@ -352,6 +371,11 @@ class ExtProcStream:
             )
         if message.request_headers.end_of_stream:
             return self._arrive(None)
+        # The header must not be a way around reading the model.
+        named = self._model_field is not openai.ModelField.NONE
+        if method == "CONNECT" or ("upgrade" in found and not named):
+            self._conversation = True
+            return self._queue(None)
         if self._request_mode == pb.NONE or (
             self._request_mode == pb.STREAMED and not shows_body_first
         ):
@@ -360,6 +384,12 @@ class ExtProcStream:
             self._answered_headers = True
             self.outbox.append(framing.CONTINUE_HEADERS)
         return None
+
+    def _read_modes(self, message: pb.ProcessingRequest) -> None:
+        """The stream's first message says how the proxy sends bodies; older proxies do not say."""
+        if message.HasField("protocol_config"):
+            self._request_mode = message.protocol_config.request_body_mode
+            self._response_mode = message.protocol_config.response_body_mode
 
     def _on_body(self, message: pb.ProcessingRequest) -> Event | None:
         self._read_subset(message)
@@ -372,6 +402,8 @@ class ExtProcStream:
         if body.body:
             self._chunks.append(body.body)
         if body.end_of_stream or self._request_mode in _BUFFERED_MODES:
+            # The rest is on its way to the server and is never shown.
+            self._cut = self._request_mode == pb.BUFFERED_PARTIAL and not body.end_of_stream
             return self._arrive(self._join())
         return None
 
@@ -392,12 +424,15 @@ class ExtProcStream:
         field = self._model_field
         if field is not openai.ModelField.NONE and not (body is None and not self._path):
             try:
-                self.model = openai.read_model(
-                    body or b"",
-                    self._content_type,
-                    optional=field is openai.ModelField.OPTIONAL,
-                    default=self._default_model,
-                )
+                if self._cut:
+                    self.model = openai.read_cut_model(body or b"", self._content_type)
+                else:
+                    self.model = openai.read_model(
+                        body or b"",
+                        self._content_type,
+                        optional=field is openai.ModelField.OPTIONAL,
+                        default=self._default_model,
+                    )
             except openai.BadRequestError as error:
                 return self._refuse(Outcome.REJECTED_BAD_REQUEST, str(error), error.param)
         return self._queue(body)
@@ -430,12 +465,12 @@ class ExtProcStream:
             response.body_mutation.body = body
         self.outbox.append(message.SerializeToString())
 
-    def _send_duplex(self, body: bytes) -> None:
+    def _send_pieces(self, tag: bytes, body: bytes, *, end_of_stream: bool) -> None:
         pieces = framing.split(body)
         last = len(pieces) - 1
         for number, piece in enumerate(pieces):
-            end = number == last and not self._trailers
-            self.outbox.append(framing.streamed(framing.REQUEST_BODY, piece, end_of_stream=end))
+            end = end_of_stream and number == last
+            self.outbox.append(framing.streamed(tag, piece, end_of_stream=end))
 
     def _send_owed_bodies(self, changed: bytes | None) -> None:
         """Answer body messages that came before the decision; a changed body replaces the first."""
@@ -453,15 +488,29 @@ class ExtProcStream:
     def _on_late_body(self, message: pb.ProcessingRequest) -> Event | None:
         """More body behind a decision on the headers alone: it passes as it is.
 
-        Before the decision the answer is owed; a proxy in another mode has no business here.
+        Before the decision the answer is owed. A proxy in another mode sends none but in a
+        conversation.
         """
+        body = message.request_body
+        if self._conversation and self._request_mode == pb.FULL_DUPLEX_STREAMED:
+            return self._converse(body.body, end_of_stream=body.end_of_stream)
         if self._request_mode != pb.STREAMED:
             return self._unexpected("request_body after its end")
-        self.size_bytes += len(message.request_body.body)
+        self.size_bytes += len(body.body)
         if self.state is State.QUEUED:
             self._owed_bodies += 1
         else:
             self.outbox.append(framing.CONTINUE_BODY)
+        return None
+
+    def _converse(self, body: bytes, *, end_of_stream: bool) -> Event | None:
+        if self.state is not State.QUEUED:
+            self._send_pieces(framing.REQUEST_BODY, body, end_of_stream=end_of_stream)
+            return None
+        self.size_bytes += len(body)
+        self._chunks.append(body)
+        if end_of_stream or self.size_bytes > MAX_EARLY_BYTES:
+            return self.fail("the client did not wait for the answer to its upgrade")
         return None
 
     def _on_late_trailers(self, _: pb.ProcessingRequest) -> Event | None:
@@ -487,7 +536,7 @@ class ExtProcStream:
                 case "content-encoding":
                     encoded = value not in (b"", b"identity")
         self.status = self.status or 200
-        if not encoded:
+        if not encoded and not self._conversation:
             self._reader = openai.EventUsageReader() if events else openai.JSONUsageReader()
         else:
             self._restorer = None
@@ -499,18 +548,23 @@ class ExtProcStream:
         return self._finish() if headers.end_of_stream else None
 
     def _on_local_reply(self, message: pb.ProcessingRequest) -> Event | None:
-        """The proxy answers the request itself (a timeout, a limit of its own): let it."""
+        """The proxy answers the request itself (a timeout, a limit of its own): let it.
+
+        Or it shows answers only; then this is all there is.
+        """
+        if self.state is State.HEADERS:
+            self._read_modes(message)
         self._chunks = []
         self._body = None
         self.state = State.RESPONSE
-        self._on_response_headers(message)
+        _HANDLERS[State.RESPONSE, message.WhichOneof("request") or ""](self, message)
         return Event.ABANDONED
 
     def _echo(self, inner: bytes, body: bytes, end_of_stream: bool) -> Event | None:  # noqa: FBT001  # unpacked from framing.read_streamed
         if len(body) <= framing.MAX_CHUNK_BYTES:
             self.outbox.append(framing.frame(framing.RESPONSE_BODY, len(inner)) + inner)
         else:
-            self._send_pieces(body, end_of_stream=end_of_stream)
+            self._send_pieces(framing.RESPONSE_BODY, body, end_of_stream=end_of_stream)
         return self._progress(body, end_of_stream=end_of_stream)
 
     def _on_response_body(self, message: pb.ProcessingRequest) -> Event | None:
@@ -522,7 +576,7 @@ class ExtProcStream:
             answer = self._restorer.feed(body, last=last)
         if self._response_mode == pb.FULL_DUPLEX_STREAMED:
             if answer or end_of_stream or not body:
-                self._send_pieces(answer, end_of_stream=end_of_stream)
+                self._send_pieces(framing.RESPONSE_BODY, answer, end_of_stream=end_of_stream)
         elif answer == body:
             self.outbox.append(framing.CONTINUE_RESPONSE_BODY)
         else:
@@ -534,13 +588,6 @@ class ExtProcStream:
                 mutation.clear_body = True
             self.outbox.append(response.SerializeToString())
         return self._progress(body, end_of_stream=end_of_stream)
-
-    def _send_pieces(self, body: bytes, *, end_of_stream: bool) -> None:
-        pieces = framing.split(body)
-        last = len(pieces) - 1
-        for number, piece in enumerate(pieces):
-            end = end_of_stream and number == last
-            self.outbox.append(framing.streamed(framing.RESPONSE_BODY, piece, end_of_stream=end))
 
     def _progress(self, body: bytes, *, end_of_stream: bool) -> Event | None:
         if self._reader is not None and body:
@@ -556,7 +603,7 @@ class ExtProcStream:
         if self._restorer is not None and self._response_mode == pb.FULL_DUPLEX_STREAMED:
             held = self._restorer.feed(b"", last=True)
             if held:
-                self._send_pieces(held, end_of_stream=False)
+                self._send_pieces(framing.RESPONSE_BODY, held, end_of_stream=False)
         self.outbox.append(framing.CONTINUE_RESPONSE_TRAILERS)
         return self._finish()
 
@@ -600,11 +647,14 @@ _HANDLERS: dict[
     (State.BODY, "request_trailers"): ExtProcStream._on_trailers,  # noqa: SLF001
     (State.QUEUED, "request_body"): ExtProcStream._on_late_body,  # noqa: SLF001
     (State.QUEUED, "request_trailers"): ExtProcStream._on_late_trailers,  # noqa: SLF001
-    (State.BODY, "response_headers"): ExtProcStream._on_local_reply,  # noqa: SLF001
-    (State.QUEUED, "response_headers"): ExtProcStream._on_local_reply,  # noqa: SLF001
     (State.RESPONSE, "request_body"): ExtProcStream._on_late_body,  # noqa: SLF001
     (State.RESPONSE, "request_trailers"): ExtProcStream._on_late_trailers,  # noqa: SLF001
     (State.RESPONSE, "response_headers"): ExtProcStream._on_response_headers,  # noqa: SLF001
     (State.RESPONSE, "response_body"): ExtProcStream._on_response_body,  # noqa: SLF001
     (State.RESPONSE, "response_trailers"): ExtProcStream._on_response_trailers,  # noqa: SLF001
+    (State.HEADERS, "response_headers"): ExtProcStream._on_local_reply,  # noqa: SLF001
+    (State.HEADERS, "response_body"): ExtProcStream._on_local_reply,  # noqa: SLF001
+    (State.HEADERS, "response_trailers"): ExtProcStream._on_local_reply,  # noqa: SLF001
+    (State.BODY, "response_headers"): ExtProcStream._on_local_reply,  # noqa: SLF001
+    (State.QUEUED, "response_headers"): ExtProcStream._on_local_reply,  # noqa: SLF001
 }

@@ -15,7 +15,7 @@ from forebay_epp.codec.openai.catalogue import (
 from forebay_epp.codec.openai.errors import HTTP_STATUS, BadRequestError, error_body
 from forebay_epp.codec.openai.paths import ModelField, model_field
 from forebay_epp.codec.openai.renaming import ModelRestorer
-from forebay_epp.codec.openai.requests import read_model, with_model
+from forebay_epp.codec.openai.requests import read_cut_model, read_model, with_model
 from forebay_epp.codec.openai.usage import EventUsageReader, JSONUsageReader, Usage
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "asked_model",
     "error_body",
     "model_field",
+    "read_cut_model",
     "read_model",
     "read_served",
     "with_model",

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 
 from forebay_epp.codec.openai import forms
 from forebay_epp.codec.openai.errors import BadRequestError
 
 MAX_MODEL_LENGTH = 256
+READ_CUT_BYTES = 64 << 10
+_STRING = rb'"(?:[^"\\]|\\.)*+"'
+# The last alternative is the quote of a string that was cut.
+_TOKENS = re.compile(
+    rb'"model"\s*+:\s*+(?P<model>' + _STRING + rb")|" + _STRING + rb'|[\[\]{}]|"', re.DOTALL
+)
 _TOO_DEEP = "the body is not accepted: it is nested too deeply"
 _MISSING = "model not found in request body: name the model to use"
 
@@ -57,6 +65,35 @@ def read_model(
     if default is None and not optional:
         raise BadRequestError(_MISSING, "model")
     return default or ""
+
+
+def read_cut_model(body: bytes, content_type: str = "") -> str:
+    """Return the name of the model in the beginning of a body, or "" where it does not tell.
+
+    The first `READ_CUT_BYTES` are searched for a member `model` of the outermost object. A second
+    one may follow in what was cut off, so a client can name one model here and another there.
+
+    Raises:
+        BadRequestError: the name is no usable one.
+    """
+    if forms.is_form(content_type):
+        return ""
+    depth = 0
+    model = ""
+    for token in _TOKENS.finditer(body[:READ_CUT_BYTES]):
+        text = token[0]
+        if text in (b"{", b"["):
+            depth += 1
+        elif text in (b"}", b"]"):
+            depth -= 1
+        elif text == b'"':
+            break
+        elif depth == 1 and token["model"] is not None:
+            try:
+                model = _checked(msgspec.json.decode(token["model"], type=str))
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                return ""
+    return model
 
 
 def with_model(body: bytes, model: str, content_type: str = "") -> bytes:
