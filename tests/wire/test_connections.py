@@ -8,6 +8,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack
 
@@ -174,3 +175,25 @@ def test_an_old_connection_is_left_without_a_cut(start):
 
     assert running.call.code() is grpc.StatusCode.OK
     until(picker.idle)
+
+
+def test_a_wall_clock_that_is_set_back_delays_nothing(transport, start, monkeypatch):
+    """The core waits by the wall clock; without a wake-up, for an hour if it is set back by one."""
+    wall_clock = time.time
+    jumps = []
+
+    def jumping() -> float:
+        here = threading.current_thread() is threading.main_thread()
+        return wall_clock() + (jumps.pop() if jumps and not here else 0.0)
+
+    monkeypatch.setattr(time, "time", jumping)
+    picker = start()
+    picker.snapshot()
+    jumps.append(3600.0)
+    if transport == "completion-queue":
+        until(lambda: not jumps)
+
+    began = time.monotonic()
+    picker.snapshot()
+
+    assert time.monotonic() - began < 5.0

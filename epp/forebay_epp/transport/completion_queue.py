@@ -9,11 +9,14 @@ version is pinned. What it demands: at most one receive and one send in flight p
 that yields None means that the peer has half-closed; an operation after cancellation completes
 with `success` False; each call's close event comes exactly once; nothing is sent, not even a
 status, before the initial metadata. A send and the next receive may
-share a batch, one event instead of two, where nothing can be sent before the next message.
+share a batch, one event instead of two, where nothing can be sent before the next message. A poll's
+deadline is one of the wall clock: set back by an hour while a poll waits, it waits for an hour, and
+a small thread has to wake it.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +32,13 @@ if TYPE_CHECKING:
     from forebay_epp.loop import FlowLoop
     from forebay_epp.transport import Connections
 
+_QUEUE_SHUTDOWN = cygrpc.CompletionType.queue_shutdown
 _EMPTY_FLAGS = 0
 _SHUTDOWN = "shutdown"
 _CALL = "call"
+_WAKE = "wake"
+
+OVERDUE_SECONDS = 0.25
 
 _Receive = cygrpc.ReceiveMessageOperation
 _Send = cygrpc.SendMessageOperation
@@ -93,6 +100,31 @@ class CompletionQueueTransport:
 
     def serve(self) -> None:
         """Serve until `stop`."""
+        served = threading.Event()
+        waker = threading.Thread(target=self._wake_overdue, args=(served,), name="waker")
+        waker.start()
+        try:
+            self._serve()
+        finally:
+            served.set()
+            waker.join()
+        queue = self._queue
+        queue.shutdown()
+        while queue.poll(time.time() + 1.0).completion_type != _QUEUE_SHUTDOWN:
+            pass
+
+    def _wake_overdue(self, served: threading.Event) -> None:
+        """Have a poll return that waits although a tick is due, as long as there are polls."""
+        loop = self._loop
+        while not served.wait(OVERDUE_SECONDS):
+            if loop.clock() - loop.due_at > OVERDUE_SECONDS:
+                # The end of a server is an event that any thread can bring about.
+                server = cygrpc.Server((), False)
+                server.register_completion_queue(self._queue)
+                server.start()
+                server.shutdown(self._queue, _WAKE)
+
+    def _serve(self) -> None:
         queue, server, loop = self._queue, self._server, self._loop
         clock, wall_clock, poll = loop.clock, time.time, queue.poll
         server.request_call(queue, queue, _CALL)
@@ -105,7 +137,7 @@ class CompletionQueueTransport:
             # Private: `event.tag` is whatever was given with the operation, None on timeout.
             event = poll(wall_clock() + timeout)
             tag = event.tag
-            if tag is None:
+            if tag is None or tag is _WAKE:
                 continue
             if tag is _CALL:
                 if event.call is not None and event.success:
@@ -115,9 +147,6 @@ class CompletionQueueTransport:
                 break
             else:
                 tag(event)
-        queue.shutdown()
-        while poll(wall_clock() + 1.0).completion_type != cygrpc.CompletionType.queue_shutdown:
-            pass
 
     def _accept(self, event: Any) -> None:
         method = event.call_details.method.decode("latin-1")
