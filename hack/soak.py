@@ -12,7 +12,6 @@ import asyncio
 import json
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -68,15 +67,6 @@ class Server(Process):
     def served(self) -> Counter[str]:
         """How often each request id has reached it since it was started."""
         return Counter(json.loads(self.page("/admin/requests") or '{"ids": {}}')["ids"])
-
-
-def restart(process: Process) -> None:
-    """Start the same command again."""
-    process.process = subprocess.Popen(
-        process.process.args,
-        stdout=subprocess.DEVNULL,
-        stderr=process.log_path.open("ab"),
-    )
 
 
 class Soak:
@@ -219,7 +209,7 @@ class Soak:
         self._note_kill("server")
         server.kill()
         await asyncio.sleep(self._random.uniform(2, 15))
-        restart(server)
+        server.restart()
 
     async def _freeze_server(self) -> None:
         server = self._random.choice(self._servers)
@@ -230,19 +220,19 @@ class Soak:
     async def _kill_epp(self) -> None:
         self._note_kill("epp")
         self._epp.kill()
-        restart(self._epp)
+        self._epp.restart()
         self._memory["epp"].clear()
 
     async def _restart_epp(self) -> None:
         self._note_kill("epp")
         await asyncio.to_thread(self._epp.stop, 60)
-        restart(self._epp)
+        self._epp.restart()
         self._memory["epp"].clear()
 
     async def _kill_operator(self) -> None:
         self._operator.kill()
         await asyncio.sleep(self._random.uniform(0, 10))
-        restart(self._operator)
+        self._operator.restart()
         self._memory["operator"].clear()
 
     async def _edit(self) -> None:

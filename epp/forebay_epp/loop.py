@@ -395,7 +395,8 @@ class FlowLoop:
             return
         stream = exchange.stream
         usage = stream.usage() or _NO_USAGE
-        self.controller.complete(exchange.id, now, verdict(stream.status), blind=blind)
+        judged = verdict(stream.status, whole=stream.answered)
+        self.controller.complete(exchange.id, now, judged, blind=blind)
         self.traffic.completed(
             request.band,
             request.flow,

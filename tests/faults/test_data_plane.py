@@ -12,7 +12,7 @@ import time
 
 import grpc
 import pytest
-from data_plane import ANSWER, DataPlane, answering, snapshot
+from data_plane import ANSWER, DataPlane, SimulatedServer, answering, snapshot
 from envoy_process import ModelServer
 from ext_proc_peer import until
 
@@ -160,6 +160,40 @@ def test_bytes_that_wait_are_bounded(start):
     plane.until_idle()
 
 
+async def _cut(_, writer):
+    """A server that resets the connection instead of answering."""
+    writer.transport.abort()
+
+
+async def _fail(_, writer):
+    writer.write(b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n")
+
+
+async def _stop_in_the_middle(_, writer):
+    writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n")
+    await writer.drain()
+    writer.transport.abort()
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "answered"),
+    [(_cut, 50), (_fail, 50), (_stop_in_the_middle, 10)],  # the last looks like clients that leave
+)
+def test_a_server_that_breaks_off_frees_its_slots(start, behaviour, answered):
+    """T30: of two servers one does so with each request; none is sent twice, no slot is lost."""
+    plane = start(answering(0.01), slots=2)
+    bad = plane.servers.add(behaviour)
+    plane.epp.write(snapshot([plane.servers.addresses[0], bad], slots=2))
+    until(lambda: len(plane.epp.state()["endpoints"]) == 2, 30)
+    for _ in range(5):
+        for future in plane.send("standard", 20):
+            future.result(60)
+
+    assert plane.totals()["200"] >= answered
+    plane.check()
+    plane.until_idle()
+
+
 def test_a_server_that_hangs_loses_its_slots_with_its_clients(start):
     """T30: it takes requests and says nothing; when the clients give up their slots are free."""
 
@@ -291,3 +325,106 @@ def test_streams_that_are_reset_as_soon_as_they_are_opened_leave_nothing(start):
     assert plane.send("standard")[0].result(60).outcome == "200"
     plane.until_idle()
     assert plane.epp.metric("forebay_streams_opened_total") > 5000
+
+
+class Fleet:
+    """Simulated model servers as processes behind one EPP and Envoy; limits are learned."""
+
+    def __init__(self, folder, count: int, slots: int) -> None:
+        self.servers = [SimulatedServer(folder, number, slots) for number in range(count)]
+        addresses = [server.address for server in self.servers]
+        self.plane = DataPlane(folder, addresses=addresses, slots=0)
+
+    def failures(self, futures) -> list:
+        return [a for a in (future.result(60) for future in futures) if a.outcome != "200"]
+
+    def stop(self) -> None:
+        self.plane.stop()
+        for server in self.servers:
+            server.end()
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    """Four servers of 8 slots, which answer after about 0.1 s."""
+    fleet = Fleet(tmp_path, 4, 8)
+    yield fleet
+    fleet.stop()
+
+
+def test_a_server_that_is_killed_costs_three_requests_at_most(fleet):
+    """20 requests/s for 20 s, kill -9 after 5 s: three fail at most, and none once it is known."""
+    killed_at = time.monotonic() + 1000
+    pending = []
+    for number in range(400):
+        if number == 100:
+            fleet.servers[1].kill()
+            killed_at = time.monotonic()
+        pending += fleet.plane.send("standard")
+        time.sleep(0.05)  # the rate of the load
+    failed = fleet.failures(pending)
+
+    assert len(failed) <= 3, failed
+    assert not [answer for answer in failed if answer.sent_at > killed_at + 2]
+    (out,) = (e for e in fleet.plane.epp.state()["endpoints"] if e["out"])
+    assert out["address"] == fleet.servers[1].address
+    assert fleet.plane.epp.metric("forebay_endpoint_out", endpoint=out["address"]) == 1
+    assert fleet.plane.epp.log.count("endpoint fails and is left out") == 1
+    fleet.plane.until_idle()
+
+
+def test_what_waits_goes_to_the_servers_that_are_left(fleet):
+    """300 wait when one of four is killed: those that ran on it fail, and three more at most."""
+    pending = fleet.plane.send("standard", 340)
+    until(lambda: fleet.plane.epp.state().get("requests", 0) <= 300, 30)
+    (running,) = (
+        e["in_flight"]
+        for e in fleet.plane.epp.state()["endpoints"]
+        if e["address"] == fleet.servers[1].address
+    )
+    fleet.servers[1].kill()
+    failed = fleet.failures(pending)
+
+    assert len(failed) <= running + 8 + 3, failed  # 8 slots may have been given again meanwhile
+    assert sum(1 for _ in pending) - len(failed) >= 300
+    fleet.plane.until_idle()
+
+
+def test_a_server_that_comes_back_is_used_again(fleet):
+    """The first scrape that is answered makes the trial due; the trial brings it in."""
+    plane, server = fleet.plane, fleet.servers[1]
+    server.kill()
+    until(lambda: any(e["out"] for e in plane.epp.state()["endpoints"]), 30)
+    server.restart()
+    until(lambda: server.page("/health") is not None, 30)
+
+    def answered() -> bool:
+        return plane.send("standard")[0].result(60).outcome == "200" and not any(
+            endpoint["out"] for endpoint in plane.epp.state()["endpoints"]
+        )
+
+    until(answered, 30)
+    assert "endpoint is in again" in plane.epp.log
+
+
+async def _fail_with_healthy_metrics(head, writer):
+    if head.startswith(b"GET /metrics"):
+        writer.write(_page("0", "0"))
+    else:
+        writer.write(b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 0\r\n\r\n")
+
+
+def test_a_server_that_fails_fast_gets_its_share_and_then_trials(start):
+    """20 requests/s for 8 s on four servers; its metrics say that it is idle and well."""
+    plane = start(*(Batching() for _ in range(3)), _fail_with_healthy_metrics, slots=0)
+    began = time.monotonic()
+    pending = []
+    for _ in range(160):
+        pending += plane.send("standard")
+        time.sleep(0.05)  # the rate of the load
+    failed = [a for a in (future.result(60) for future in pending) if a.outcome == "500"]
+
+    assert len([answer for answer in failed if answer.sent_at < began + 1]) <= 5
+    assert len([answer for answer in failed if answer.sent_at >= began + 1]) <= 4
+    plane.check()
+    plane.until_idle()

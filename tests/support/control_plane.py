@@ -112,12 +112,15 @@ class Process:
     def __init__(self, command: list[str], log: Path, http: int, env=None) -> None:
         self.log_path = log
         self.http = http
-        with log.open("ab") as stream:
+        self._command = dying_with_us(*command)
+        self._env = {**os.environ, **(env or {})}
+        self.restart()
+
+    def restart(self) -> None:
+        """Start it, again if it has ended, with the same ports."""
+        with self.log_path.open("ab") as stream:
             self.process = subprocess.Popen(
-                dying_with_us(*command),
-                stderr=stream,
-                stdout=stream,
-                env={**os.environ, **(env or {})},
+                self._command, stderr=stream, stdout=stream, env=self._env
             )
 
     @property

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -84,8 +83,23 @@ def snapshot(
     }
 
 
+class SimulatedServer(Process):
+    """`python -m forebay_sim` on a port that it keeps; an answer takes about 0.1 s."""
+
+    def __init__(self, folder: Path, number: int, slots: int) -> None:
+        port = free_port()
+        self.address = f"127.0.0.1:{port}"
+        command = [
+            *(sys.executable, "-P", "-m", "forebay_sim", f"--port={port}"),
+            *(f"--max-num-seqs={slots}", "--time-to-first-token-ms=50"),
+            "--inter-token-latency-ms=3",
+        ]
+        super().__init__(command, folder / f"server-{number}.log", port)
+        until(lambda: self.page("/health") is not None, 30)
+
+
 class PlanFileEpp(Process):
-    """`python -m forebay_epp` on a plan file; `restart` keeps its ports."""
+    """`python -m forebay_epp` on a plan file."""
 
     def __init__(self, folder: Path, content: dict, *flags: str) -> None:
         self._plan = folder / "plan.json"
@@ -104,11 +118,6 @@ class PlanFileEpp(Process):
         new = self._plan.with_suffix(".new")
         new.write_text(json.dumps(content))
         new.replace(self._plan)
-
-    def restart(self) -> None:
-        """Start the process that was killed again."""
-        with self.log_path.open("ab") as stream:
-            self.process = subprocess.Popen(self.process.args, stderr=stream, stdout=stream)
 
     def state(self) -> dict:
         """What waits and runs."""
@@ -195,15 +204,18 @@ class DataPlane:
     Args:
         folder: for plan, log and configuration.
         behaviours: one model server each.
+        addresses: model servers that run elsewhere, instead.
         plan: arguments of `snapshot`.
     """
 
-    def __init__(self, folder: Path, *behaviours: Behaviour, **plan) -> None:
+    def __init__(
+        self, folder: Path, *behaviours: Behaviour, addresses: list[str] | None = None, **plan
+    ) -> None:
         self.thread = LoopThread()
         self.servers = Servers(self.thread)
         for behaviour in behaviours:
             self.servers.add(behaviour)
-        self.content = snapshot(self.servers.addresses, **plan)
+        self.content = snapshot(addresses or self.servers.addresses, **plan)
         self.epp = PlanFileEpp(folder, self.content)
         self.envoy = Envoy(folder, self.epp.grpc)
         self.answers: list[Answer] = []

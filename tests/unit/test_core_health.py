@@ -29,6 +29,12 @@ def test_an_answer_is_judged_by_its_status(status, expected):
     assert verdict(status) is expected
 
 
+def test_an_answer_that_breaks_off_says_nothing():
+    """The client may have left; but a server that says 503 has said it."""
+    assert verdict(200, whole=False) is Verdict.UNKNOWN
+    assert verdict(503, whole=False) is Verdict.UNREACHABLE
+
+
 class TestEvidence:
     """One endpoint's health on its own; requests are sent when they are answered."""
 

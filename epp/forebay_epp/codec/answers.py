@@ -12,9 +12,15 @@ from forebay_epp.core.terms import Verdict
 _UNREACHABLE = frozenset({502, 503, 504})
 
 
-def verdict(status: int) -> Verdict:
-    """Judge an answer by its HTTP status; 0 is none."""
-    if status == 0:
+def verdict(status: int, *, whole: bool = True) -> Verdict:
+    """Judge an answer.
+
+    Args:
+        status: of HTTP; 0 is none.
+        whole: whether the answer came to its end. One that breaks off may be the server's fault or
+            that of a client who has left: the proxy shows both in the same way.
+    """
+    if status == 0 or (not whole and status < 400):
         return Verdict.UNKNOWN
     if status in _UNREACHABLE:
         return Verdict.UNREACHABLE

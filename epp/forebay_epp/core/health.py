@@ -28,6 +28,7 @@ NEVER = float("inf")
 FIRST_PERIOD_SECONDS = 1.0
 MAX_PERIOD_SECONDS = 60.0
 WELL_SECONDS = 60.0
+REFUSED_SECONDS = 12.0  # longer than the pause between two scrapes in the largest pools
 MAX_ERRORS = 3
 
 UNREACHABLE = "unreachable"
@@ -51,8 +52,8 @@ class Health:
         "_errors",
         "_in_since",
         "_out_since",
+        "_refused_until",
         "_scrapes_fail",
-        "_scrapes_refused",
         "_trying",
         "cause",
         "failures",
@@ -71,13 +72,15 @@ class Health:
         self._in_since = -NEVER
         self._out_since = -NEVER
         self._scrapes_fail = False
-        self._scrapes_refused = False
+        self._refused_until = -NEVER
         self._trying = False
 
     @property
     def wake_at(self) -> float:
         """When a trial becomes due by time alone, or infinity."""
-        return self.trial_at if self.out and not self.trial_due and not self._trying else NEVER
+        if not self.out or self.trial_due or self._trying:
+            return NEVER
+        return max(self.trial_at, self._refused_until)
 
     def dispatched(self) -> None:
         """A request is on its way to the endpoint; if it is out, no other one follows."""
@@ -110,17 +113,16 @@ class Health:
     def scraped(self, now: float) -> None:
         """A scrape has been answered."""
         self._scrapes_fail = False
-        if self._scrapes_refused:
-            self._scrapes_refused = False
-            if self.out and now < self.trial_at:
-                self.trial_at = now
-                self.elapse(now)
+        if self._refused_until > now:
+            self._refused_until = -NEVER
+            self.trial_at = min(self.trial_at, now)
+            self.elapse(now)
 
     def scrape_failed(self, now: float, *, refused: bool) -> None:
         """A scrape has failed; `refused`: there was not even a connection."""
         begins = not self._scrapes_fail
         self._scrapes_fail = True
-        self._scrapes_refused = refused
+        self._refused_until = now + REFUSED_SECONDS if refused else -NEVER
         if self.out:
             if refused and not self._trying:
                 self._failed(SCRAPE, now)
@@ -129,7 +131,8 @@ class Health:
 
     def elapse(self, now: float) -> None:
         """Let the period end, if it has; the trial is then due."""
-        self.trial_due = self.out and not self._trying and now >= self.trial_at
+        due = now >= self.trial_at and now >= self._refused_until
+        self.trial_due = self.out and not self._trying and due
 
     def _failed(self, cause: str, now: float) -> None:
         """Begin a period; within one further failures add nothing."""

@@ -126,6 +126,7 @@ class ExtProcStream:
         "_response_mode",
         "_restorer",
         "_trailers",
+        "answered",
         "asked_model",
         "ended",
         "failure",
@@ -153,6 +154,7 @@ class ExtProcStream:
         self.refusal: Outcome | None = None
         self.asked_model: str | None = None
         self.status = 0
+        self.answered = False
         self._path = ""
         self._model_field = openai.ModelField.NONE
         self._content_type = ""
@@ -609,6 +611,7 @@ class ExtProcStream:
 
     def _finish(self) -> Event | None:
         """Nothing can follow an answered end of the answer, so the stream need not wait for it."""
+        self.answered = True
         self.state = State.DONE
         self.ended = True
         return Event.FINISHED
