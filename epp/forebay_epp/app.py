@@ -255,13 +255,22 @@ class EndpointPicker:
         await self._until_finished(self._settings.drain_timeout_seconds)
         self._loop.post(self._loop.flush)
         await self._until_finished(FINISH_SECONDS)
+        with suppress(TimeoutError):
+            if cut := await self._ask(lambda _: self._loop.unfinished):
+                _log.warning(
+                    "cut off what was still answered: raise --drain-timeout", extra={"answers": cut}
+                )
 
     async def _until_finished(self, seconds: float) -> None:
         """Wait until nothing waits or is in flight for a moment, at most `seconds`."""
         deadline = time.monotonic() + seconds
         quiet_since: float | None = None
         while (now := time.monotonic()) < deadline:
-            if await self._ask(lambda _: self._loop.unfinished):
+            try:
+                busy = bool(await self._ask(lambda _: self._loop.unfinished))
+            except TimeoutError:  # the data plane is too busy to say
+                busy = True
+            if busy:
                 quiet_since = None
             elif quiet_since is None:
                 quiet_since = now

@@ -126,8 +126,10 @@ def parse(arguments: list[str] | None = None) -> Settings:
     add(
         "--drain-timeout",
         type=_duration,
-        default=10.0,
-        help="after SIGTERM requests may still be dispatched this long, then get 503",
+        default=120.0,
+        help="after SIGTERM requests may still be dispatched and answered this long; then what "
+        "waits gets 503, and 5s later what is still answered is cut. The process ends as soon as "
+        "nothing is left",
     )
     add(
         "--metrics-scrape-interval",

@@ -161,6 +161,25 @@ def test_sigterm_drains(start, transport):
     assert "Traceback" not in log
 
 
+def test_what_is_cut_at_the_end_of_a_drain_is_counted(start):
+    """Two answers outlast it; the log says so, and what to do."""
+    process = start(drain="0s")
+    process.write(snapshot("10.0.0.1:80", slots=2))
+    until(lambda: process.state()["endpoints"][0]["limit"] == 2, 20)
+    with channel(f"127.0.0.1:{process.grpc}") as raw:
+        running = [Stream(raw), Stream(raw)]
+        for stream in running:
+            stream.send_request()
+            stream.routed()
+
+        process.process.send_signal(signal.SIGTERM)
+
+        status, log = process.end()
+    (cut,) = [line for line in map(json.loads, log.splitlines()) if "answers" in line]
+    assert (status, cut["level"], cut["answers"]) == (0, "warning", 2)
+    assert "--drain-timeout" in cut["msg"]
+
+
 @pytest.mark.parametrize("transport", ["completion-queue", "aio"])
 def test_who_drains_is_alive(start, transport):
     """Not ready and not to be killed: a liveness probe must not cut off what it still serves."""
