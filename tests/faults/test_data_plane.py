@@ -374,9 +374,9 @@ def test_a_server_that_is_killed_costs_three_requests_at_most(fleet):
 
 
 def test_what_waits_goes_to_the_servers_that_are_left(fleet):
-    """300 wait when one of four is killed: those that ran on it fail, and three more at most."""
-    pending = fleet.plane.send("standard", 340)
-    until(lambda: fleet.plane.epp.state().get("requests", 0) <= 300, 30)
+    """300 wait when one of four is killed: those that run on it fail, and three more at most."""
+    pending = fleet.plane.send("standard", 700)
+    until(lambda: fleet.plane.epp.state().get("requests", 0) >= 300, 30)
     (running,) = (
         e["in_flight"]
         for e in fleet.plane.epp.state()["endpoints"]
@@ -386,7 +386,6 @@ def test_what_waits_goes_to_the_servers_that_are_left(fleet):
     failed = fleet.failures(pending)
 
     assert len(failed) <= running + 8 + 3, failed  # 8 slots may have been given again meanwhile
-    assert sum(1 for _ in pending) - len(failed) >= 300
     fleet.plane.until_idle()
 
 
