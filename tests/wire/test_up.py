@@ -55,7 +55,10 @@ class Program:
         return False
 
     def end(self, signal_number: int = 0, seconds: float = 30) -> int:
-        """Wait for the end, after a signal if one is given; return the exit status."""
+        """Wait for the end, after a signal if one is given; return the exit status.
+
+        Ended processes may be ended again: whoever starts one does, so that no pipe stays open.
+        """
         if signal_number:
             self.process.send_signal(signal_number)
         status = self.process.wait(seconds)
@@ -83,8 +86,9 @@ class Up(Program):
         address = ("127.0.0.1", self.ports["http"])
         with closing(http.client.HTTPConnection(*address, timeout=60)) as connection:
             connection.request("POST", "/v1/chat/completions", json.dumps(body | fields))
-            response = connection.getresponse()
-            return response.status, json.loads(response.read())
+            # Closed here even when it breaks off: it keeps the socket open.
+            with closing(connection.getresponse()) as response:
+                return response.status, json.loads(response.read())
 
     def queues(self) -> dict:
         address = ("127.0.0.1", self.ports["metrics"])
@@ -128,6 +132,19 @@ def in_background(action):
     thread.join(60)
 
 
+@contextmanager
+def hangups(handler):
+    """Have processes that are started in the block begin with SIGHUP ignored, or not.
+
+    They inherit it, so where the tests themselves run under nohup it is ignored.
+    """
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(scope="module")
 def server():
     """The address of a simulated model server that says five tokens a second."""
@@ -155,8 +172,7 @@ def start(folder, server):
 
     yield begin
     for program in started:
-        if program.process.poll() is None:
-            program.end(signal.SIGTERM)
+        program.end(signal.SIGTERM)
         until(program.gone)
 
 
@@ -247,7 +263,8 @@ def test_what_has_no_effect_is_told(start, folder):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_open_requests_are_answered_before_the_end(start, number):
     """What runs is not cut off."""
-    program = start()
+    with hangups(signal.SIG_DFL):
+        program = start()
     with in_background(lambda: program.request("llama-chat", max_tokens=5)) as answers:
         until(lambda: program.in_flight() == 1)
         status = program.end(number)
@@ -272,11 +289,8 @@ def test_a_second_ctrl_c_does_not_wait(start):
 
 def test_nohup_is_respected(start, folder):
     """Started with SIGHUP ignored, it outlives its terminal and goes on following the folder."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
+    with hangups(signal.SIG_IGN):
         program = start("--no-proxy")
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
     program.process.send_signal(signal.SIGHUP)
     policy = folder / "policy.yaml"
