@@ -279,6 +279,7 @@ class Run:
             self.send_request_body(proxy)
         elif shown and not proxy.answering:
             proxy.answering = True
+            proxy.replied_itself = proxy.replied_itself or not proxy.routed
             found = {
                 ":status": random.choice([b"200", b"200", b"500", b"503", b"429"]),
                 "content-type": random.choice([b"application/json", b"text/event-stream"]),
