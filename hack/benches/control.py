@@ -356,7 +356,10 @@ async def _all_reported(api: Cluster) -> bool:
     """Say whether every policy has a status that will last."""
     states: Counter[str] = Counter()
     for number in range(NAMESPACES):
-        for policy in await api.list(POLICY, f"cold-{number}"):
+        policies = [
+            item async for page in api.pages(POLICY, f"cold-{number}") for item in page.items
+        ]
+        for policy in policies:
             reasons = {
                 c["type"]: c["reason"] for c in policy.get("status", {}).get("conditions", [])
             }

@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from forebay_operator import metrics, pages, sources, tls
-from forebay_operator.cluster import ApiError, Cluster
+from forebay_operator.cluster import FIELD_MANAGER, ApiError, Cluster
 from forebay_operator.control import ControlServer, join
 from forebay_operator.deletion import Deletions, is_absent
 from forebay_operator.denials import Denial, Denials
@@ -123,7 +123,7 @@ class ClusterOperator:
 
     def __init__(self, settings: Settings, cluster: Cluster | None = None) -> None:
         self._settings = settings
-        self._cluster = cluster or Cluster(manager=f"forebay-{settings.controller_name}")
+        self._cluster = cluster or Cluster(manager=f"{FIELD_MANAGER}-{settings.controller_name}")
         self._store = Store()
         self._denials = Denials(self._tell)
         self._told: set[asyncio.Task[None]] = set()
@@ -144,10 +144,14 @@ class ClusterOperator:
             self._cluster,
             self._store,
             self._reconciler.touch,
+            self._reconciler.acts_on,
+            self._denials,
             settings.namespaces,
             settings.sweep_interval_seconds,
             KINDS if settings.endpoint_slices else KINDS_BY_DEFAULT,
         )
+        self._reconciler.unread = self._watching.unread
+        self._reconciler.denied = lambda name: [str(each) for each in self._denials.of(name)]
         instance = settings.identity or uuid.uuid4().hex
         self._elector = Elector(
             self._cluster,
@@ -270,6 +274,7 @@ class ClusterOperator:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks, timeout=FINISH_SECONDS)
+            await self._watching.stop()
             await runner.cleanup()
             await self._cluster.close()
 

@@ -1,16 +1,19 @@
 """The only caller of the Kubernetes API besides kopf's watches.
 
-Lists, server-side apply of statuses, Events, leases, token reviews, the control channel's
-certificates: each one request, with the credentials that kopf logs in with. Nothing is retried here
-except a login that has run out: whoever asks knows how long an answer is worth waiting for.
+Lists, watches of pods, server-side apply of statuses, Events, leases, token reviews, the control
+channel's certificates: each one request, with the credentials that kopf logs in with. Nothing is
+retried here except a login that has run out: whoever asks knows how long an answer is worth
+waiting for.
 kopf.ConnectionInfo and aiohttp in place of the kubernetes client, which alone would be more than
 half of the operator's memory.
 """
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import datetime as dt
+import json
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +21,17 @@ import aiohttp
 import kopf
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from forebay_operator.resources import Kind
 
 FIELD_MANAGER = "forebay-operator"
 REQUEST_SECONDS = 30.0
 LOGIN_SECONDS = 60.0  # a service account's token file is renewed while we run
-PAGE_OBJECTS = 500
+PAGE_OBJECTS = 250  # pods of 5.6 KB: 15 ms to parse
+MAX_REQUESTS = 32  # at once, besides watches
+WATCH_SECONDS = 300
+MAX_LINE_BYTES = 8 << 20  # etcd's objects have 1.5 MB
 MAX_EVENT_MESSAGE = 1024
 
 _APPLY = "application/apply-patch+yaml"
@@ -60,6 +66,14 @@ def now_text() -> str:
     return dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Page:
+    """A part of a LIST; `version` is the whole LIST's, from which a watch may go on."""
+
+    items: list[dict[str, Any]]
+    version: str
+
+
 class Cluster:
     """One API server.
 
@@ -78,6 +92,7 @@ class Cluster:
         self._info: kopf.ConnectionInfo | None = None
         self._session: aiohttp.ClientSession | None = None
         self._login_at = 0.0
+        self._requests = asyncio.Semaphore(MAX_REQUESTS)
 
     async def close(self) -> None:
         """Close connections."""
@@ -85,13 +100,12 @@ class Cluster:
             await self._session.close()
             self._session = None
 
-    async def list(self, kind: Kind, namespace: str | None = None) -> list[dict[str, Any]]:
-        """Return all objects of a kind, of one namespace or of all, as a quorum read.
+    async def pages(self, kind: Kind, namespace: str = "") -> AsyncIterator[Page]:
+        """Yield all objects of a kind, of one namespace or of all, as a quorum read in pages.
 
         Raises:
             ApiError: status 404 where the kind's CRD does not exist.
         """
-        found: list[dict[str, Any]] = []
         query = {"limit": str(PAGE_OBJECTS)}
         if kind.label:
             query["labelSelector"] = kind.label
@@ -100,10 +114,44 @@ class Cluster:
             if not str(page.get("kind", "")).endswith("List"):
                 # What is not there is gone: a proxy's page must not be taken for an empty list.
                 raise ApiError(0, f"no list but {str(page)[:100]} came as answer")
-            found += page.get("items") or []
-            query["continue"] = (page.get("metadata") or {}).get("continue") or ""
+            metadata = page.get("metadata") or {}
+            yield Page(page.get("items") or [], str(metadata.get("resourceVersion") or ""))
+            query["continue"] = metadata.get("continue") or ""
             if not query["continue"]:
-                return found
+                return
+
+    async def watch(
+        self, kind: Kind, namespace: str, version: str
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Yield the events after a version until the API server ends the watch, in some minutes.
+
+        Raises:
+            ApiError: it cannot be watched; 410 where the version is too old.
+        """
+        session, info = await self._connect(fresh=False)
+        query = {
+            "watch": "true",
+            "allowWatchBookmarks": "true",
+            "resourceVersion": version,
+            "timeoutSeconds": str(WATCH_SECONDS),
+        }
+        headers = {**info.as_http_headers(), "accept": "application/json"}
+        timeout = aiohttp.ClientTimeout(total=WATCH_SECONDS + 30.0, sock_connect=10.0)
+        url = info.server.rstrip("/") + _path(kind, namespace)
+        try:
+            async with session.get(url, params=query, headers=headers, timeout=timeout) as answer:
+                if answer.status >= 400:
+                    raise await _error(answer)
+                async for line in _lines(answer):
+                    event = json.loads(line)
+                    if event["type"] == "ERROR":
+                        status = event["object"]
+                        message = str(status.get("message", ""))
+                        raise ApiError(int(status.get("code") or 0), message[:500])
+                    yield event
+        except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError) as error:
+            text = str(error) or type(error).__name__
+            raise ApiError(0, f"the watch has broken: {text}") from error
 
     async def apply_status(
         self, kind: Kind, namespace: str, name: str, uid: str, status: dict[str, Any]
@@ -232,9 +280,15 @@ class Cluster:
             if body is not None:
                 headers["content-type"] = content_type
             try:
-                async with session.request(
-                    method, info.server.rstrip("/") + path, json=body, params=query, headers=headers
-                ) as answer:
+                async with (
+                    self._requests,
+                    session.request(
+                        *(method, info.server.rstrip("/") + path),
+                        json=body,
+                        params=query,
+                        headers=headers,
+                    ) as answer,
+                ):
                     if answer.status == 401:
                         continue
                     if answer.status >= 400:
@@ -262,7 +316,7 @@ class Cluster:
             if self._session is None or _anonymous(info) != _anonymous(self._info):
                 await self.close()
                 self._session = aiohttp.ClientSession(
-                    connector=aiohttp.TCPConnector(ssl=tls, limit=32),
+                    connector=aiohttp.TCPConnector(ssl=tls, limit=0),
                     timeout=aiohttp.ClientTimeout(total=REQUEST_SECONDS, sock_connect=10.0),
                     headers={"user-agent": FIELD_MANAGER},
                 )
@@ -277,7 +331,18 @@ def _anonymous(info: kopf.ConnectionInfo | None) -> kopf.ConnectionInfo | None:
     return info and dataclasses.replace(info, token=None)
 
 
-def _path(kind: Kind, namespace: str | None) -> str:
+async def _lines(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """Yield the lines of an answer, which may be longer than aiohttp's own may."""
+    rest = b""
+    async for chunk in answer.content.iter_any():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line
+        if len(rest) > MAX_LINE_BYTES:
+            raise ValueError("an event of more than 8 MiB")
+
+
+def _path(kind: Kind, namespace: str) -> str:
     root = f"/apis/{kind.group}/{kind.version}" if kind.group else f"/api/{kind.version}"
     return f"{root}/namespaces/{namespace}/{kind.plural}" if namespace else f"{root}/{kind.plural}"
 

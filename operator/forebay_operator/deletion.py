@@ -122,13 +122,13 @@ async def is_absent(cluster: Cluster, namespace: str, name: str) -> bool | None:
     answers = 0
     for kind in _POOLS:
         try:
-            found = await cluster.list(kind, namespace)
+            async for page in cluster.pages(kind, namespace):
+                if any(item.get("metadata", {}).get("name") == name for item in page.items):
+                    return False
         except ApiError as error:
             if error.status == 404:
                 continue
             _log.info("cannot look for a pool", extra={"pool": name, "error": str(error)})
             return None
         answers += 1
-        if any(manifest.get("metadata", {}).get("name") == name for manifest in found):
-            return False
     return True if answers else None

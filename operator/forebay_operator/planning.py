@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 import ipaddress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from forebay_control.limits import MAX_ENDPOINTS, MAX_PLAN_BYTES
@@ -206,6 +206,15 @@ def plan(pool: AnyPool, resources: Iterable[Resource], unread: Iterable[Metadata
         and other.picker_service == pool.picker_service is not None
     )
     return Planned(snapshot, tuple(problems), policy, pickers, held_by, too_large, shared_with)
+
+
+def held(planned: Planned) -> Planned:
+    """Leave the plan out, so that endpoint pickers keep theirs and take the endpoints."""
+    snapshot = pb.Snapshot()
+    snapshot.CopyFrom(planned.snapshot)
+    snapshot.ClearField("plan")
+    snapshot.ClearField("sources")
+    return replace(planned, snapshot=snapshot)
 
 
 def unattached(resources: Iterable[Resource]) -> tuple[Problem, ...]:

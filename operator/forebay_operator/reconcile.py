@@ -21,9 +21,14 @@ from forebay_operator.conditions import Attachment, Subject, Transition
 from forebay_operator.resources import (
     CONTROLLER_LABEL,
     KINDS,
+    EndpointSlice,
     FlowControlPolicy,
     InferenceModel,
+    InferenceObjective,
     InferencePool,
+    InferencePoolV1Alpha2,
+    Pod,
+    Service,
 )
 
 if TYPE_CHECKING:
@@ -33,7 +38,7 @@ if TYPE_CHECKING:
     from forebay_operator.control import ControlServer
     from forebay_operator.deletion import Deletions
     from forebay_operator.planning import Planned
-    from forebay_operator.resources import AnyPool, Resource
+    from forebay_operator.resources import AnyPool, Kind, Resource
     from forebay_operator.store import Entry, Store
 
 QUIET_SECONDS = 0.05  # plan once nothing has changed for this long,
@@ -48,6 +53,12 @@ TICK_SECONDS = 0.1
 MAX_WRITES = 16  # at once
 MAX_BACKOFF_SECONDS = 30.0
 _POOL = "InferencePool"
+
+# Of which it has to be known what there is before endpoints are told, and before a plan is.
+_ENDPOINTS = {kind for kind in KINDS if kind.model in (Service, Pod, EndpointSlice)}
+_PLAN = {
+    kind for kind in KINDS if kind.model in (FlowControlPolicy, InferenceModel, InferenceObjective)
+}
 
 _log = logging.getLogger(__name__)
 
@@ -91,6 +102,12 @@ class Reconciler:
             that are connected, since there are neither Services nor pods.
         deletions: hears of pools that come and go.
         clock: monotonic seconds.
+
+    Attributes:
+        reporting: whether statuses are written.
+        alive_at: when a loop has last turned.
+        unread: returns the kinds of which nobody knows yet what a namespace holds.
+        denied: returns in sentences what may not be read there.
     """
 
     def __init__(
@@ -112,6 +129,8 @@ class Reconciler:
         self._clock = clock
         self._deletions = deletions
         self._planned: dict[str, tuple[AnyPool, Planned]] = {}
+        self.unread: Callable[[str], set[Kind]] = lambda _: set()
+        self.denied: Callable[[str], list[str]] = lambda _: []
         self._not_ours: dict[str, str] = {}  # other pools, and whose they are: "" nobody's
         self._problems: dict[str, set[str]] = {}  # that were told of, by pool
         self._dirty: set[str] = set()
@@ -188,8 +207,28 @@ class Reconciler:
             self.plan(namespace)
             await asyncio.sleep(0)
 
+    def acts_on(self, namespace: str) -> bool:
+        """Say whether a pool of a namespace is this operator's."""
+        resources = [
+            entry.resource
+            for entry in self._store.entries(namespace)
+            if isinstance(entry.resource, (InferencePool, InferencePoolV1Alpha2, Service))
+        ]
+        return any(
+            self._controller in (None, planning.claimant(pool, resources))
+            for pool in planning.pools(resources)
+        )
+
     def plan(self, namespace: str) -> None:
-        """Plan the pools of a namespace and program their pickers."""
+        """Plan the pools of a namespace and program their pickers.
+
+        What is not known must not be taken for absent: where it is not known yet which Services
+        and pods there are, nothing is done; where it is not known which policies, models and
+        objectives there are, endpoint pickers keep their plan and take the endpoints.
+        """
+        unread = self.unread(namespace)
+        if unread & _ENDPOINTS:
+            return
         with metrics.PLANNING.time():
             entries = list(self._store.entries(namespace))
             resources = [entry.resource for entry in entries if entry.resource is not None]
@@ -213,14 +252,16 @@ class Reconciler:
                 for name in everything:
                     self._deletions.exists(name)
             for name, pool in pools.items():
-                unread = [
+                invalid = [
                     entry.metadata for entry in entries if _is_unread(entry, pool.metadata.name)
                 ]
                 try:
-                    planned = planning.plan(pool, resources, unread)
+                    planned = planning.plan(pool, resources, invalid)
                 except Exception:  # one pool that cannot be planned must not stop the others
                     _log.exception("planning failed", extra={"pool": name})
                     continue
+                if unread & _PLAN:
+                    planned = planning.held(planned)
                 self._planned[name] = (pool, planned)
                 self._control.retain(name, self.expected(name) or ())
                 self._control.program(name, planned.snapshot)
@@ -278,7 +319,9 @@ class Reconciler:
         return sorted(namespaces)
 
     def statuses(self, namespace: str) -> Iterator[tuple[Entry, dict[str, Any]]]:
-        """Return what the status of each object of a namespace should be."""
+        """Return what the status of each object of a namespace should be, as far as is known."""
+        if self.unread(namespace) & _ENDPOINTS:
+            return
         for entry in list(self._store.entries(namespace)):
             if not entry.kind.ours_to_report or entry.metadata.deletion_timestamp:
                 continue
@@ -361,6 +404,7 @@ class Reconciler:
         )
         notes = [p.message for p in planned.problems if p.kind == _POOL]
         endpoints = len(planned.snapshot.endpoints.endpoints)
+        notes += [f"the operator is denied {what}" for what in self.denied(namespace)]
         if not endpoints:
             notes.append(f"InferencePool {pool} has no ready endpoints: requests wait for some")
         return Attachment(

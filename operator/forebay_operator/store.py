@@ -71,7 +71,7 @@ class Store:
         self._by_name: dict[tuple[Kind, str, str], str] = {}
         self._by_namespace: dict[str, dict[tuple[Kind, str], Entry]] = {}
         self._removed: OrderedDict[str, tuple[str, float]] = OrderedDict()
-        self._empty_since: dict[Kind, float] = {}
+        self._empty_since: dict[tuple[Kind, str], float] = {}
 
     def namespaces(self) -> list[str]:
         """Return the namespaces that hold anything."""
@@ -170,38 +170,71 @@ class Store:
             del self._by_namespace[metadata.namespace]
         return {metadata.namespace}
 
-    def sweep(
-        self, kind: Kind, manifests: Iterable[dict[str, Any]], began_at: float, now: float
-    ) -> Swept:
-        """Correct what is known of a kind by a LIST that began at `began_at`.
+    def begin_sweep(self, kind: Kind, namespace: str, began_at: float) -> Sweep:
+        """Begin to correct what is known of a kind in a namespace, "" for all, by a LIST."""
+        return Sweep(self, kind, namespace, began_at)
 
-        What the LIST does not hold is removed only if it was last seen before the LIST began. A
-        LIST that would remove the last object of a kind has to come a second time, ten seconds
-        later: an API server that has lost its data for a moment must not wipe out all queues.
-        """
-        swept = Swept()
-        listed: set[str] = set()
+    def forget(self, kind: Kind, namespace: str, now: float) -> None:
+        """Drop what is known of a kind in a namespace; only a LIST brings it back."""
+        for uid, _ in self.of(kind, namespace):
+            self.remove(kind, uid, now)
+
+    def of(self, kind: Kind, namespace: str) -> list[tuple[str, Entry]]:
+        """Return what is known of a kind in a namespace, "" for all, by uid."""
+        entries = self._by_namespace.get(namespace, {}) if namespace else self._entries
+        return [(uid, entry) for (other, uid), entry in entries.items() if other == kind]
+
+    def empty_since(self, kind: Kind, namespace: str, now: float | None) -> float:
+        """Return since when LISTs would wipe out a kind: `now` if not before, None to clear."""
+        if now is None:
+            return self._empty_since.pop((kind, namespace), math.inf)
+        return self._empty_since.setdefault((kind, namespace), now)
+
+
+class Sweep:
+    """What a LIST says, page by page; made by `Store.begin_sweep`.
+
+    What the LIST does not hold is removed only if it was last seen before the LIST began. A LIST
+    that would remove the last object of a kind in its namespace has to come a second time, ten
+    seconds later: an API server that has lost its data for a moment must not wipe out all queues.
+    """
+
+    def __init__(self, store: Store, kind: Kind, namespace: str, began_at: float) -> None:
+        self._store = store
+        self._kind = kind
+        self._namespace = namespace
+        self._began_at = began_at
+        self._listed: set[str] = set()
+        self.swept = Swept()
+
+    def take(self, manifests: Iterable[dict[str, Any]], now: float) -> None:
+        """Take objects that the LIST holds."""
         for manifest in manifests:
             uid = str(manifest.get("metadata", {}).get("uid", ""))
-            listed.add(uid)
-            known = self._entries.get((kind, uid))
-            if changed := self.put(kind, manifest, now, began_at):
-                swept.changed |= changed
-                swept.corrected.add(uid)
+            self._listed.add(uid)
+            known = self._store.get(self._kind, uid)
+            if changed := self._store.put(self._kind, manifest, now, self._began_at):
+                self.swept.changed |= changed
+                self.swept.corrected.add(uid)
             elif known is not None:
                 known.seen_at = now
-        mine = [(uid, entry) for (other, uid), entry in self._entries.items() if other == kind]
-        gone = [uid for uid, entry in mine if uid not in listed and entry.seen_at < began_at]
+
+    def finish(self, now: float) -> Swept:
+        """Remove what the LIST, which is complete, does not hold."""
+        mine = self._store.of(self._kind, self._namespace)
+        gone = [
+            uid for uid, entry in mine if uid not in self._listed and entry.seen_at < self._began_at
+        ]
         if gone and len(gone) == len(mine):
-            since = self._empty_since.setdefault(kind, now)
+            since = self._store.empty_since(self._kind, self._namespace, now)
             if now - since < EMPTY_SECONDS:
-                swept.held = True
-                return swept
-        self._empty_since.pop(kind, None)
+                self.swept.held = True
+                return self.swept
+        self._store.empty_since(self._kind, self._namespace, None)
         for uid in gone:
-            swept.changed |= self.remove(kind, uid, now)
-            swept.corrected.add(uid)
-        return swept
+            self.swept.changed |= self._store.remove(self._kind, uid, now)
+            self.swept.corrected.add(uid)
+        return self.swept
 
 
 def _metadata(manifest: dict[str, Any]) -> Metadata | None:
@@ -232,7 +265,7 @@ def _entry(
     reported = kind.ours_to_report
     return Entry(
         kind=kind,
-        metadata=metadata,
+        metadata=metadata if problems or resource is None else resource.metadata,
         resource=resource,
         problems=problems,
         status=status if reported and isinstance(status, dict) else {},

@@ -1,9 +1,14 @@
-"""What a cluster holds, kept true: kopf's watches for speed, LISTs for truth.
+"""What a cluster holds, kept true: watches for speed, LISTs for truth.
 
 A first LIST of every kind fills the store, watches deliver what changes, and once a minute (and
 whenever kopf lists anew, which is a sign of a gap) a LIST corrects what the watches missed. If two
 sweeps in a row find changes that no watch delivers, the watches are deaf and the process has to
-start again. How kopf is run is handlers.py's business.
+start again.
+
+Every watched namespace is read by itself, by kopf; all namespaces together are one scope. Where the
+API server denies a kind, that scope goes on without it, and what was known of it stays. Pods are
+many and large: they are read only where a pool is ours, page by page, by a watch of our own,
+because kopf would keep several copies of each. How kopf is run does not belong here (handlers.py).
 """
 
 from __future__ import annotations
@@ -13,36 +18,56 @@ import logging
 import random
 import time
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from forebay_operator import cluster as api
 from forebay_operator import handlers, metrics
-from forebay_operator.resources import KINDS, InferencePool, InferencePoolV1Alpha2
+from forebay_operator.resources import (
+    KINDS,
+    POD,
+    InferencePool,
+    InferencePoolV1Alpha2,
+    Service,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from forebay_operator.cluster import Cluster
+    from forebay_operator.denials import Denials
     from forebay_operator.resources import Kind
-    from forebay_operator.store import Store
+    from forebay_operator.store import Store, Sweep
 
 HELD_SECONDS = 14.0  # with jitter still more than store.EMPTY_SECONDS
 GAP_SECONDS = 1.0
 MIN_SWEEP_SECONDS = 5.0  # between sweeps, however often kopf lists
 DISCOVERY_SECONDS = 10.0
-MAX_BACKOFF_SECONDS = 10.0  # each time kopf lists everything
+MAX_BACKOFF_SECONDS = 10.0  # each time kopf lists everything in the scope
 STEADY_SECONDS = 60.0
 DEAF_SWEEPS = 2
 DELIVERY_SECONDS = 5.0  # what is younger may still be on its way
 END_SECONDS = 10.0
+STEP_OBJECTS = 50  # between two turns of the loop: 5 ms
 
 _POOLS = [kind for kind in KINDS if kind.model in (InferencePool, InferencePoolV1Alpha2)]
+_CLAIMS = [*_POOLS, *(kind for kind in KINDS if kind.model is Service)]
 
 _log = logging.getLogger(__name__)
 
 
 class DeafError(Exception):
     """Watches do not deliver; only a new process gets new ones."""
+
+
+@dataclass(slots=True)
+class _Scope:
+    """A namespace, or "" for all, and how kopf's watches of it stand; `began_at`: not None."""
+
+    namespace: str
+    anew: asyncio.Event = field(default_factory=asyncio.Event)
+    began_at: float | None = None
+    listed_by_kopf_until: float = 0.0
 
 
 class Watching:
@@ -52,10 +77,11 @@ class Watching:
         cluster: the API.
         store: what is filled.
         touch: called with the namespaces that have changed.
+        acts_on: says whether a namespace holds a pool that is ours; there pods are read.
+        denials: told of what may not be read.
         namespaces: which are watched; none means all.
         sweep_seconds: between LISTs of everything.
         kinds: which are read.
-        clock: monotonic seconds.
 
     Attributes:
         waits_for: why the store is not filled yet; empty when it is.
@@ -66,71 +92,102 @@ class Watching:
         cluster: Cluster,
         store: Store,
         touch: Callable[[set[str]], None],
+        acts_on: Callable[[str], bool],
+        denials: Denials,
         namespaces: tuple[str, ...] = (),
         sweep_seconds: float = 60.0,
         kinds: tuple[Kind, ...] = KINDS,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cluster = cluster
         self._store = store
         self._touch = touch
-        self._namespaces = namespaces
+        self._acts_on = acts_on
+        self._denials = denials
+        self._scopes = [_Scope(namespace) for namespace in namespaces or ("",)]
         self._sweep_seconds = sweep_seconds
-        self._kinds = kinds
-        self._clock = clock
+        self._kinds = tuple(kind for kind in kinds if kind != POD)
+        self._clock = time.monotonic
         self._gap = asyncio.Event()
-        self._listed_by_kopf_until = 0.0
         self._absent: set[Kind] = set()
-        self._held: set[Kind] = set()
-        self._begin_anew = asyncio.Event()
-        self._undelivered: set[str] = set()
+        self._held: set[tuple[Kind, str]] = set()
+        self._read: set[tuple[Kind, str]] = set()
+        self._undelivered: dict[str, tuple[Kind, str]] = {}  # uids, and where each was listed
         self._deaf = 0
+        self._pods: dict[str, asyncio.Task[None]] = {}
+        self._pod_versions: dict[str, str] = {}
+        self._pods_watched_at: dict[str, float] = {}
+        self._pod_lists = asyncio.Semaphore(1)
+        self._filled = False
         self.waits_for = "the first LIST"
+
+    def unread(self, namespace: str) -> set[Kind]:
+        """Return the kinds of which it has to be known what a namespace holds, and is not yet.
+
+        Pods matter only where a pool is ours.
+        """
+        wide = {kind for kind in self._kinds if (kind, "") not in self._read} - self._absent
+        if namespace in self._pods:
+            wide.add(POD)
+        return {kind for kind in wide if (kind, namespace) not in self._read}
 
     # --- events
 
-    def on_event(self, kind: Kind, event: Any) -> None:
+    def on_event(self, kind: Kind, event: Any, scope: _Scope | None = None) -> None:
         """Take an event of a watch; kopf gives what it lists itself the type None."""
         metrics.EVENTS.labels(kind.kind).inc()
         now = self._clock()
         manifest = event["object"]
         metadata = manifest.get("metadata", {})
         uid = str(metadata.get("uid", ""))
-        self._undelivered.discard(uid)
+        self._undelivered.pop(uid, None)
         if event["type"] == "DELETED":
             version = str(metadata.get("resourceVersion", ""))
-            self._touch(self._store.remove(kind, uid, now, version))
+            self._changed(kind, self._store.remove(kind, uid, now, version))
             return
-        if event["type"] is None and now > self._listed_by_kopf_until:
+        if event["type"] is None and scope is not None and now > scope.listed_by_kopf_until:
             self._gap.set()
-        self._touch(self._store.put(kind, dict(manifest), now))
+        self._changed(kind, self._store.put(kind, dict(manifest), now))
+
+    def _changed(self, kind: Kind, namespaces: set[str]) -> None:
+        if kind in _CLAIMS and self._filled:
+            for namespace in namespaces:
+                self._follow(namespace)
+        self._touch(namespaces)
 
     # --- lists
 
     async def fill(self) -> None:
-        """List every kind until that succeeds for all of them and the needed ones exist."""
+        """List every kind until all that may be read is, and the needed kinds exist."""
         backoff = 0.5
         while True:
             failures = await self._list_all()
-            self.waits_for = "; ".join([*self._uninstalled(), *failures])
+            self.waits_for = "; ".join([*self._lacking(), *failures])
             if not self.waits_for:
                 metrics.SWEPT_AT.set_to_current_time()
+                self._filled = True
+                for namespace in self._store.namespaces():
+                    self._follow(namespace)
                 return
             _log.warning("not ready", extra={"waits_for": self.waits_for})
             await asyncio.sleep(_jittered(backoff))
             backoff = min(2 * backoff, DISCOVERY_SECONDS)
 
-    def _uninstalled(self) -> list[str]:
-        """Name the CRDs without which nothing works; a pool may be of either group."""
+    def _lacking(self) -> list[str]:
+        """Name the kinds without which nothing works; a pool may be of either group."""
         needed = [[kind] for kind in KINDS if kind.required] + [_POOLS]
-        return [
-            f"the CRD {' or '.join(map(_name, kinds))} to be installed"
-            for kinds in needed
-            if self._absent.issuperset(kinds)
-        ]
+        lacking = []
+        for kinds in needed:
+            names = " or ".join(map(_name, kinds))
+            if self._absent.issuperset(kinds):
+                lacking.append(f"the CRD {names} to be installed")
+            elif not any(
+                (kind, scope.namespace) in self._read for kind in kinds for scope in self._scopes
+            ):
+                lacking.append(f"the right to list {names}")
+        return lacking
 
     async def run_sweeps(self) -> None:
-        """Correct the store from time to time, for ever.
+        """Correct the store from time to time, until cancelled.
 
         Raises:
             DeafError: watches do not deliver.
@@ -146,6 +203,7 @@ class Watching:
             gap = self._gap.is_set()
             self._gap.clear()
             self._undelivered.clear()
+            steady = self._steady()
             failures = await self._list_all()
             swept_at = self._clock()
             for failure in failures:
@@ -158,23 +216,32 @@ class Watching:
             metrics.SWEEPS.labels(result).inc()
             if self._undelivered and not gap:
                 await asyncio.sleep(DELIVERY_SECONDS)
-            self._listen(gap=gap or self._gap.is_set())
+            self._listen(steady & self._steady(), gap=gap or self._gap.is_set())
 
-    def _listen(self, *, gap: bool) -> None:
+    def _steady(self) -> set[tuple[Kind, str]]:
+        """Return what is watched for long enough to be delivered: kinds and their namespaces."""
+        late = self._clock() - DELIVERY_SECONDS
+        kopfs = {
+            (kind, scope.namespace)
+            for scope in self._scopes
+            if scope.began_at is not None and scope.began_at < late
+            for kind in self._kinds
+        }
+        return kopfs | {(POD, name) for name, at in self._pods_watched_at.items() if at < late}
+
+    def _listen(self, steady: set[tuple[Kind, str]], *, gap: bool) -> None:
         """Count sweeps that found what watches should have delivered."""
-        if not self._undelivered or gap:
+        missed = sum(where in steady for where in self._undelivered.values())
+        if not missed or gap:
             self._deaf = 0
             return
         self._deaf += 1
-        _log.warning(
-            "watches missed changes",
-            extra={"changes": len(self._undelivered), "sweeps": self._deaf},
-        )
+        _log.warning("watches missed changes", extra={"changes": missed, "sweeps": self._deaf})
         if self._deaf >= DEAF_SWEEPS:
             raise DeafError(f"{DEAF_SWEEPS} sweeps in a row found changes no watch delivered")
 
     async def run_discovery(self) -> None:
-        """Look for kinds whose CRDs were missing, for ever.
+        """Look for kinds whose CRDs were missing, until cancelled.
 
         This asks for what we may read, and so works without the right to look at CRDs.
         """
@@ -182,78 +249,157 @@ class Watching:
             await asyncio.sleep(_jittered(DISCOVERY_SECONDS))
             for kind in sorted(self._absent, key=_name):
                 with suppress(api.ApiError):
-                    await self._list(kind)
+                    await self._list_kind(kind)
 
     async def _list_all(self) -> list[str]:
-        """Sweep every kind; return what went wrong."""
+        """Sweep every kind, and pods where pools are ours; return what went wrong."""
         failures: dict[str, None] = {}
         for kind in self._kinds:
             try:
-                await self._list(kind)
+                await self._list_kind(kind)
             except api.ApiError as error:
                 failures[f"{_name(kind)}: {error}" if error.status else str(error)] = None
+        for namespace in self._store.namespaces():
+            if not self._acts_on(namespace):
+                continue
+            try:
+                version = await self._list(POD, namespace)
+                if version is not None and namespace not in self._pods:
+                    self._pod_versions[namespace] = version
+            except api.ApiError as error:
+                failures[f"{_name(POD)}: {error}" if error.status else str(error)] = None
         return list(failures)
 
-    async def _list(self, kind: Kind) -> None:
-        """Sweep one kind."""
-        manifests: list[dict[str, Any]] = []
-        began_at = self._clock()
+    async def _list_kind(self, kind: Kind) -> None:
+        """Sweep one kind in every scope; one that fails does not keep the others from it."""
+        error: api.ApiError | None = None
+        for scope in self._scopes:
+            try:
+                await self._list(kind, scope.namespace)
+            except api.ApiError as what:
+                error = error or what
+        if error is not None:
+            raise error
+
+    async def _list(self, kind: Kind, namespace: str) -> str | None:
+        """Sweep one kind in a namespace, "" for all.
+
+        Returns:
+            the version from which a watch goes on; None where there is nothing to read.
+
+        Raises:
+            ApiError: the API server has troubles of its own.
+        """
+        sweep = self._store.begin_sweep(kind, namespace, self._clock())
         try:
-            for namespace in self._namespaces or (None,):
-                manifests += await self._cluster.list(kind, namespace)
+            version = await self._take_pages(sweep, kind, namespace)
         except api.ApiError as error:
-            if error.status != 404 or not kind.group:
-                raise
-            if kind not in self._absent:
-                _log.info("the CRD is not installed", extra={"kind": _name(kind)})
-            self._absent.add(kind)  # what was known of it stays
-            return
+            self._changed(kind, sweep.swept.changed)
+            if self._is_answer(error, kind, namespace):
+                return None
+            raise
         if kind in self._absent:
             _log.info("the CRD is installed now", extra={"kind": _name(kind)})
             self._absent.discard(kind)
-            self._begin_anew.set()
-        swept = self._store.sweep(kind, manifests, began_at, self._clock())
+            self._begin_anew("")
+        elif self._denials.allow(_name(kind), namespace) and kind != POD:
+            self._begin_anew(namespace)
+        swept = sweep.finish(self._clock())
+        key = (kind, namespace)
         if not swept.held:
-            self._held.discard(kind)
-        elif kind not in self._held:
-            self._held.add(kind)
+            self._held.discard(key)
+        elif key not in self._held:
+            self._held.add(key)
             _log.error(
                 "a LIST holds none of the objects that were there; waiting for a second one",
-                extra={"kind": _name(kind)},
+                extra={"kind": _name(kind), "namespace": namespace},
             )
-        self._undelivered |= swept.corrected
-        self._touch(swept.changed)
+        self._undelivered.update(dict.fromkeys(swept.corrected, (kind, namespace)))
+        if key not in self._read:
+            self._read.add(key)
+            swept.changed |= {namespace} if namespace else set(self._store.namespaces())
+        self._changed(kind, swept.changed)
+        return version
 
-    # --- watches
+    async def _take_pages(self, sweep: Sweep, kind: Kind, namespace: str) -> str:
+        """Put a LIST into the store, and let others have the loop in between."""
+        version = ""
+        async for page in self._cluster.pages(kind, namespace):
+            version = page.version
+            for start in range(0, len(page.items), STEP_OBJECTS):
+                sweep.take(page.items[start : start + STEP_OBJECTS], self._clock())
+                await asyncio.sleep(0)
+        return version
+
+    def _is_answer(self, error: api.ApiError, kind: Kind, namespace: str) -> bool:
+        """Tell whether a LIST failed because the kind is not there or denied, and note that.
+
+        What was known of it stays.
+        """
+        if error.status == 403:
+            if self._denials.deny(_name(kind), namespace, str(error)) and kind != POD:
+                self._begin_anew(namespace)
+            return True
+        if error.status == 404 and kind.group:
+            if kind not in self._absent:
+                _log.info("the CRD is not installed", extra={"kind": _name(kind)})
+            self._absent.add(kind)
+            return True
+        return False
+
+    def _begin_anew(self, namespace: str) -> None:
+        """Have kopf find out what there is to watch in a namespace, "" for all of them."""
+        for scope in self._scopes:
+            if namespace in ("", scope.namespace):
+                scope.anew.set()
+
+    # --- watches by kopf
 
     async def run_watches(self) -> None:
-        """Keep kopf running, for ever.
-
-        It ends when a watch fails for good or a CRD goes; then it begins anew, and also when a CRD
-        has come, since it finds out about kinds at its start only.
+        """Keep kopf running in every scope, until cancelled.
 
         Raises:
-            DeafError: it does not end when it is told to.
+            DeafError: kopf does not end when it is told to.
+        """
+        tasks = [asyncio.create_task(self._run_scope(scope)) for scope in self._scopes]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=END_SECONDS)
+
+    async def _run_scope(self, scope: _Scope) -> None:
+        """Keep kopf running in one scope.
+
+        It ends when a watch fails for good or a CRD goes; then it begins anew, and also when a CRD
+        or a right has come or gone, since it finds out about kinds at its start only.
         """
         running = asyncio.get_running_loop()
 
         def on_event(kind: Kind, event: Any) -> None:
             with suppress(RuntimeError):  # this loop has ended
-                running.call_soon_threadsafe(self.on_event, kind, event)
+                running.call_soon_threadsafe(self.on_event, kind, event, scope)
 
         backoff = 0.5
         while True:
-            self._begin_anew.clear()
-            began_at = self._clock()
-            self._listed_by_kopf_until = began_at + DELIVERY_SECONDS
+            scope.anew.clear()
+            kinds = self._readable(scope)
+            if not kinds:
+                await scope.anew.wait()
+                continue
+            began_at = scope.began_at = self._clock()
+            scope.listed_by_kopf_until = began_at + DELIVERY_SECONDS
             # What has changed between our LIST and its own is found by a sweep.
             settled = running.call_later(DELIVERY_SECONDS, self._gap.set)
-            watches = handlers.Watches(on_event, self._kinds, self._namespaces)
-            anew = asyncio.create_task(self._begin_anew.wait())
+            namespaces = (scope.namespace,) if scope.namespace else ()
+            watches = handlers.Watches(on_event, kinds, namespaces)
+            anew = asyncio.create_task(scope.anew.wait())
             ended = watches.start()
             try:
                 await asyncio.wait((anew, ended), return_when=asyncio.FIRST_COMPLETED)
             finally:
+                scope.began_at = None
                 settled.cancel()
                 anew.cancel()
                 watches.stop()
@@ -261,9 +407,71 @@ class Watching:
                 error = ended.exception() if ended.done() else None
             if not ended.done():
                 raise DeafError("the watches do not end")
-            if self._begin_anew.is_set():
+            if scope.anew.is_set():
                 continue
-            _log.warning("watches ended, beginning anew", extra={"error": str(error)[:500]})
+            _log.warning(
+                "watches ended, beginning anew",
+                extra={"namespace": scope.namespace, "error": str(error)[:500]},
+            )
+            for kind in kinds:  # the reason may be a right that is gone
+                with suppress(api.ApiError):
+                    await self._list(kind, scope.namespace)
+            if self._clock() - began_at > STEADY_SECONDS:
+                backoff = 0.5
+            await asyncio.sleep(_jittered(backoff))
+            backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
+
+    def _readable(self, scope: _Scope) -> tuple[Kind, ...]:
+        """Return the kinds that may be read in a scope."""
+        return tuple(
+            kind for kind in self._kinds if not self._denials.holds(_name(kind), scope.namespace)
+        )
+
+    # --- watches of pods
+
+    async def stop(self) -> None:
+        """End the watches of pods."""
+        for task in self._pods.values():
+            task.cancel()
+        if self._pods:
+            await asyncio.wait(self._pods.values(), timeout=END_SECONDS)
+
+    def _follow(self, namespace: str) -> None:
+        """Begin to read the pods of a namespace in which a pool is ours, or end it."""
+        acts = self._acts_on(namespace)
+        if acts and namespace not in self._pods:
+            self._pods[namespace] = asyncio.create_task(self._follow_pods(namespace))
+        elif not acts and namespace in self._pods:
+            self._pods.pop(namespace).cancel()
+            self._read.discard((POD, namespace))
+            self._denials.allow(_name(POD), namespace)
+            self._store.forget(POD, namespace, self._clock())
+
+    async def _follow_pods(self, namespace: str) -> None:
+        """List and watch the pods of a namespace, until cancelled."""
+        version = self._pod_versions.pop(namespace, None)
+        backoff = 0.5
+        while True:
+            began_at = self._clock()
+            try:
+                if version is None:
+                    async with self._pod_lists:
+                        version = await self._list(POD, namespace)
+                if version is not None:
+                    began_at = self._pods_watched_at[namespace] = self._clock()
+                    async for event in self._cluster.watch(POD, namespace, version):
+                        version = event["object"]["metadata"]["resourceVersion"]
+                        if event["type"] != "BOOKMARK":
+                            self.on_event(POD, event)
+            except api.ApiError as error:
+                _log.info("pods: %s", error, extra={"namespace": namespace})
+                if error.status in (403, 410):
+                    version = None
+            except Exception:  # one namespace must not stop the others, nor stay deaf
+                _log.exception("the watch of pods failed", extra={"namespace": namespace})
+                version = None
+            finally:
+                self._pods_watched_at.pop(namespace, None)
             if self._clock() - began_at > STEADY_SECONDS:
                 backoff = 0.5
             await asyncio.sleep(_jittered(backoff))

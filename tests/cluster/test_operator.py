@@ -142,7 +142,7 @@ def test_the_oldest_of_two_policies_counts_until_it_is_deleted(site):
     assert answer(picker) == 413
     (ancestor,) = site.status("a-young")["ancestors"]
     assert ancestor["ancestorRef"]["name"] == "chat"
-    assert ancestor["controllerName"] == "forebay.dev/operator"
+    assert ancestor["controllerName"] == "forebay.dev/forebay"
     assert [(c["type"], c["status"], c["reason"]) for c in ancestor["conditions"]] == [
         ("Accepted", "False", "Conflicted")
     ]
@@ -446,7 +446,7 @@ def test_only_statuses_are_written_and_only_their_own_parts(site):
     for kind, name in (("fcp", "p"), ("inferencemodel", "m"), (POOLS, "chat")):
         command = ("get", kind, name, "-n", site.namespace, "-o", "json", "--show-managed-fields")
         metadata = json.loads(site.cluster.kubectl(*command).stdout)["metadata"]
-        ours = [f for f in metadata["managedFields"] if f["manager"] == "forebay-operator"]
+        ours = [f for f in metadata["managedFields"] if f["manager"] == "forebay-operator-forebay"]
         assert [f["subresource"] for f in ours] == ([] if kind == POOLS else ["status"]), kind
         assert all(list(f["fieldsV1"]) == ["f:status"] for f in ours)
         assert "finalizers" not in metadata

@@ -234,7 +234,7 @@ class Operator(Process):
     @property
     def ready(self) -> bool:
         assert self.running, self.log[-3000:]
-        return self.page("/readyz") == "ok\n"
+        return (self.page("/readyz") or "").startswith("ok\n")
 
     @property
     def epoch(self) -> float:

@@ -45,6 +45,11 @@ async def cluster(server):
     await cluster.close()
 
 
+async def listed(cluster, kind, namespace=""):
+    """All objects of a LIST."""
+    return [item async for part in cluster.pages(kind, namespace) for item in part.items]
+
+
 def page(items, token=""):
     body = {"kind": "FlowControlPolicyList", "metadata": {"continue": token}, "items": items}
     return web.json_response(body)
@@ -53,7 +58,7 @@ def page(items, token=""):
 async def test_a_list_is_read_to_its_last_page(server, cluster):
     """Each page's token asks for the next."""
     server.answers += [page([{"a": 1}], "next"), page([{"a": 2}])]
-    assert await cluster.list(POLICY) == [{"a": 1}, {"a": 2}]
+    assert await listed(cluster, POLICY) == [{"a": 1}, {"a": 2}]
     assert [query.get("continue") for _, query, _ in server.asked] == [None, "next"]
     assert {path for path, _, _ in server.asked} == {PATH}
 
@@ -61,7 +66,7 @@ async def test_a_list_is_read_to_its_last_page(server, cluster):
 async def test_only_what_is_labelled_is_listed(server, cluster):
     """A cluster has far more EndpointSlices than ours."""
     server.answers += [page([])]
-    await cluster.list(SLICE, "default")
+    await listed(cluster, SLICE, "default")
     assert server.asked[0][1]["labelSelector"] == "forebay.dev/inference-pool"
 
 
@@ -79,18 +84,18 @@ async def test_what_is_no_list_is_an_error(server, cluster, answer):
     """What a list does not hold is removed: a proxy's page must not look like an empty one."""
     server.answers.append(answer())
     with pytest.raises(ApiError):
-        await cluster.list(POLICY)
+        await listed(cluster, POLICY)
 
 
 async def test_a_refused_token_is_read_anew_once(server, cluster):
     """A service account's token is renewed in its file."""
     server.answers += [web.Response(status=401), page([])]
-    assert await cluster.list(POLICY) == []
+    assert await listed(cluster, POLICY) == []
     sent = [headers["authorization"] for _, _, headers in server.asked]
     assert sent == ["Bearer token-0", "Bearer token-1"]
     server.answers += [web.Response(status=401), web.Response(status=401)]
     with pytest.raises(ApiError, match="credentials"):
-        await cluster.list(POLICY)
+        await listed(cluster, POLICY)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +105,7 @@ async def test_retry_after_is_read_within_reason(server, cluster, header, second
     """No server may stop us for a day."""
     server.answers.append(web.Response(status=429, headers={"retry-after": header}))
     with pytest.raises(ApiError) as error:
-        await cluster.list(POLICY)
+        await listed(cluster, POLICY)
     assert (error.value.status, error.value.retry_after_seconds) == (429, seconds)
 
 
@@ -111,13 +116,13 @@ async def test_credentials_that_cannot_be_read_are_an_error_of_that_request():
         raise FileNotFoundError("kubeconfig")
 
     with pytest.raises(ApiError, match="kubeconfig"):
-        await Cluster(broken).list(POLICY)
+        await listed(Cluster(broken), POLICY)
 
 
 async def test_a_server_that_is_away_is_an_error():
     """Status 0: it was not asked."""
     cluster = Cluster(lambda: kopf.ConnectionInfo(server="http://127.0.0.1:9"))
     with pytest.raises(ApiError) as error:
-        await cluster.list(POLICY)
+        await listed(cluster, POLICY)
     assert error.value.status == 0
     await cluster.close()

@@ -37,6 +37,13 @@ def filled(*names: str, now: float = 0.0) -> Store:
     return store
 
 
+def sweep(store: Store, kind, manifests, began_at: float, now: float, namespace: str = ""):
+    """Take a LIST."""
+    found = store.begin_sweep(kind, namespace, began_at)
+    found.take(manifests, now)
+    return found.finish(now)
+
+
 def names(store: Store) -> set[str]:
     return {entry.metadata.name for entry in store.entries("default")}
 
@@ -127,7 +134,7 @@ def test_a_watch_that_tells_of_the_last_end_is_believed():
     store = filled("a")
 
     assert store.remove(POLICY, "uid-a", 1.0, "6") == {"default"}
-    assert not store.sweep(POLICY, [], 2.0, 3.0).held
+    assert not sweep(store, POLICY, [], 2.0, 3.0).held
 
 
 def test_a_name_made_again_replaces_its_predecessor():
@@ -197,7 +204,7 @@ def test_what_is_remembered_of_removed_objects_is_bounded():
 def test_a_sweep_removes_a_ghost():
     """What a broken watch did not say."""
     store = filled("a", "ghost")
-    swept = store.sweep(POLICY, [policy("a")], 10.0, 11.0)
+    swept = sweep(store, POLICY, [policy("a")], 10.0, 11.0)
 
     assert (swept.changed, swept.corrected, swept.held) == ({"default"}, {"uid-ghost"}, False)
     assert names(store) == {"a"}
@@ -208,14 +215,14 @@ def test_a_sweep_finds_what_watches_missed():
     store = filled("a")
     listed = [policy("a", version=2, generation=2), policy("b", version=3)]
 
-    assert store.sweep(POLICY, listed, 10.0, 11.0).corrected == {"uid-a", "uid-b"}
+    assert sweep(store, POLICY, listed, 10.0, 11.0).corrected == {"uid-a", "uid-b"}
     assert names(store) == {"a", "b"}
 
 
 def test_a_clean_sweep_changes_nothing():
     """It is the usual one."""
     store = filled("a", "b")
-    swept = store.sweep(POLICY, [policy("a"), policy("b")], 10.0, 11.0)
+    swept = sweep(store, POLICY, [policy("a"), policy("b")], 10.0, 11.0)
 
     assert (swept.changed, swept.corrected) == (set(), set())
 
@@ -224,7 +231,7 @@ def test_an_object_seen_after_the_list_began_is_kept():
     """It was made meanwhile."""
     store = filled("a")
     store.put(POLICY, policy("new"), 10.5)
-    store.sweep(POLICY, [policy("a")], 10.0, 11.0)
+    sweep(store, POLICY, [policy("a")], 10.0, 11.0)
 
     assert names(store) == {"a", "new"}
 
@@ -233,7 +240,7 @@ def test_an_object_deleted_while_the_list_ran_stays_away():
     """The LIST still holds it."""
     store = filled("a", "b")
     store.remove(POLICY, "uid-b", 10.5)
-    store.sweep(POLICY, [policy("a"), policy("b")], 10.0, 11.0)
+    sweep(store, POLICY, [policy("a"), policy("b")], 10.0, 11.0)
 
     assert names(store) == {"a"}
 
@@ -242,7 +249,7 @@ def test_a_predecessor_in_a_list_does_not_come_back():
     """The LIST began before it was deleted and made again."""
     store = filled("a", "b")
     store.put(POLICY, policy("b", uid="second", version=7), 10.5)
-    store.sweep(POLICY, [policy("a"), policy("b")], 10.0, 11.0)
+    sweep(store, POLICY, [policy("a"), policy("b")], 10.0, 11.0)
 
     assert store.named(POLICY, "default", "b").metadata.uid == "second"
 
@@ -251,20 +258,20 @@ def test_the_last_objects_of_a_kind_are_removed_by_a_second_list_only():
     """Ten seconds later: nothing is wiped out because of one empty answer."""
     store = filled("a", "b")
 
-    assert store.sweep(POLICY, [], 10.0, 11.0).held
-    assert store.sweep(POLICY, [], 19.0, 11.0 + EMPTY_SECONDS - 0.1).held
+    assert sweep(store, POLICY, [], 10.0, 11.0).held
+    assert sweep(store, POLICY, [], 19.0, 11.0 + EMPTY_SECONDS - 0.1).held
     assert names(store) == {"a", "b"}
-    swept = store.sweep(POLICY, [], 21.0, 11.0 + EMPTY_SECONDS)
+    swept = sweep(store, POLICY, [], 21.0, 11.0 + EMPTY_SECONDS)
     assert (swept.held, len(swept.corrected), names(store)) == (False, 2, set())
 
 
 def test_an_empty_list_that_was_a_mistake_is_forgotten():
     """The ten seconds begin anew with the next empty one."""
     store = filled("a")
-    store.sweep(POLICY, [], 10.0, 11.0)
-    store.sweep(POLICY, [policy("a")], 20.0, 21.0)
+    sweep(store, POLICY, [], 10.0, 11.0)
+    sweep(store, POLICY, [policy("a")], 20.0, 21.0)
 
-    assert store.sweep(POLICY, [], 30.0, 31.0).held
+    assert sweep(store, POLICY, [], 30.0, 31.0).held
     assert names(store) == {"a"}
 
 
@@ -272,8 +279,8 @@ def test_kinds_are_swept_apart():
     """An empty LIST of one says nothing about another."""
     store = filled("a")
     store.put(POD, {"metadata": {"name": "p", "uid": "u"}, "status": {}}, 0.0)
-    store.sweep(POD, [], 10.0, 11.0)
-    store.sweep(POD, [], 30.0, 31.0)
+    sweep(store, POD, [], 10.0, 11.0)
+    sweep(store, POD, [], 30.0, 31.0)
 
     assert names(store) == {"a"}
 
@@ -282,7 +289,7 @@ def test_a_list_that_began_before_an_event_does_not_set_it_back():
     """Versions decide between a LIST and an event that came while it ran."""
     store = filled("b")
     store.put(POLICY, policy("a", version=20, generation=2), 10.5)
-    store.sweep(POLICY, [policy("b"), policy("a", version=10)], 10.0, 11.0)
+    sweep(store, POLICY, [policy("b"), policy("a", version=10)], 10.0, 11.0)
 
     assert store.get(POLICY, "uid-a").metadata.generation == 2
 
@@ -294,7 +301,7 @@ def test_a_restored_backup_is_believed_by_a_sweep():
     older = policy("a", version=50, generation=4)
 
     assert store.put(POLICY, older, 5.0) == set()
-    store.sweep(POLICY, [policy("b"), older], 10.0, 11.0)
+    sweep(store, POLICY, [policy("b"), older], 10.0, 11.0)
     assert store.get(POLICY, "uid-a").metadata.generation == 4
     assert store.put(POLICY, policy("a", version=51, generation=5), 12.0) == {"default"}
 
@@ -302,10 +309,10 @@ def test_a_restored_backup_is_believed_by_a_sweep():
 def test_an_object_that_is_there_again_is_taken_by_a_sweep():
     """A LIST that began after its removal is right: a backup was restored over another."""
     store = filled("a", "b")
-    store.sweep(POLICY, [policy("a")], 10.0, 11.0)
+    sweep(store, POLICY, [policy("a")], 10.0, 11.0)
     assert names(store) == {"a"}
 
-    store.sweep(POLICY, [policy("a"), policy("b")], 20.0, 21.0)
+    sweep(store, POLICY, [policy("a"), policy("b")], 20.0, 21.0)
     assert names(store) == {"a", "b"}
 
 
@@ -346,10 +353,10 @@ def test_sweeps_make_the_store_true(steps):
                 if delivered:
                     store.remove(POLICY, uid, now)
             case "sweep":
-                store.sweep(POLICY, list(truth.values()), now, now + 0.5)
+                sweep(store, POLICY, list(truth.values()), now, now + 0.5)
     for _ in range(2):
         now += EMPTY_SECONDS + 1.0
-        store.sweep(POLICY, list(truth.values()), now, now + 0.5)
+        sweep(store, POLICY, list(truth.values()), now, now + 0.5)
 
     held = {e.metadata.uid: e.metadata.generation for e in store.entries("default")}
     assert held == {m["metadata"]["uid"]: m["metadata"]["generation"] for m in truth.values()}
