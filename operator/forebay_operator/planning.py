@@ -29,6 +29,7 @@ from forebay_operator.resources import (
     Service,
 )
 from forebay_operator.resources.fields import series
+from forebay_operator.resources.kubernetes import ACTIVE_PORTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -47,7 +48,6 @@ MAX_MODELS = 4096  # what an endpoint picker takes
 MAX_OBJECTIVES = 1024
 POOL_GROUPS = ("inference.networking.k8s.io", "inference.networking.x-k8s.io")
 _ORIGINS = ("pool_uid", "sources")  # of a snapshot: what it was made from, not what it does
-ACTIVE_PORTS = ("llm-d.ai/active-ports", "inference.networking.k8s.io/active-ports")
 
 _NEVER = dt.datetime.max.replace(tzinfo=dt.UTC)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from forebay_operator.resources.fields import (
     Foreign,
@@ -13,6 +13,7 @@ from forebay_operator.resources.fields import (
     Port,
 )
 
+ACTIVE_PORTS = ("llm-d.ai/active-ports", "inference.networking.k8s.io/active-ports")
 POOL_LABEL = "forebay.dev/inference-pool"
 CONTROLLER_LABEL = "forebay.dev/controller"
 
@@ -33,10 +34,16 @@ class _PodStatus(Foreign):
     conditions: tuple[_PodCondition, ...] = ()
 
 
+def _with_active_ports_only(metadata: Metadata) -> Metadata:
+    """Drop the annotations that are not read: pods are many, and theirs are large."""
+    kept = {key: text for key, text in metadata.annotations.items() if key in ACTIVE_PORTS}
+    return metadata.model_copy(update={"annotations": kept})
+
+
 class Pod(Foreign):
     """v1: a member of a pool, or one of its endpoint pickers."""
 
-    metadata: Metadata
+    metadata: Annotated[Metadata, AfterValidator(_with_active_ports_only)]
     status: _PodStatus = _PodStatus()
 
     @property
