@@ -123,6 +123,34 @@ def claimant(pool: AnyPool, resources: Iterable[Resource]) -> str:
     return service.metadata.labels.get(CONTROLLER_LABEL, "") if service else ""
 
 
+class Holdings:
+    """What a namespace holds, arranged so that a pool finds its pods without a look at all."""
+
+    def __init__(self, resources: Iterable[Resource]) -> None:
+        self._others: list[Resource] = []
+        self._pods: list[Pod] = []
+        self._by_label: dict[tuple[str, str], list[Pod]] = {}
+        for resource in resources:
+            if not isinstance(resource, Pod):
+                self._others.append(resource)
+                continue
+            self._pods.append(resource)
+            for label in resource.metadata.labels.items():
+                self._by_label.setdefault(label, []).append(resource)
+
+    def of(self, pool: AnyPool) -> list[Resource]:
+        """Return what matters to a pool: of the pods its servers and endpoint pickers."""
+        found = {pod.metadata.uid: pod for pod in self._selected(pool.selector)}
+        service = _picker_service(pool, self._others)
+        if service is not None and service.spec.selector:
+            found.update((p.metadata.uid, p) for p in self._selected(service.spec.selector))
+        return [*self._others, *found.values()]
+
+    def _selected(self, selector: dict[str, str]) -> list[Pod]:
+        lists = [self._by_label.get(label, []) for label in selector.items()]
+        return [pod for pod in min(lists, key=len, default=self._pods) if _selected(pod, selector)]
+
+
 def plan(pool: AnyPool, resources: Iterable[Resource], unread: Iterable[Metadata] = ()) -> Planned:
     """Plan one pool.
 

@@ -204,7 +204,8 @@ class Reconciler:
         """Plan the namespaces that have been touched."""
         dirty, self._dirty = self._dirty, set()
         for namespace in sorted(dirty):
-            self.plan(namespace)
+            for _ in self._plan(namespace):
+                await asyncio.sleep(0)
             await asyncio.sleep(0)
 
     def acts_on(self, namespace: str) -> bool:
@@ -220,7 +221,12 @@ class Reconciler:
         )
 
     def plan(self, namespace: str) -> None:
-        """Plan the pools of a namespace and program their pickers.
+        """Plan the pools of a namespace and program their pickers."""
+        for _ in self._plan(namespace):
+            pass
+
+    def _plan(self, namespace: str) -> Iterator[None]:
+        """Do it, and yield after each pool, so that the loop turns.
 
         What is not known must not be taken for absent: where it is not known yet which Services
         and pods there are, nothing is done; where it is not known which policies, models and
@@ -229,44 +235,47 @@ class Reconciler:
         unread = self.unread(namespace)
         if unread & _ENDPOINTS:
             return
-        with metrics.PLANNING.time():
-            entries = list(self._store.entries(namespace))
-            resources = [entry.resource for entry in entries if entry.resource is not None]
-            everything = {
-                f"{namespace}/{pool.metadata.name}": pool for pool in planning.pools(resources)
-            }
-            pools = self._claimed(namespace, everything, resources)
-            for name in [name for name in self._planned if name.partition("/")[0] == namespace]:
-                if name not in pools:
-                    gone, _ = self._planned.pop(name)
-                    self._control.forget(name)
-                    if self._deletions is not None and name not in everything:
-                        self._deletions.suspect(name, gone.metadata.uid)
-                    self._tell_of_pool(name, gone, {})
-                    _log.info(
-                        "pool is %s; its endpoint pickers keep their program",
-                        "not claimed any more" if name in everything else "gone",
-                        extra={"pool": name},
-                    )
-            if self._deletions is not None:
-                for name in everything:
-                    self._deletions.exists(name)
-            for name, pool in pools.items():
-                invalid = [
-                    entry.metadata for entry in entries if _is_unread(entry, pool.metadata.name)
-                ]
-                try:
-                    planned = planning.plan(pool, resources, invalid)
-                except Exception:  # one pool that cannot be planned must not stop the others
-                    _log.exception("planning failed", extra={"pool": name})
-                    continue
-                if unread & _PLAN:
-                    planned = planning.held(planned)
-                self._planned[name] = (pool, planned)
-                self._control.retain(name, self.expected(name) or ())
-                self._control.program(name, planned.snapshot)
-            self._unreported.add(namespace)
-            self._report_wake.set()
+        entries = list(self._store.entries(namespace))
+        resources = [entry.resource for entry in entries if entry.resource is not None]
+        everything = {
+            f"{namespace}/{pool.metadata.name}": pool for pool in planning.pools(resources)
+        }
+        pools = self._claimed(namespace, everything, resources)
+        for name in [name for name in self._planned if name.partition("/")[0] == namespace]:
+            if name not in pools:
+                gone, _ = self._planned.pop(name)
+                self._control.forget(name)
+                if self._deletions is not None and name not in everything:
+                    self._deletions.suspect(name, gone.metadata.uid)
+                self._tell_of_pool(name, gone, {})
+                _log.info(
+                    "pool is %s; its endpoint pickers keep their program",
+                    "not claimed any more" if name in everything else "gone",
+                    extra={"pool": name},
+                )
+        if self._deletions is not None:
+            for name in everything:
+                self._deletions.exists(name)
+        policies = [entry for entry in entries if entry.kind.model is FlowControlPolicy]
+        holdings = planning.Holdings(resources)
+        for name, pool in pools.items():
+            yield
+            invalid = [
+                entry.metadata for entry in policies if _is_unread(entry, pool.metadata.name)
+            ]
+            try:
+                with metrics.PLANNING.time():
+                    planned = planning.plan(pool, holdings.of(pool), invalid)
+            except Exception:  # one pool that cannot be planned must not stop the others
+                _log.exception("planning failed", extra={"pool": name})
+                continue
+            if unread & _PLAN:
+                planned = planning.held(planned)
+            self._planned[name] = (pool, planned)
+            self._control.retain(name, self.expected(name) or ())
+            self._control.program(name, planned.snapshot)
+        self._unreported.add(namespace)
+        self._report_wake.set()
 
     def _claimed(
         self, namespace: str, pools: dict[str, AnyPool], resources: list[Resource]
