@@ -26,19 +26,27 @@ if TYPE_CHECKING:
     from forebay_operator.planning import Planned
     from forebay_operator.resources import AnyPool, Resource
 
+MAX_COMPARISONS = 100  # of names that are alike; one takes up to a millisecond
+
 
 def advice(resources: Iterable[Resource]) -> tuple[Problem, ...]:
     """Return what to look at again, in the order of pools."""
     everything = list(resources)
     found: list[Problem] = []
     for pool in planning.pools(everything):
-        planned = planning.plan(pool, everything)
-        mine = [r for r in everything if r.metadata.namespace == pool.metadata.namespace]
-        if planned.policy is not None:
-            found += _of_policy(planned.policy, planned, mine)
-        found += _of_pool(pool, planned, mine)
-        found += _of_objectives(pool, planned, mine)
+        found += of_pool(pool, planning.plan(pool, everything), everything)
     return tuple(dict.fromkeys(found))
+
+
+def of_pool(pool: AnyPool, planned: Planned, resources: Iterable[Resource]) -> list[Problem]:
+    """Return what to look at again of one pool and what is for it."""
+    mine = [r for r in resources if r.metadata.namespace == pool.metadata.namespace]
+    found: list[Problem] = []
+    if planned.policy is not None:
+        found += _of_policy(planned.policy, planned, mine)
+    found += _of_itself(pool, planned, mine)
+    found += _of_objectives(pool, planned, mine)
+    return found
 
 
 def _of_policy(
@@ -112,10 +120,14 @@ def _overrides(
         and planning.means(r.spec.pool_ref)
         and r.spec.pool_ref.name in pools
     }
+    comparisons = MAX_COMPARISONS
     for number, override in enumerate(policy.spec.models):
         if override.name in names:
             continue
-        near = difflib.get_close_matches(override.name, sorted(names), n=1)
+        comparisons -= len(names)
+        near = (
+            difflib.get_close_matches(override.name, sorted(names), n=1) if comparisons >= 0 else []
+        )
         message = (
             f"spec.models[{number}].name: no InferenceModel has the modelName {override.name}, so "
             "this makes a model of that name"
@@ -131,7 +143,7 @@ def _overrides(
             yield told("TargetNamed", message)
 
 
-def _of_pool(pool: AnyPool, planned: Planned, resources: list[Resource]) -> Iterator[Problem]:
+def _of_itself(pool: AnyPool, planned: Planned, resources: list[Resource]) -> Iterator[Problem]:
     name = f"{pool.metadata.namespace}/{pool.metadata.name}"
     if pool.picker_service is None:
         message = (

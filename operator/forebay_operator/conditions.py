@@ -71,7 +71,8 @@ class Attachment:
     None where the pool does not exist. `service` is the one behind which they should be; None:
     the pool names none; "": there are no Services. `held_by` is the invalid policy for whose sake
     the pool's endpoint pickers keep the plan they have. `too_large` says so of the plan, which is
-    then not sent. `shared_with` are other pools that name the same Service.
+    then not sent. `shared_with` are other pools that name the same Service. `advice` is what is
+    valid there and surely not meant.
     """
 
     pool: str
@@ -84,6 +85,7 @@ class Attachment:
     held_by: str = ""
     too_large: str = ""
     shared_with: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,10 +332,12 @@ def _summary(
             if (c["status"], c["reason"]) == (worst["status"], worst["reason"])
         }
         message = worst["message"]
-        if _rank(worst) != _GOOD and len(attachments) > 1:
+        differ = len(set(equals.values())) > 1
+        if len(attachments) > 1 and (differ or _rank(worst) != _GOOD):
             texts: dict[str, list[str]] = {}
             for pool, text in equals.items():
-                texts.setdefault(text, []).append(pool)
+                if text:
+                    texts.setdefault(text, []).append(pool)
             message = "; ".join(
                 f"InferencePool {_listed(pools)}: {text}"
                 for text, pools in list(texts.items())[:MAX_NAMED]
@@ -366,7 +370,9 @@ def _accepted(subject: Subject, attachment: Attachment | None) -> _Verdict:
         return "False", *attachment.refused
     if attachment is None or attachment.pickers is None:
         return "False", "TargetNotFound", "its pool does not exist: see ResolvedRefs"
-    return "True", "Accepted", ""
+    more = len(attachment.advice) - MAX_NAMED
+    advice = "; ".join(attachment.advice[:MAX_NAMED]) + (f"; and {more} more" if more > 0 else "")
+    return "True", "Accepted", f"look again at this: {advice}" if advice else ""
 
 
 def _resolved(attachment: Attachment | None) -> _Verdict:

@@ -2,7 +2,36 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
 from prometheus_client import Counter, Gauge, Histogram
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Series:
+    """The series of a gauge by namespace: those that are not shown any more are taken away."""
+
+    def __init__(self, gauge: Gauge) -> None:
+        self._gauge = gauge
+        self._shown: defaultdict[str, set[tuple[str, ...]]] = defaultdict(set)
+
+    def show(self, namespace: str, values: Mapping[tuple[str, ...], float]) -> None:
+        """Replace the series of a namespace by these values by labels."""
+        for labels in self._shown.pop(namespace, set()) - values.keys():
+            self._gauge.remove(*labels)
+        for labels, value in values.items():
+            self._gauge.labels(*labels).set(value)
+        if values:
+            self._shown[namespace] = set(values)
+
+    def clear(self) -> None:
+        """Take all series away."""
+        for namespace in list(self._shown):
+            self.show(namespace, {})
+
 
 STREAMS = Gauge("forebay_control_streams", "Open control streams", ["pool"])
 REFUSALS = Counter("forebay_control_refusals", "Control streams refused or ended", ["reason"])
@@ -11,6 +40,27 @@ ANSWERS = Counter("forebay_control_answers", "Answers to programs", ["answer"])
 POOL_PROBLEMS = Gauge(
     "forebay_pool_problems", "1 for each problem that a pool has now", ["pool", "reason"]
 )
+DESIRED = Series(
+    Gauge("forebay_pool_endpoint_pickers_desired", "EPPs that a pool should have", ["pool"])
+)
+CONNECTED = Series(
+    Gauge("forebay_pool_endpoint_pickers_connected", "Of those, EPPs with a stream", ["pool"])
+)
+PROGRAMMED = Series(
+    Gauge(
+        "forebay_pool_endpoint_pickers_programmed",
+        "Of those, EPPs that run the latest program",
+        ["pool"],
+    )
+)
+CONDITIONS = Series(
+    Gauge(
+        "forebay_policy_condition",
+        "1 for the status that a condition of a FlowControlPolicy has now",
+        ["namespace", "name", "type", "status"],
+    )
+)
+PLANNING_FAILURES = Counter("forebay_planning_failures", "Pools that could not be planned")
 PLANNING = Histogram(
     "forebay_reconcile_seconds",
     "Time of one planning pass",

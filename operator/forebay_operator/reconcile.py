@@ -15,9 +15,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from forebay_operator import conditions, metrics, planning
+from forebay_operator import advice, conditions, metrics, planning
 from forebay_operator.cluster import ApiError, now_text
-from forebay_operator.conditions import Attachment, Subject, Transition
+from forebay_operator.conditions import Attachment, PickerState, Subject, Transition
 from forebay_operator.resources import (
     CONTROLLER_LABEL,
     KINDS,
@@ -131,6 +131,7 @@ class Reconciler:
         self._planned: dict[str, tuple[AnyPool, Planned]] = {}
         self.unread: Callable[[str], set[Kind]] = lambda _: set()
         self.denied: Callable[[str], list[str]] = lambda _: []
+        self._advice: dict[str, tuple[str, ...]] = {}  # by pool
         self._not_ours: dict[str, str] = {}  # other pools, and whose they are: "" nobody's
         self._problems: dict[str, set[str]] = {}  # that were told of, by pool
         self._dirty: set[str] = set()
@@ -244,6 +245,7 @@ class Reconciler:
         for name in [name for name in self._planned if name.partition("/")[0] == namespace]:
             if name not in pools:
                 gone, _ = self._planned.pop(name)
+                self._advice.pop(name, None)
                 self._control.forget(name)
                 if self._deletions is not None and name not in everything:
                     self._deletions.suspect(name, gone.metadata.uid)
@@ -267,11 +269,13 @@ class Reconciler:
                 with metrics.PLANNING.time():
                     planned = planning.plan(pool, holdings.of(pool), invalid)
             except Exception:  # one pool that cannot be planned must not stop the others
+                metrics.PLANNING_FAILURES.inc()
                 _log.exception("planning failed", extra={"pool": name})
                 continue
             if unread & _PLAN:
                 planned = planning.held(planned)
             self._planned[name] = (pool, planned)
+            self._advice[name] = _advice(pool, planned, holdings.of(pool))
             self._control.retain(name, self.expected(name) or ())
             self._control.program(name, planned.snapshot)
         self._unreported.add(namespace)
@@ -427,18 +431,22 @@ class Reconciler:
             held_by=planned.held_by,
             too_large=planned.too_large,
             shared_with=() if self._standalone else planned.shared_with,
+            advice=self._advice.get(name, ()),
         )
 
     def _look(self, namespace: str, now: float) -> None:
         """Find out which statuses of a namespace have to be written, and when."""
+        numbers: dict[str, list[Picker]] = {}
         for name, (pool, planned) in list(self._planned.items()):
             if name.partition("/")[0] == namespace:
-                pickers = self._pickers(name)
+                pickers = numbers[name] = self._pickers(name)
                 problems = {p.reason: p.message for p in planned.problems if p.kind == _POOL}
                 problems |= conditions.pool_problems(pickers)
                 told = problems.keys() if planned.policy is None else problems.keys() - {"Stale"}
                 self._tell_of_pool(name, pool, problems, told)
-        for entry, status in self.statuses(namespace):
+        statuses = list(self.statuses(namespace))
+        _measure(namespace, numbers, statuses)
+        for entry, status in statuses:
             key = (entry.kind, entry.metadata.uid)
             pending = self._pending.get(key)
             if pending is not None and pending.writing:
@@ -583,8 +591,62 @@ class Reconciler:
         )
 
     def forget_pending(self) -> None:
-        """Stop writing: somebody else leads."""
+        """Stop writing and measuring: another replica leads."""
         self._pending.clear()
+        for pool, reasons in self._problems.items():
+            for reason in reasons:
+                metrics.POOL_PROBLEMS.remove(pool, reason)
+        self._problems.clear()
+        for series in (
+            metrics.DESIRED,
+            metrics.CONNECTED,
+            metrics.PROGRAMMED,
+            metrics.CONDITIONS,
+        ):
+            series.clear()
+
+
+def _advice(pool: AnyPool, planned: Planned, resources: list[Resource]) -> tuple[str, ...]:
+    """Return what the policy in force, if any, says of what is surely not meant."""
+    if planned.policy is None or not planned.snapshot.HasField("plan"):
+        return ()
+    found = []
+    for told in advice.of_pool(pool, planned, resources):
+        if told.reason == "NoEndpointPickerRef":
+            continue  # a pool without a Service is claimed only where there are none
+        text = f"{told.reason}: {told.message}"
+        own = told.kind == "FlowControlPolicy"
+        found.append(text if own else f"{told.kind} {told.name.partition('/')[2]}: {text}")
+    return tuple(found)
+
+
+def _measure(
+    namespace: str,
+    pickers: Mapping[str, list[Picker]],
+    statuses: list[tuple[Entry, dict[str, Any]]],
+) -> None:
+    """Show how the EPPs of the pools of a namespace stand, and the conditions of its policies."""
+    metrics.DESIRED.show(namespace, {(pool,): len(found) for pool, found in pickers.items()})
+    metrics.CONNECTED.show(
+        namespace,
+        {(pool,): sum(epp.connected for epp in found) for pool, found in pickers.items()},
+    )
+    metrics.PROGRAMMED.show(
+        namespace,
+        {
+            (pool,): sum(epp.state is PickerState.PROGRAMMED for epp in found)
+            for pool, found in pickers.items()
+        },
+    )
+    metrics.CONDITIONS.show(
+        namespace,
+        {
+            (namespace, entry.metadata.name, condition["type"], condition["status"]): 1
+            for entry, status in statuses
+            if entry.kind.model is FlowControlPolicy
+            for condition in status.get("conditions") or ()
+        },
+    )
 
 
 def resource_group(pool: AnyPool) -> str:

@@ -38,6 +38,19 @@ spec: {poolRef: {name: chat}, priority: PRIORITY}
 """
 CODE = BASE.partition("---")[0].replace("name: chat", "name: code")
 
+TWICE = """---
+apiVersion: inference.networking.x-k8s.io/v1alpha2
+kind: InferenceModel
+metadata: {name: twice}
+spec: {modelName: twice, poolRef: {name: chat}, targetModels: [{name: a}, {name: b}, {name: a}]}
+"""
+V1ALPHA2 = """
+apiVersion: inference.networking.x-k8s.io/v1alpha2
+kind: InferencePool
+metadata: {name: chat}
+spec: {selector: {app: vllm}, targetPortNumber: 8000, extensionRef: {name: REF, kind: KIND}}
+"""
+
 
 def read(text):
     return [parse(document) for document in yaml.safe_load_all(text)]
@@ -75,6 +88,14 @@ def objectives(*priorities):
             *("TargetNamed", "is what the servers call llama-chat"),
         ),
         ("saturation: {maxConcurrency: 8}", "", "FieldWithoutEffect", "mode is Adaptive"),
+        (
+            "saturation: {mode: Concurrency}, modelServerMetrics: {running: a, waiting: b}",
+            *("", "FieldWithoutEffect", "spec.modelServerMetrics counts with mode Adaptive"),
+        ),
+        (
+            *("trust: {}", TWICE),
+            *("TargetTwice", "spec.targetModels names a more than once"),
+        ),
         ("trust: {}", f"---{CODE}", "NoPolicy", "the defaults"),
         ("trust: {}", f"---{CODE}", "EndpointPickerShared", "names Service epp too"),
         ("trust: {}", objectives(1), "ObjectivesNotTrusted", "trust.objectiveHeader"),
@@ -89,6 +110,24 @@ def test_what_is_surely_not_meant_is_told(policy, more, reason, words):
     found = advice(read(BASE.replace("POLICY", policy) + more))
 
     assert [p for p in found if p.reason == reason and words in p.message], found
+
+
+def test_a_pool_without_models_that_rejects_unmatched_requests_refuses_all():
+    """Every request gets 404."""
+    pool, _, policy = BASE.replace("POLICY", "unmatched: {action: Reject}").split("---")
+    (told,) = advice(read(f"{pool}---{policy}"))
+
+    assert (told.reason, told.name) == ("EverythingRejected", "default/chat")
+    assert "every request is refused with 404" in told.message
+
+
+def test_a_pool_without_a_service_of_endpoint_pickers_is_told():
+    """A reference of another kind names no Service."""
+    _, *others = BASE.replace("POLICY", "trust: {}").split("---")
+    pool = V1ALPHA2.replace("REF", "epp").replace("KIND", "Deployment")
+    (told,) = advice(read("---".join([pool, *others])))
+
+    assert (told.kind, told.reason) == ("InferencePool", "NoEndpointPickerRef")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+from prometheus_client import REGISTRY
 
 from forebay_control.v1 import control_pb2 as pb
 from forebay_operator import conditions, metrics, planning
@@ -123,7 +124,8 @@ def world():
         return written.statuses[before:]
 
     world.put, world.after = put, after
-    return world
+    yield world
+    reconciler.forget_pending()  # metrics are the process's
 
 
 def reason(status, which="Programmed"):
@@ -266,6 +268,73 @@ async def test_endpoint_pickers_that_come_and_go_write_nothing_into_models(world
         bad = [entry for entry in world.written.announced if entry[2:] == ("False", "Stale")]
         assert len(bad) == events
         assert {entry[0] for entry in world.written.announced} <= {"p"}
+
+
+async def test_a_model_that_refers_to_something_else_than_a_pool_is_told(world):
+    """It has no effect, and names the reference as it is."""
+    reference = {"kind": "Service", "name": "chat"}
+    world.put(MODEL, manifest(MODEL, "m", {"modelName": "m", "poolRef": reference}))
+    ((name, status),) = await world.after(1)
+    assert (name, reason(status, "Accepted"), reason(status)) == (
+        "m",
+        "InvalidPoolRef",
+        "InvalidPoolRef",
+    )
+    assert "names a Service" in status["conditions"][0]["message"]
+
+
+async def test_a_policy_says_what_is_surely_not_meant(world):
+    """In the message of Accepted, so without an Event; it goes when that is corrected."""
+    world.put(POLICY, policy(saturation={"maxConcurrency": 8}))
+    ((_, status),) = await world.after(1)
+    accepted = next(c for c in status["conditions"] if c["type"] == "Accepted")
+    assert (accepted["status"], accepted["reason"]) == ("True", "Accepted")
+    assert "FieldWithoutEffect: spec.saturation.maxConcurrency" in accepted["message"]
+    world.written.announced.clear()
+
+    world.put(POLICY, policy(generation=2, version="2", status=status))
+    ((_, status),) = await world.after(1)
+    accepted = next(c for c in status["conditions"] if c["type"] == "Accepted")
+    assert (accepted["status"], accepted["message"]) == ("True", "")
+    assert world.written.announced == []
+
+
+# --- metrics
+
+
+def series(name):
+    """The samples of a metric, by the values of its labels."""
+    return {
+        tuple(sample.labels.values()): sample.value
+        for metric in REGISTRY.collect()
+        for sample in metric.samples
+        if sample.name == name
+    }
+
+
+async def test_metrics_tell_how_endpoint_pickers_and_policies_stand(world):
+    """Only what is so now has a series; a replica that does not lead has none."""
+    world.put(POLICY, policy())
+    await world.after(1)
+    for what in ("desired", "connected", "programmed"):
+        assert series(f"forebay_pool_endpoint_pickers_{what}") == {("default/chat",): 1}
+    shown = series("forebay_policy_condition")
+    assert len(shown) == 4
+    assert shown["default", "p", "Programmed", "True"] == 1
+
+    world.control.state = PickerState.STALE
+    world.reconciler.pickers_changed("default/chat")
+    await world.after(1)
+    assert series("forebay_pool_endpoint_pickers_programmed") == {("default/chat",): 0}
+    shown = series("forebay_policy_condition")
+    assert ("default", "p", "Programmed", "True") not in shown
+    assert shown["default", "p", "Programmed", "False"] == 1
+    assert series("forebay_pool_problems")
+
+    world.reconciler.forget_pending()
+    assert series("forebay_policy_condition") == {}
+    assert series("forebay_pool_endpoint_pickers_desired") == {}
+    assert series("forebay_pool_problems") == {}
 
 
 # --- errors
@@ -429,10 +498,12 @@ async def test_one_pool_that_cannot_be_planned_stops_no_other(world, monkeypatch
 
     world.put(POOL, manifest(POOL, "bad", spec))
     monkeypatch.setattr(planning, "plan", broken)
+    failures = series("forebay_planning_failures_total")[()]
     world.put(POLICY, policy(unmatched={"action": "Reject"}))
     assert world.control.programs["default/chat"][-1].plan.unmatched.action == "Reject"
     assert [pool.metadata.name for pool, _ in world.reconciler.planned()] == ["bad", "chat"]
     assert "a defect" in caplog.text
+    assert series("forebay_planning_failures_total")[()] == failures + 1
 
 
 async def test_a_pool_that_is_gone_is_forgotten_but_not_programmed_away(world):
