@@ -213,6 +213,13 @@ class Sweep:
             uid = str(manifest.get("metadata", {}).get("uid", ""))
             self._listed.add(uid)
             known = self._store.get(self._kind, uid)
+            version = str(manifest.get("metadata", {}).get("resourceVersion", ""))
+            same = known is not None and known.resource_version == version != ""
+            if known is not None and same and not self._kind.ours_to_report:
+                # Most of 10,000 pods: to read them again would make as many new objects, which
+                # Python's collector would then have to look at.
+                known.seen_at = now
+                continue
             if changed := self._store.put(self._kind, manifest, now, self._began_at):
                 self.swept.changed |= changed
                 self.swept.corrected.add(uid)

@@ -14,6 +14,7 @@ because kopf would keep several copies of each. How kopf is run does not belong 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import random
 import time
@@ -160,8 +161,15 @@ class Watching:
         """List every kind until all that may be read is, and the needed kinds exist."""
         backoff = 0.5
         while True:
-            failures = await self._list_all()
-            self.waits_for = "; ".join([*self._lacking(), *failures])
+            # The collector would look at all that comes, again and again, up to 0.3 s each time.
+            gc.disable()
+            try:
+                failures = await self._list_all()
+                self.waits_for = "; ".join([*self._lacking(), *failures])
+                if not self.waits_for:
+                    gc.freeze()
+            finally:
+                gc.enable()
             if not self.waits_for:
                 metrics.SWEPT_AT.set_to_current_time()
                 self._filled = True
