@@ -46,6 +46,7 @@ class EndpointState:
 
     Attributes:
         free: slots that can be given away now; negative when a limit has shrunk.
+        counted: those of them that are in the sum of `EndpointSet`.
         occupancy: slots taken, whoever has taken them.
         spared: used although it is out, because the whole pool is.
         wake_at: when `free` may change by time alone, in monotonic seconds.
@@ -63,6 +64,7 @@ class EndpointState:
         "_probing",
         "_stale_at",
         "address",
+        "counted",
         "foreign",
         "free",
         "fresh",
@@ -96,6 +98,7 @@ class EndpointState:
         self.kv_usage: float | None = None
         self.fresh = False
         self.free = 0
+        self.counted = 0
         self.occupancy = 0
         self.wake_at = self.scheduled_at = NEVER
         self._stale_at = NEVER
@@ -185,7 +188,8 @@ class EndpointState:
         if not self.fresh and self.foreign:
             halvings = (now - self._stale_at) / FOREIGN_HALF_LIFE_SECONDS
             left = self._foreign_then * 0.5**halvings
-            self.foreign = math.ceil(left * (1 - EPSILON) - 0.5)  # rounded, and not by luck
+            # A half is rounded down whatever its last bit, or the next step would be now again.
+            self.foreign = math.ceil(left * (1 - EPSILON) - 0.5)
         self.health.elapse(now)
         self._probing = not self.in_flight and now >= self._idle_since + PROBE_SECONDS
         self.refresh()
@@ -293,9 +297,8 @@ class EndpointSet:
         """Take a new plan."""
         self._plan = plan
         for state in self._states.values():
-            before = state.free
             state.reconfigure(plan)
-            self._moved(state, before)
+            self._moved(state)
         self._measure()
 
     def replace(self, endpoints: Iterable[Endpoint], now: float) -> None:
@@ -307,20 +310,17 @@ class EndpointSet:
         for address, state in list(self._states.items()):
             replaced = address in wanted and state.is_another(wanted[address])
             if (address not in wanted and state.present) or replaced:
-                before = state.free
                 state.leave()
-                self._moved(state, before)
+                self._moved(state)
                 if replaced or not state.in_flight:
                     del self._states[address]
         for address, endpoint in wanted.items():
             known = self._states.get(address)
             if known is None:
-                state = self._states[address] = EndpointState(endpoint, self._plan, now)
-                self._moved(state, 0)
+                known = self._states[address] = EndpointState(endpoint, self._plan, now)
             else:
-                before = known.free
                 known.rejoin(endpoint)
-                self._moved(known, before)
+            self._moved(known)
         self.present = tuple(state for state in self._states.values() if state.present)
         self._measure()
         self._spare()
@@ -329,9 +329,9 @@ class EndpointSet:
         """Take what a scrape said; an endpoint that is not known is ignored."""
         state = self._states.get(metrics.address)
         if state is not None:
-            before, limit = state.free, state.limit.value
+            limit = state.limit.value
             state.observe(metrics, now)
-            self._moved(state, before)
+            self._moved(state)
             if state.limit.value != limit:
                 self._measure()
 
@@ -339,17 +339,16 @@ class EndpointSet:
         """Take it that a scrape has failed; an endpoint that is not known is ignored."""
         state = self._states.get(address)
         if state is not None:
-            before, health = state.free, (state.health.out, state.health.failures)
+            was_out, failures = state.health.out, state.health.failures
             state.health.scrape_failed(now, refused=refused)
             state.refresh()
-            self._moved(state, before)
-            self._note_health(state, *health)
+            self._moved(state)
+            self._note_health(state, was_out, failures)
 
     def dispatched(self, state: EndpointState) -> None:
         """One of the endpoint's free slots is taken."""
-        before = state.free
         state.dispatched()
-        self._moved(state, before)
+        self._moved(state)
 
     def completed(
         self,
@@ -361,9 +360,9 @@ class EndpointSet:
         blind: bool,
     ) -> None:
         """A request that was sent to the endpoint has ended."""
-        before, was_out, failures = state.free, state.health.out, state.health.failures
+        was_out, failures = state.health.out, state.health.failures
         state.completed(dispatched_at, verdict, now, blind=blind)
-        self._moved(state, before)
+        self._moved(state)
         if was_out or state.health.out:
             self._note_health(state, was_out, failures)
         left = not state.present and not state.in_flight
@@ -383,9 +382,8 @@ class EndpointSet:
             when, _, state = heappop(self._alarms)
             if when == state.scheduled_at:
                 state.scheduled_at = NEVER
-            before = state.free
             state.elapse(now)
-            self._moved(state, before)
+            self._moved(state)
 
     # --- looking
 
@@ -413,13 +411,14 @@ class EndpointSet:
 
     # --- inside
 
-    def _moved(self, state: EndpointState, before: int) -> None:
-        """Account for a change of an endpoint's free slots."""
-        free = state.free
-        if free != before:
-            if free > before:
+    def _moved(self, state: EndpointState) -> None:
+        """Account for a change of an endpoint's free slots, and look at it again in time."""
+        if state.free != state.counted:
+            more = max(0, state.free) - state.counted
+            state.counted += more
+            self.free += more
+            if more > 0:
                 self.opened = True
-            self.free += (max(0, free)) - (max(0, before))
         if state.wake_at < state.scheduled_at:
             state.scheduled_at = state.wake_at
             self._alarm_number += 1
@@ -444,7 +443,6 @@ class EndpointSet:
         for state in self.present:
             spared = state.health.failures == least
             if spared != state.spared:
-                before = state.free
                 state.spared = spared
                 state.refresh()
-                self._moved(state, before)
+                self._moved(state)

@@ -7,7 +7,7 @@ emptiest server of a pool is the one that is dead. Evidence is what answers and 
 * `MAX_ERRORS` answers of 500 with no better one in between (a single one may be the request's own
   fault, as any 4xx is);
 * a scrape that begins to be refused or to fail. One that goes on failing is no news: a server whose
-  answers are good stays in although nobody can read its metrics.
+  answers are good stays in although its metrics cannot be read.
 
 An endpoint that is out gets no request for a period of 1 s, then one request as a trial. If that
 succeeds the endpoint is in again; otherwise it is out for twice as long, up to 60 s. While scrapes
