@@ -10,7 +10,7 @@ import pytest
 from forebay_control.v1 import control_pb2 as pb
 from forebay_operator import deletion
 from forebay_operator.admission import RefusedError
-from forebay_operator.cluster import ApiError
+from forebay_operator.cluster import ApiError, Page
 from forebay_operator.control import ControlServer
 from forebay_operator.deletion import CONFIRM_SECONDS, Deletions, is_absent
 from forebay_operator.resources import InferencePool, InferencePoolV1Alpha2
@@ -125,11 +125,12 @@ class Api:
     def __init__(self, v1: object, alpha: object) -> None:
         self._answers = {InferencePool: v1, InferencePoolV1Alpha2: alpha}
 
-    async def list(self, kind, _namespace):
+    async def pages(self, kind, _namespace):
         answer = self._answers[kind.model]
         if isinstance(answer, int):
             raise ApiError(answer, "no")
-        return [{"metadata": {"name": name}} for name in answer]
+        for name in answer:
+            yield Page([{"metadata": {"name": name}}], "1")
 
 
 @pytest.mark.parametrize(
