@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 CONFIRM_SECONDS = 10.0  # between the two looks, as for a LIST that wipes out a kind
 LOOK_SECONDS = 1.0
-MAX_SUSPECTS = 1000  # pools that EPPs name and that nobody has
+MAX_SUSPECTS = 1000  # pools that EPPs name and that are in no store
 
 _POOLS = [kind for kind in KINDS if kind.model in (InferencePool, InferencePoolV1Alpha2)]
 
@@ -75,7 +75,7 @@ class Deletions:
             self._control.forget(oldest)
 
     def exists(self, pool: str) -> None:
-        """Note that a pool is in the store (again); its EPPs dial again to be checked anew."""
+        """Note that a pool is in the store (again); its EPPs dial and are checked again."""
         suspect = self._suspects.pop(pool, None)
         if suspect is not None and suspect.deleted:
             _log.info("pool is created again", extra={"pool": pool})

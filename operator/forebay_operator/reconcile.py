@@ -106,7 +106,7 @@ class Reconciler:
     Attributes:
         reporting: whether statuses are written.
         alive_at: when a loop has last turned.
-        unread: returns the kinds of which nobody knows yet what a namespace holds.
+        unread: returns the kinds whose objects in a namespace are not known yet.
         denied: returns in sentences what may not be read there.
     """
 
@@ -132,7 +132,7 @@ class Reconciler:
         self.unread: Callable[[str], set[Kind]] = lambda _: set()
         self.denied: Callable[[str], list[str]] = lambda _: []
         self._advice: dict[str, tuple[str, ...]] = {}  # by pool
-        self._not_ours: dict[str, str] = {}  # other pools, and whose they are: "" nobody's
+        self._not_ours: dict[str, str] = {}  # other pools, and whose they are; "" if unclaimed
         self._problems: dict[str, set[str]] = {}  # that were told of, by pool
         self._dirty: set[str] = set()
         self._touched_at = 0.0

@@ -174,7 +174,7 @@ class TokenTrust:
         )
 
     def _claimed(self, token: str) -> _Pod:
-        """Return the pod that a token claims to be of, by what nobody has verified.
+        """Return the pod that a token claims to be of, unverified.
 
         Raises:
             RefusedError: the API server would not accept it.

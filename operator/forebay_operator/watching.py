@@ -66,7 +66,7 @@ class _Scope:
     """A namespace, or "" for all, and how kopf's watches of it stand; `began_at`: not None."""
 
     namespace: str
-    anew: asyncio.Event = field(default_factory=asyncio.Event)
+    restart: asyncio.Event = field(default_factory=asyncio.Event)
     began_at: float | None = None
     listed_by_kopf_until: float = 0.0
 
@@ -359,7 +359,7 @@ class Watching:
         """Have kopf find out what there is to watch in a namespace, "" for all of them."""
         for scope in self._scopes:
             if namespace in ("", scope.namespace):
-                scope.anew.set()
+                scope.restart.set()
 
     # --- watches by kopf
 
@@ -380,7 +380,7 @@ class Watching:
     async def _run_scope(self, scope: _Scope) -> None:
         """Keep kopf running in one scope.
 
-        It ends when a watch fails for good or a CRD goes; then it begins anew, and also when a CRD
+        It ends when a watch fails for good or a CRD goes, and starts again. So it does when a CRD
         or a right has come or gone, since it finds out about kinds at its start only.
         """
         running = asyncio.get_running_loop()
@@ -391,10 +391,10 @@ class Watching:
 
         backoff = 0.5
         while True:
-            scope.anew.clear()
+            scope.restart.clear()
             kinds = self._readable(scope)
             if not kinds:
-                await scope.anew.wait()
+                await scope.restart.wait()
                 continue
             began_at = scope.began_at = self._clock()
             scope.listed_by_kopf_until = began_at + DELIVERY_SECONDS
@@ -402,23 +402,23 @@ class Watching:
             settled = running.call_later(DELIVERY_SECONDS, self._gap.set)
             namespaces = (scope.namespace,) if scope.namespace else ()
             watches = handlers.Watches(on_event, kinds, namespaces)
-            anew = asyncio.create_task(scope.anew.wait())
+            restarting = asyncio.create_task(scope.restart.wait())
             ended = watches.start()
             try:
-                await asyncio.wait((anew, ended), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((restarting, ended), return_when=asyncio.FIRST_COMPLETED)
             finally:
                 scope.began_at = None
                 settled.cancel()
-                anew.cancel()
+                restarting.cancel()
                 watches.stop()
                 await asyncio.wait((ended,), timeout=END_SECONDS)
                 error = ended.exception() if ended.done() else None
             if not ended.done():
                 raise DeafError("the watches do not end")
-            if scope.anew.is_set():
+            if scope.restart.is_set():
                 continue
             _log.warning(
-                "watches ended, beginning anew",
+                "watches ended, starting again",
                 extra={"namespace": scope.namespace, "error": str(error)[:500]},
             )
             for kind in kinds:  # the reason may be a right that is gone
