@@ -11,7 +11,6 @@ import re
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -146,7 +145,6 @@ class Servers:
     addresses: list[str] = field(default_factory=list)
     heads: list[bytes] = field(default_factory=list)
     seen: list[Counter[str]] = field(default_factory=list)
-    _open: list[asyncio.Server] = field(default_factory=list)
 
     def add(self, behaves: Behaviour) -> str:
         """Start one; return its address."""
@@ -154,38 +152,22 @@ class Servers:
         self.seen.append(Counter())
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            with suppress(asyncio.IncompleteReadError, ConnectionError):
-                while True:
-                    head = await reader.readuntil(b"\r\n\r\n")
-                    if b"chunked" in head:
-                        await reader.readuntil(b"0\r\n\r\n")
-                    if found := _ID.search(head):
-                        self.seen[number][found[1].decode()] += 1
-                        self.heads.append(head)
-                    await behaves(head, writer)
-            writer.close()
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                if b"chunked" in head:
+                    await reader.readuntil(b"0\r\n\r\n")
+                if found := _ID.search(head):
+                    self.seen[number][found[1].decode()] += 1
+                    self.heads.append(head)
+                await behaves(head, writer)
 
-        async def start() -> str:
-            server = await asyncio.start_server(serve, "127.0.0.1", 0, backlog=4096, limit=1 << 24)
-            self._open.append(server)
-            return f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-
-        self.addresses.append(self.thread.do(start()))
+        self.addresses.append(self.thread.listen(serve))
         return self.addresses[-1]
 
     @property
     def served(self) -> Counter[str]:
         """How often each id reached any server."""
         return sum(self.seen, Counter())
-
-    def stop(self) -> None:
-        """Accept nothing more."""
-
-        async def close() -> None:
-            for server in self._open:
-                server.close()
-
-        self.thread.do(close())
 
 
 def answering(seconds: float = 0.0) -> Behaviour:
@@ -277,7 +259,7 @@ class DataPlane:
             writer.write(body)
             text = (await reader.read()).decode(errors="replace")
         finally:
-            writer.close()
+            writer.transport.abort()  # what is still unsent would keep it open
         status = text.split(" ", 2)[1] if text.startswith("HTTP/") else "nothing"
         found = _OUTCOME.search(text)
         retry_after = _RETRY_AFTER.search(text)
@@ -318,5 +300,4 @@ class DataPlane:
         """End everything."""
         self.envoy.stop()
         self.epp.end()
-        self.servers.stop()
         self.thread.stop()

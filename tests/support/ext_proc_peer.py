@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -87,6 +91,33 @@ class Picker:
         assert not self._thread.is_alive()
 
 
+def headers_message(
+    path: str = "/v1/completions", *, end: bool = False, **more
+) -> pb.ProcessingRequest:
+    """The first message of a stream."""
+    headers = {":method": "POST", ":path": path, **more}
+    return pb.ProcessingRequest(
+        request_headers=pb.HttpHeaders(
+            headers=pb.HeaderMap(
+                headers=[
+                    pb.HeaderValue(key=key, raw_value=value.encode())
+                    for key, value in headers.items()
+                ]
+            ),
+            end_of_stream=end,
+        ),
+        protocol_config=pb.ProtocolConfiguration(
+            request_body_mode=pb.FULL_DUPLEX_STREAMED,
+            response_body_mode=pb.FULL_DUPLEX_STREAMED,
+        ),
+    )
+
+
+def body_message(body: bytes = b'{"model":"m"}', *, end: bool = True) -> pb.ProcessingRequest:
+    """A piece of a request's body."""
+    return pb.ProcessingRequest(request_body=pb.HttpBody(body=body, end_of_stream=end))
+
+
 class Stream:
     """One ext_proc stream as a proxy holds it."""
 
@@ -111,25 +142,10 @@ class Stream:
         return next(self.call)
 
     def send_headers(self, path: str = "/v1/completions", *, end: bool = False, **more) -> None:
-        headers = {":method": "POST", ":path": path, **more}
-        self.send(
-            request_headers=pb.HttpHeaders(
-                headers=pb.HeaderMap(
-                    headers=[
-                        pb.HeaderValue(key=key, raw_value=value.encode())
-                        for key, value in headers.items()
-                    ]
-                ),
-                end_of_stream=end,
-            ),
-            protocol_config=pb.ProtocolConfiguration(
-                request_body_mode=pb.FULL_DUPLEX_STREAMED,
-                response_body_mode=pb.FULL_DUPLEX_STREAMED,
-            ),
-        )
+        self._outgoing.put(headers_message(path, end=end, **more))
 
     def send_body(self, body: bytes, *, end: bool = True) -> None:
-        self.send(request_body=pb.HttpBody(body=body, end_of_stream=end))
+        self._outgoing.put(body_message(body, end=end))
 
     def send_request(self, body: bytes = b'{"model":"m"}') -> None:
         self.send_headers()
@@ -161,6 +177,23 @@ class Stream:
         self.send(response_body=pb.HttpBody(body=body, end_of_stream=True))
         echo = self.answer().response_body.response.body_mutation.streamed_response
         assert (echo.body, echo.end_of_stream) == (body, True)
+
+
+@contextmanager
+def client_process(program: str, address: str, word: str) -> Iterator[subprocess.Popen]:
+    """A client in a process of its own, once it has printed `word`; it ends with the block.
+
+    The program finds the address in `sys.argv[1]` and may import what tests import.
+    """
+    command = [sys.executable, "-P", "-c", program, address]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        try:
+            assert process.stdout.readline() == f"{word}\n".encode()
+            yield process
+        finally:
+            process.send_signal(signal.SIGCONT)
+            process.kill()
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import asyncio
 import json
 import re
 from collections import Counter, defaultdict
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from loop_thread import LoopThread
@@ -64,38 +63,24 @@ class Traffic:
         self._number = servers
         self._service_seconds = service_seconds
         self._thread = LoopThread()
-        self._servers: list[asyncio.Server] = []
         self._http = 0
         self.addresses: list[str] = []
         self.ledger = Ledger()
 
     def __enter__(self) -> Self:
-        self._thread.do(self._start())
+        self.addresses += [self._thread.listen(self._serve) for _ in range(self._number)]
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.do(self._stop())
         self._thread.stop()
 
-    async def _start(self) -> None:
-        for _ in range(self._number):
-            server = await asyncio.start_server(self._serve, "127.0.0.1", 0, backlog=1024)
-            self._servers.append(server)
-            self.addresses.append(f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
-
-    async def _stop(self) -> None:
-        for server in self._servers:
-            server.close()
-
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(asyncio.IncompleteReadError, ConnectionError):
-            while True:
-                head = await reader.readuntil(b"\r\n\r\n")
-                await reader.readuntil(b"0\r\n\r\n")  # the body comes chunked
-                self.ledger.served[int(_ID.search(head)[1])] += 1
-                await asyncio.sleep(self._service_seconds)
-                writer.write(ANSWER)
-        writer.close()
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readuntil(b"0\r\n\r\n")  # the body comes chunked
+            self.ledger.served[int(_ID.search(head)[1])] += 1
+            await asyncio.sleep(self._service_seconds)
+            writer.write(ANSWER)
 
     def begin(
         self, http: int, requests: int, per_second: float, model: Callable[[int], str]
@@ -133,7 +118,7 @@ class Traffic:
             )
             answer = await reader.read()  # to the end: a second answer would show
         finally:
-            writer.close()
+            writer.transport.abort()  # what is still unsent would keep it open
         head, _, rest = answer.partition(b"\r\n\r\n")
         status = head.split(b" ", 2)[1].decode() if b" " in head else "nothing"
         if status == "200":

@@ -7,20 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
     from concurrent.futures import Future
+
+    Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 WAIT_SECONDS = 120
 
 
 class LoopThread:
-    """Runs coroutines until it is stopped."""
+    """Runs coroutines, and servers on loopback, until it is stopped."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
+        self._servers: list[asyncio.Server] = []
+        self._connections: set[asyncio.StreamWriter] = set()
         self._thread.start()
 
     def submit(self, work) -> Future:
@@ -31,14 +37,52 @@ class LoopThread:
         """Return what a coroutine does."""
         return self.submit(work).result(WAIT_SECONDS)
 
+    def listen(self, serve: Serve, *, limit: int = 1 << 24) -> str:
+        """Serve each connection with a coroutine; return the address.
+
+        Args:
+            serve: is given reader and writer; the connection is closed when it returns.
+            limit: bytes that a reader holds.
+        """
+
+        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Awaitable[None]:
+            # Noted before the coroutine's first step, which a cancelled one never takes.
+            self._connections.add(writer)
+            return run(reader, writer)
+
+        async def run(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with suppress(OSError, asyncio.IncompleteReadError):
+                await serve(reader, writer)
+            writer.close()
+            self._connections.discard(writer)
+
+        async def start() -> str:
+            server = await asyncio.start_server(accept, "127.0.0.1", 0, backlog=4096, limit=limit)
+            self._servers.append(server)
+            return f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+        return self.do(start())
+
+    def stop_listening(self) -> None:
+        """Accept nothing more; what is connected stays."""
+
+        async def close() -> None:
+            for server in self._servers:
+                server.close()
+
+        self.do(close())
+
     def stop(self) -> None:
-        """Cancel what still runs and end."""
+        """Close what is open, cancel what still runs and end."""
+        self.stop_listening()
         self.do(self._cancel())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(WAIT_SECONDS)
         self._loop.close()
 
     async def _cancel(self) -> None:
+        for writer in self._connections:
+            writer.transport.abort()
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()

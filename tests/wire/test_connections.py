@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 from contextlib import ExitStack
 
 import grpc
 import pytest
-from ext_proc_peer import Stream, channel, until
+from ext_proc_peer import Stream, channel, client_process, until
 
 from forebay_epp.core.plan import LimitsPlan, Plan, SaturationMode, SaturationPlan
 from forebay_epp.core.terms import Outcome
@@ -33,7 +30,6 @@ QUICK = Connections(keepalive_seconds=0.5, keepalive_timeout_seconds=0.5, max_ag
 
 PROXY = """
 import sys, time
-sys.path[:0] = sys.argv[2:]
 from ext_proc_peer import Stream, channel
 with channel(sys.argv[1]) as connection:
     streams = [Stream(connection) for _ in range(4)]
@@ -79,20 +75,11 @@ def test_unfinished_bodies_do_not_delay_an_honest_request(start, connections):
 def test_a_frozen_proxy_loses_its_slots(start):
     """It is stopped with four requests running; the kernel still takes what is sent to it."""
     picker = start(slots=4, connections=QUICK)
-    paths = [path for path in sys.path if path]
-    proxy = subprocess.Popen(
-        [sys.executable, "-c", PROXY, picker.address, *paths], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert proxy.stdout.readline() == "routed\n"
+    with client_process(PROXY, picker.address, "routed") as proxy:
         assert picker.snapshot().in_flight == 4
-        os.kill(proxy.pid, signal.SIGSTOP)
+        proxy.send_signal(signal.SIGSTOP)
 
         until(picker.idle, 20)
-    finally:
-        proxy.kill()
-        proxy.wait()
-        proxy.stdout.close()
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:

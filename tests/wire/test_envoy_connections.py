@@ -28,11 +28,7 @@ class UvicornLike:
         self.seen = 0
         self.resets = False
         self._thread = LoopThread()
-        self.address = self._thread.do(self._listen())
-
-    async def _listen(self) -> str:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, backlog=1024)
-        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        self.address = self._thread.listen(self._serve)
 
     async def _serve(self, reader, writer) -> None:
         try:
@@ -47,19 +43,12 @@ class UvicornLike:
                 self.answered += 1
         except TimeoutError:
             self.closed_idle += 1
-        except (OSError, asyncio.IncompleteReadError):
-            pass
-        writer.close()
 
     def stop_listening(self) -> None:
-        self._thread.do(self._close())
+        self._thread.stop_listening()
 
     def stop(self) -> None:
-        self.stop_listening()
         self._thread.stop()
-
-    async def _close(self) -> None:
-        self._server.close()
 
 
 @pytest.fixture
