@@ -1,1 +1,1 @@
-"""The contract between operator and endpoint picker: messages only, no behaviour."""
+"""The contract between operator and EPP: the messages, and the Plan that both judge alike."""

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 from aiohttp import web
 
+from forebay_control.plan import Plan, SaturationMode, UnmatchedAction
 from forebay_epp.adapters import debug, logs, prometheus
 from forebay_epp.adapters.scraper import Scraper
 from forebay_epp.adapters.served import ServedModels
 from forebay_epp.core.controller import FlowController
-from forebay_epp.core.plan import Plan, SaturationMode, UnmatchedAction
 from forebay_epp.loop import FlowLoop
 from forebay_epp.programming import Operator, PlanFile, PlanFileError
 from forebay_epp.traffic import Traffic

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from collections import deque
     from collections.abc import Callable
 
+    from forebay_control.plan import Plan
     from forebay_epp.core.controller import FlowController
-    from forebay_epp.core.plan import Plan
     from forebay_epp.core.terms import Decision, HealthChange
     from forebay_epp.traffic import Traffic
 

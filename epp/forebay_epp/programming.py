@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Protocol
 
 from watchfiles import awatch
 
+from forebay_control.plan import Plan, PlanError
 from forebay_control.v1 import control_pb2 as pb
 from forebay_epp.adapters.control import ControlClient, Dial, Identity
 from forebay_epp.adapters.lastgood import LastGood
 from forebay_epp.adapters.prometheus import ControlState
 from forebay_epp.codec import plan as plan_codec
 from forebay_epp.codec.control import Accepted, Applied, Programs, Refused, Version
-from forebay_epp.core.plan import Plan, PlanError
 from forebay_epp.core.terms import Outcome
 
 if TYPE_CHECKING:

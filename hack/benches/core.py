@@ -15,8 +15,7 @@ from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
-from forebay_epp.core.controller import FlowController
-from forebay_epp.core.plan import (
+from forebay_control.plan import (
     DEFAULT_BANDS,
     FairnessName,
     LimitsPlan,
@@ -25,6 +24,7 @@ from forebay_epp.core.plan import (
     SaturationMode,
     SaturationPlan,
 )
+from forebay_epp.core.controller import FlowController
 from forebay_epp.core.terms import Endpoint, Request, Verdict
 
 FEW, MANY = 100, 100_000

@@ -8,8 +8,7 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forebay_epp.core.controller import FlowController
-from forebay_epp.core.plan import (
+from forebay_control.plan import (
     BandPlan,
     FairnessName,
     ModelPlan,
@@ -17,6 +16,7 @@ from forebay_epp.core.plan import (
     SaturationMode,
     SaturationPlan,
 )
+from forebay_epp.core.controller import FlowController
 from forebay_epp.core.terms import Dispatched, Endpoint, Request
 
 ADDRESS = "10.0.0.1:8000"

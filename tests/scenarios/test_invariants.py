@@ -13,8 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from forebay_epp.core.controller import FlowController
-from forebay_epp.core.plan import (
+from forebay_control.plan import (
     BandPlan,
     FairnessName,
     LimitsPlan,
@@ -24,6 +23,7 @@ from forebay_epp.core.plan import (
     SaturationPlan,
     UnmatchedAction,
 )
+from forebay_epp.core.controller import FlowController
 from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Outcome, Request, Verdict
 
 ADDRESSES = ("10.0.0.1:8000", "10.0.0.2:8000", "10.0.0.3:8000")

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from forebay_epp.core.controller import FlowController
-from forebay_epp.core.plan import (
+from forebay_control.plan import (
     BandPlan,
     FairnessName,
     LimitsPlan,
@@ -26,6 +25,7 @@ from forebay_epp.core.plan import (
     SaturationPlan,
     UnmatchedAction,
 )
+from forebay_epp.core.controller import FlowController
 from forebay_epp.core.terms import Endpoint, EndpointMetrics
 from forebay_epp.loop import FlowLoop
 from forebay_epp.traffic import Traffic

@@ -12,8 +12,8 @@ from random import Random
 
 import pytest
 
+from forebay_control.plan import BandPlan, LimitsPlan, Plan
 from forebay_epp.core.controller import FlowController
-from forebay_epp.core.plan import BandPlan, LimitsPlan, Plan
 from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Request, Verdict
 
 MANY = 1_000_000

@@ -13,9 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from forebay_epp.codec.answers import verdict
-from forebay_epp.core.controller import FlowController
-from forebay_epp.core.plan import (
+from forebay_control.plan import (
     BandPlan,
     FairnessName,
     LimitsPlan,
@@ -26,6 +24,8 @@ from forebay_epp.core.plan import (
     SaturationPlan,
     UnmatchedAction,
 )
+from forebay_epp.codec.answers import verdict
+from forebay_epp.core.controller import FlowController
 from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Request
 
 FOLDER = Path(__file__).parent / "transcripts"

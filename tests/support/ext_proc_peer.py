@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from forebay_control.plan import Plan, SaturationMode, SaturationPlan
 from forebay_epp.core.controller import FlowController
-from forebay_epp.core.plan import Plan, SaturationMode, SaturationPlan
 from forebay_epp.core.terms import Endpoint
 from forebay_epp.loop import FlowLoop
 from forebay_epp.traffic import Traffic

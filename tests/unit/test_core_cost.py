@@ -6,8 +6,7 @@ from random import Random
 
 import pytest
 
-from forebay_epp.core.controller import FlowController
-from forebay_epp.core.plan import (
+from forebay_control.plan import (
     BandPlan,
     FairnessName,
     LimitsPlan,
@@ -15,6 +14,7 @@ from forebay_epp.core.plan import (
     SaturationMode,
     SaturationPlan,
 )
+from forebay_epp.core.controller import FlowController
 from forebay_epp.core.terms import Endpoint, Request
 
 A = "10.0.0.1:8000"

@@ -6,8 +6,8 @@ from random import Random
 
 import pytest
 
+from forebay_control.plan import BandPlan, Plan, SaturationMode, SaturationPlan
 from forebay_epp.core.controller import DELETED_POOL_SECONDS, FlowController
-from forebay_epp.core.plan import BandPlan, Plan, SaturationMode, SaturationPlan
 from forebay_epp.core.terms import Dispatched, Endpoint, Outcome, Refused, Request
 
 A = "10.0.0.1:8000"

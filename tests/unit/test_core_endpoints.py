@@ -6,9 +6,9 @@ from random import Random
 
 import pytest
 
+from forebay_control.plan import BandPlan, ModelPlan, Plan, SaturationMode, SaturationPlan
 from forebay_epp.core.controller import FlowController
 from forebay_epp.core.endpoints import STALE_SECONDS
-from forebay_epp.core.plan import BandPlan, ModelPlan, Plan, SaturationMode, SaturationPlan
 from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Request
 
 A = "10.0.0.1:8000"

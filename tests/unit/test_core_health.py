@@ -6,10 +6,10 @@ from random import Random
 
 import pytest
 
+from forebay_control.plan import Plan, SaturationMode, SaturationPlan
 from forebay_epp.codec.answers import verdict
 from forebay_epp.core.controller import FlowController
 from forebay_epp.core.health import ERRORS, MAX_ERRORS, SCRAPE, UNREACHABLE, WELL_SECONDS, Health
-from forebay_epp.core.plan import Plan, SaturationMode, SaturationPlan
 from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Request, Verdict
 
 A, B, C = (f"10.0.0.{number}:8000" for number in (1, 2, 3))

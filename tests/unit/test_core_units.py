@@ -7,10 +7,7 @@ from random import Random
 
 import pytest
 
-from forebay_epp.core import selection
-from forebay_epp.core.controller import FlowController
-from forebay_epp.core.endpoints import EndpointState
-from forebay_epp.core.plan import (
+from forebay_control.plan import (
     BandPlan,
     FairnessName,
     LimitsPlan,
@@ -20,6 +17,9 @@ from forebay_epp.core.plan import (
     SaturationMode,
     SaturationPlan,
 )
+from forebay_epp.core import selection
+from forebay_epp.core.controller import FlowController
+from forebay_epp.core.endpoints import EndpointState
 from forebay_epp.core.registry import MAX_RETRY_AFTER_SECONDS, UNMATCHED_FLOW
 from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Request
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from forebay_control.plan import ModelPlan, Plan, SaturationMode, SaturationPlan
 from forebay_epp.codec import openai
 from forebay_epp.codec.extproc.framing import DESTINATION
 from forebay_epp.codec.extproc.stream import Event, ExtProcStream, State
 from forebay_epp.core.controller import FlowController
-from forebay_epp.core.plan import ModelPlan, Plan, SaturationMode, SaturationPlan
 from forebay_epp.core.terms import Endpoint, EndpointMetrics, Outcome
 from forebay_epp.loop import FlowLoop
 from forebay_epp.traffic import Traffic

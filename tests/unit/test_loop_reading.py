@@ -6,8 +6,8 @@ import random
 
 import pytest
 
+from forebay_control.plan import LimitsPlan, Plan, SaturationMode, SaturationPlan
 from forebay_epp.core.controller import FlowController
-from forebay_epp.core.plan import LimitsPlan, Plan, SaturationMode, SaturationPlan
 from forebay_epp.core.terms import Endpoint, Outcome
 from forebay_epp.loop import FlowLoop
 from forebay_epp.traffic import Traffic

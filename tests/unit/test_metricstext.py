@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forebay_control.plan import MetricsPlan, SeriesPlan
 from forebay_epp.codec.metricstext import (
     MAX_LINE_BYTES,
     MAX_SERIES,
@@ -15,7 +16,6 @@ from forebay_epp.codec.metricstext import (
     engines,
     parse_page,
 )
-from forebay_epp.core.plan import MetricsPlan, SeriesPlan
 from forebay_sim.engine import Engine, EngineSettings
 from forebay_sim.metricspage import ENGINES, Load, MetricsPage
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forebay_control.plan import ModelPlan, Plan, UnmatchedAction
 from forebay_epp.codec import openai
 from forebay_epp.codec.openai import ServedModel
-from forebay_epp.core.plan import ModelPlan, Plan, UnmatchedAction
 
 LLAMA = ServedModel("llama", 1700000000, "vllm")
 CHAT = {"id": "chat", "object": "model", "created": 7, "owned_by": "forebay"}

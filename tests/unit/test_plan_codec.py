@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forebay_control.plan import PlanError
 from forebay_control.v1 import control_pb2 as pb
 from forebay_epp.codec import plan as plan_codec
-from forebay_epp.core.plan import PlanError
 
 NAMES = st.sampled_from(
     [

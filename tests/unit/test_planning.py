@@ -10,9 +10,9 @@ from google.protobuf import json_format
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forebay_control import plan as core
 from forebay_epp.codec import metricstext
 from forebay_epp.codec import plan as plan_codec
-from forebay_epp.core import plan as core
 from forebay_operator import planning, resources
 
 X = "inference.networking.x-k8s.io/v1alpha2"

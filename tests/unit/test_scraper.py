@@ -14,9 +14,9 @@ from itertools import pairwise
 
 import pytest
 
+from forebay_control.plan import MetricsPlan, SeriesPlan
 from forebay_epp.adapters import scraper as scraper_module
 from forebay_epp.adapters.scraper import Scraper
-from forebay_epp.core.plan import MetricsPlan, SeriesPlan
 from forebay_epp.core.terms import EndpointMetrics
 from forebay_epp.fetching import CAUSES, MAX_PAGE_BYTES
 

@@ -13,7 +13,7 @@ import grpc
 import pytest
 from ext_proc_peer import Stream, channel, client_process, until
 
-from forebay_epp.core.plan import LimitsPlan, Plan, SaturationMode, SaturationPlan
+from forebay_control.plan import LimitsPlan, Plan, SaturationMode, SaturationPlan
 from forebay_epp.core.terms import Outcome
 from forebay_epp.transport import PROCESS, Connections
 from forebay_extproc.v3 import external_processor_pb2 as pb

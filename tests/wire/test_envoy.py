@@ -13,7 +13,7 @@ import pytest
 from envoy_process import Envoy, ModelServer
 from ext_proc_peer import Picker, until
 
-from forebay_epp.core.plan import (
+from forebay_control.plan import (
     DEFAULT_BANDS,
     LimitsPlan,
     ModelPlan,

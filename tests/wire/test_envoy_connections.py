@@ -12,7 +12,7 @@ from envoy_process import Envoy
 from ext_proc_peer import Picker
 from loop_thread import LoopThread
 
-from forebay_epp.core.plan import Plan, SaturationMode, SaturationPlan
+from forebay_control.plan import Plan, SaturationMode, SaturationPlan
 
 KEEP_ALIVE_SECONDS = 5.0  # uvicorn's, and so vLLM's, SGLang's and trtllm-serve's
 REQUESTS = 100

@@ -11,8 +11,8 @@ import pytest
 from ext_proc_peer import Stream, channel, client_process, until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from forebay_control.plan import ModelPlan, Plan, UnmatchedAction
 from forebay_epp import loop as loop_module
-from forebay_epp.core.plan import ModelPlan, Plan, UnmatchedAction
 from forebay_epp.core.terms import Endpoint, Outcome
 from forebay_epp.transport import Connections, credentials
 

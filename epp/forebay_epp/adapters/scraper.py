@@ -11,8 +11,8 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from forebay_control.plan import MetricsPlan
 from forebay_epp.codec.metricstext import engines, parse_page
-from forebay_epp.core.plan import MetricsPlan
 from forebay_epp.core.terms import EndpointMetrics
 from forebay_epp.fetching import (
     CAUSES,

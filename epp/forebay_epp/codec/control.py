@@ -21,16 +21,16 @@ from google.protobuf.message import DecodeError
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from forebay_control.limits import MAX_PLAN_BYTES, MAX_SNAPSHOT_BYTES
+from forebay_control.plan import PlanError
 from forebay_control.v1 import control_pb2 as pb
 from forebay_epp.codec import plan as plan_codec
-from forebay_epp.core.plan import PlanError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from google.protobuf.message import Message
 
-    from forebay_epp.core.plan import Plan
+    from forebay_control.plan import Plan
     from forebay_epp.core.terms import Endpoint
 
 MAX_ERRORS = 32

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from forebay_epp.core.plan import MetricsPlan, SeriesPlan
+    from forebay_control.plan import MetricsPlan, SeriesPlan
 
 MAX_REQUESTS = 1_000_000
 MAX_SERIES = 1_000

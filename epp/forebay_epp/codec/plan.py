@@ -1,6 +1,6 @@
 """From the control plane's Snapshot message to the core's plan and endpoints.
 
-The contract is control.proto; what a plan means is core/plan.py's business.
+The contract is control.proto; what a plan means is forebay_control/plan.py's business.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from google.protobuf import json_format
 
 from forebay_control.limits import MAX_ENDPOINTS
-from forebay_control.v1 import control_pb2 as pb
-from forebay_epp.core.plan import (
+from forebay_control.plan import (
     BandPlan,
     FairnessName,
     LimitsPlan,
@@ -26,6 +25,7 @@ from forebay_epp.core.plan import (
     SeriesPlan,
     UnmatchedAction,
 )
+from forebay_control.v1 import control_pb2 as pb
 from forebay_epp.core.terms import Endpoint
 
 if TYPE_CHECKING:

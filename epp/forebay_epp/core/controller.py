@@ -26,8 +26,8 @@ from forebay_epp.core.terms import (
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from forebay_control.plan import Plan
     from forebay_epp.core.endpoints import EndpointState
-    from forebay_epp.core.plan import Plan
     from forebay_epp.core.registry import Band
     from forebay_epp.core.terms import (
         Endpoint,

@@ -12,8 +12,8 @@ from collections import deque
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
+from forebay_control.plan import SaturationMode, SaturationPlan
 from forebay_epp.core.health import Health
-from forebay_epp.core.plan import SaturationMode, SaturationPlan
 from forebay_epp.core.saturation import AdaptiveLimit, FixedLimit, Limit
 from forebay_epp.core.terms import EndpointSnapshot, HealthChange
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-from forebay_epp.core.plan import FairnessName
+from forebay_control.plan import FairnessName
 
 if TYPE_CHECKING:
     from collections.abc import Callable

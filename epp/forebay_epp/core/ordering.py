@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Protocol
 
-from forebay_epp.core.plan import OrderingName
+from forebay_control.plan import OrderingName
 
 if TYPE_CHECKING:
     from collections.abc import Callable

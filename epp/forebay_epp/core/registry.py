@@ -9,14 +9,14 @@ import math
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+from forebay_control.plan import UnmatchedAction
 from forebay_epp.core import fairness, ordering
-from forebay_epp.core.plan import UnmatchedAction
 from forebay_epp.core.terms import BandSnapshot, FlowSnapshot
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from forebay_epp.core.plan import BandPlan, ModelPlan, Plan
+    from forebay_control.plan import BandPlan, ModelPlan, Plan
     from forebay_epp.core.terms import RandomSource, Request
 
 UNMATCHED_FLOW = ""  # no model has this name

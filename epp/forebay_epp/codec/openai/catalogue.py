@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from forebay_control.plan import UnmatchedAction
 from forebay_epp.codec.openai.paths import decoded
-from forebay_epp.core.plan import UnmatchedAction
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from forebay_epp.core.plan import Plan
+    from forebay_control.plan import Plan
 
 MAX_SERVED_MODELS = 4096
 MAX_NAME_LENGTH = 256
