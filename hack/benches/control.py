@@ -28,7 +28,7 @@ from control_plane import NAME, Authority, Operator, PickerPod, PickerProcess
 
 from forebay_control.v1 import control_pb2 as pb
 from forebay_control.v1 import control_pb2_grpc as rpc
-from forebay_operator.cluster import Cluster
+from forebay_operator.cluster.api import Cluster
 from forebay_operator.resources import POLICY
 
 if TYPE_CHECKING:

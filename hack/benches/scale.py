@@ -23,7 +23,7 @@ import api_server
 import control_plane
 from control_plane import NAME, Authority, Operator
 
-from forebay_operator.cluster import Cluster
+from forebay_operator.cluster.api import Cluster
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Iterable

@@ -10,7 +10,10 @@ import argparse
 from pathlib import Path
 
 from forebay_cli.output import console
-from forebay_operator import advice, planning, sources, wording
+from forebay_operator import planning
+from forebay_operator.resources import messages
+from forebay_operator.standalone import sources
+from forebay_operator.status import advice
 
 
 class Settings(argparse.Namespace):
@@ -38,7 +41,7 @@ def run(settings: Settings) -> int:
     for pool in planning.pools(manifests.resources):
         problems += planning.plan(pool, manifests.resources).problems
     problems += advice.advice(manifests.resources)
-    warnings = [*manifests.ignored, *(wording.printable(str(problem)) for problem in problems)]
+    warnings = [*manifests.ignored, *(messages.printable(str(problem)) for problem in problems)]
     for line in warnings:
         out.print(f"warning: {line}", style="yellow")
     if manifests.errors:

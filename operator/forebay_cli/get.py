@@ -12,7 +12,7 @@ from rich.table import Table
 
 from forebay_cli import OPERATOR_PORT, CommandError
 from forebay_cli.output import console
-from forebay_operator import wording
+from forebay_operator.resources import messages
 
 TIMEOUT_SECONDS = 5
 
@@ -65,7 +65,7 @@ def run(settings: Settings) -> int:
                     f"{item['kind']} {item['metadata']['name']}: {condition['type']}="
                     f"{condition['status']} {condition['reason']}: {condition['message']}"
                 )
-                out.print(wording.printable(text), style="yellow")
+                out.print(messages.printable(text), style="yellow")
     return 0
 
 
@@ -93,5 +93,5 @@ def table(items: list[dict[str, Any]]) -> Table:
             status.get("queued", ""),
             status.get("saturation", ""),
         )
-        found.add_row(*(wording.printable(str(value)) for value in row))
+        found.add_row(*(messages.printable(str(value)) for value in row))
     return found

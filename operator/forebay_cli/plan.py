@@ -15,7 +15,9 @@ from rich.tree import Tree
 
 from forebay_cli import CommandError
 from forebay_cli.output import console
-from forebay_operator import planning, sources, wording
+from forebay_operator import planning
+from forebay_operator.resources import messages
+from forebay_operator.standalone import sources
 
 if TYPE_CHECKING:
     from forebay_control.v1 import control_pb2 as pb
@@ -56,7 +58,7 @@ def run(settings: Settings) -> int:
     for each in planned:
         out.print(tree(each.snapshot))
         for problem in each.problems:
-            out.print(f"warning: {wording.printable(str(problem))}", style="yellow")
+            out.print(f"warning: {messages.printable(str(problem))}", style="yellow")
     return 0
 
 
@@ -81,7 +83,7 @@ def tree(snapshot: pb.Snapshot) -> Tree:
                 branch.add(f"model {_model(model)}")
         for objective in plan.objectives:
             if objective.band == band.name:
-                branch.add(f"objective {wording.printable(objective.name)}")
+                branch.add(f"objective {messages.printable(objective.name)}")
     unmatched = plan.unmatched
     other = f"join {unmatched.band}" if unmatched.action == "Queue" else "are rejected"
     root.add(f"requests for other models {other}")
@@ -103,22 +105,22 @@ def tree(snapshot: pb.Snapshot) -> Tree:
     root.add(f"without servers requests wait up to {plan.no_endpoints_ttl_seconds:g} s")
     servers = root.add(f"{len(snapshot.endpoints.endpoints)} servers in the files")
     for endpoint in snapshot.endpoints.endpoints:
-        servers.add(wording.printable(f"{endpoint.address} {endpoint.name}"))
+        servers.add(messages.printable(f"{endpoint.address} {endpoint.name}"))
     return root
 
 
 def _model(model: pb.Model) -> str:
     total = sum(target.weight for target in model.targets)
     targets = ", ".join(f"{target.name} {target.weight / total:.0%}" for target in model.targets)
-    return wording.printable(f"{model.name} -> {targets}" if targets else model.name)
+    return messages.printable(f"{model.name} -> {targets}" if targets else model.name)
 
 
 def _add_metrics(root: Tree, metrics: pb.Metrics) -> None:
     path, port = metrics.path or "/metrics or /prometheus/metrics", metrics.port or "of requests"
-    branch = root.add(wording.printable(f"load of a server: {path}, port {port}"))
+    branch = root.add(messages.printable(f"load of a server: {path}, port {port}"))
     for name, field in (("running", "running"), ("waiting", "waiting"), ("KV", "kv_cache_usage")):
         if metrics.HasField(field):
-            branch.add(wording.printable(f"{name}: {_series(getattr(metrics, field))}"))
+            branch.add(messages.printable(f"{name}: {_series(getattr(metrics, field))}"))
 
 
 def _series(series: pb.Series) -> str:

@@ -22,15 +22,17 @@ from rich.table import Table
 from forebay_cli import OPERATOR_PORT, CommandError
 from forebay_cli.output import console
 from forebay_cli.stack import Stack, StackSettings, join
-from forebay_operator import planning, sources, wording
-from forebay_operator.folder import FolderOperator
+from forebay_operator import planning
+from forebay_operator.resources import messages
+from forebay_operator.standalone import sources
+from forebay_operator.standalone.folder import FolderOperator
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from forebay_control.v1 import control_pb2 as pb
     from forebay_operator.resources import AnyPool
-    from forebay_operator.sources import Manifests
+    from forebay_operator.standalone.sources import Manifests
 
 
 class Settings(StackSettings):
@@ -266,7 +268,7 @@ class _Up:
                 band.fairness,
                 f"{band.ttl_seconds:g} s",
                 f"{band.max_requests} requests",
-                wording.printable(", ".join(names)) or "-",
+                messages.printable(", ".join(names)) or "-",
             )
         given, say, address = self._settings, self._console.print, self._stack.address
         say(table)

@@ -7,7 +7,7 @@ import logging
 import sys
 
 from forebay_operator import app, logs, settings
-from forebay_operator.cluster import ApiError
+from forebay_operator.cluster.api import ApiError
 
 _log = logging.getLogger("forebay_operator")
 

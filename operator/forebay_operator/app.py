@@ -15,27 +15,29 @@ import uuid
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from forebay_operator import metrics, pages, sources, tls
-from forebay_operator.cluster import FIELD_MANAGER, ApiError, Cluster
-from forebay_operator.control import ControlServer, join
+from forebay_operator import metrics, pages
+from forebay_operator.certificates import tls
+from forebay_operator.certificates.issuing import Issuer, Places
+from forebay_operator.channel.server import ControlServer, join
+from forebay_operator.channel.trust import CertificateTrust, Pods, TokenTrust, believe
+from forebay_operator.cluster.api import FIELD_MANAGER, ApiError, Cluster
+from forebay_operator.cluster.denials import Denial, Denials
+from forebay_operator.cluster.election import Elector, Leadership
+from forebay_operator.cluster.store import Store
+from forebay_operator.cluster.watching import DeafError, Watching
 from forebay_operator.deletion import Deletions, is_absent
-from forebay_operator.denials import Denial, Denials
-from forebay_operator.election import Elector, Leadership
-from forebay_operator.folder import FolderOperator
-from forebay_operator.issuing import Issuer, Places
 from forebay_operator.reconcile import Reconciler
 from forebay_operator.resources import KINDS, POD, EndpointSlice, Pod
-from forebay_operator.store import Store
-from forebay_operator.trust import CertificateTrust, Pods, TokenTrust, believe
-from forebay_operator.watching import DeafError, Watching
+from forebay_operator.standalone import sources
+from forebay_operator.standalone.folder import FolderOperator
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
     from pathlib import Path
 
-    from forebay_operator.conditions import Transition
+    from forebay_operator.cluster.store import Entry
     from forebay_operator.settings import Settings
-    from forebay_operator.store import Entry
+    from forebay_operator.status.conditions import Transition
 
 FINISH_SECONDS = 5.0
 # An EndpointSlice may hold any address, those of other namespaces' pods too (CVE-2021-25740).

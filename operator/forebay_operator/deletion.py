@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from forebay_control.v1 import control_pb2 as pb
-from forebay_operator.cluster import ApiError
+from forebay_operator.cluster.api import ApiError
 from forebay_operator.resources import KINDS, InferencePool, InferencePoolV1Alpha2
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from forebay_operator.cluster import Cluster
-    from forebay_operator.control import ControlServer
+    from forebay_operator.channel.server import ControlServer
+    from forebay_operator.cluster.api import Cluster
 
 CONFIRM_SECONDS = 10.0  # between the two looks, as for a LIST that wipes out a kind
 LOOK_SECONDS = 1.0

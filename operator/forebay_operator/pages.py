@@ -17,8 +17,8 @@ from prometheus_client import REGISTRY, exposition
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from forebay_operator.cluster.store import Store
     from forebay_operator.reconcile import Reconciler
-    from forebay_operator.store import Store
 
 STUCK_SECONDS = 60.0
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from forebay_control.limits import MAX_ENDPOINTS, MAX_PLAN_BYTES
 from forebay_control.v1 import control_pb2 as pb
-from forebay_operator import wording
 from forebay_operator.resources import (
     CONTROLLER_LABEL,
     POOL_LABEL,
@@ -27,6 +26,7 @@ from forebay_operator.resources import (
     Pod,
     PolicySpec,
     Service,
+    messages,
 )
 from forebay_operator.resources.fields import series
 from forebay_operator.resources.kubernetes import ACTIVE_PORTS
@@ -111,7 +111,7 @@ def not_a_pool(reference: PoolReference) -> tuple[str, str] | None:
     if means(reference):
         return None
     message = (
-        f"spec.poolRef names a {reference.kind} of group {wording.shown(reference.group)}, and "
+        f"spec.poolRef names a {reference.kind} of group {messages.shown(reference.group)}, and "
         f"only an InferencePool of {' or '.join(POOL_GROUPS)} counts"
     )
     return "InvalidPoolRef", message

@@ -15,9 +15,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from forebay_operator import advice, conditions, metrics, planning
-from forebay_operator.cluster import ApiError, now_text
-from forebay_operator.conditions import Attachment, PickerState, Subject, Transition
+from forebay_operator import metrics, planning
+from forebay_operator.cluster.api import ApiError, now_text
 from forebay_operator.resources import (
     CONTROLLER_LABEL,
     KINDS,
@@ -30,16 +29,18 @@ from forebay_operator.resources import (
     Pod,
     Service,
 )
+from forebay_operator.status import advice, conditions
+from forebay_operator.status.conditions import Attachment, PickerState, Subject, Transition
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
 
-    from forebay_operator.conditions import Picker
-    from forebay_operator.control import ControlServer
+    from forebay_operator.channel.server import ControlServer
+    from forebay_operator.cluster.store import Entry, Store
     from forebay_operator.deletion import Deletions
     from forebay_operator.planning import Planned
     from forebay_operator.resources import AnyPool, Kind, Resource
-    from forebay_operator.store import Entry, Store
+    from forebay_operator.status.conditions import Picker
 
 QUIET_SECONDS = 0.05  # plan once nothing has changed for this long,
 MAX_DELAY_SECONDS = 0.5  # and after this long at the latest

@@ -7,9 +7,10 @@ from api_server import APPLY, error_fields
 from control_plane import model, policy, pool
 
 from forebay_control.v1 import control_pb2 as pb
-from forebay_operator import conditions, planning, resources
-from forebay_operator.conditions import Attachment, Picker, PickerState, Subject
+from forebay_operator import planning, resources
 from forebay_operator.resources import POLICY
+from forebay_operator.status import conditions
+from forebay_operator.status.conditions import Attachment, Picker, PickerState, Subject
 
 WHEN = "2026-01-01T00:00:00Z"
 

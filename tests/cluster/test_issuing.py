@@ -12,10 +12,10 @@ from control_plane import apply
 from cryptography import x509
 from operator_account import kubeconfig_of
 
-from forebay_operator import certificates
-from forebay_operator.cluster import ApiError, Cluster
-from forebay_operator.denials import Denials
-from forebay_operator.issuing import Issuer, Places
+from forebay_operator.certificates import authority
+from forebay_operator.certificates.issuing import Issuer, Places
+from forebay_operator.cluster.api import ApiError, Cluster
+from forebay_operator.cluster.denials import Denials
 
 ACCOUNT = "operator"
 SECRET, CONFIG_MAP = "control-tls", "control-ca"
@@ -187,7 +187,7 @@ async def test_a_ca_is_replaced_in_secret_and_config_map(site):
     await issuer.look()
     old = x509.load_pem_x509_certificates(site.secret()["ca.crt"])
 
-    days = certificates.CA_LASTS.days * 2 / 3 + 1
+    days = authority.CA_LASTS.days * 2 / 3 + 1
     await issuer.look()
 
     both = x509.load_pem_x509_certificates(site.published().encode())

@@ -21,7 +21,8 @@ from forebay_epp.codec import metricstext
 from forebay_epp.codec import plan as plan_codec
 from forebay_epp.core.controller import FlowController
 from forebay_epp.core.terms import Dispatched, Endpoint, Request
-from forebay_operator import planning, sources
+from forebay_operator import planning
+from forebay_operator.standalone import sources
 
 CRDS = Path(__file__).parents[2] / "crds"
 FOLDERS = sorted(path for path in (CRDS / "examples").iterdir() if path.is_dir())

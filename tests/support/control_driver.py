@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from ext_proc_peer import until
 from loop_thread import LoopThread
 
-from forebay_operator.conditions import PickerState
-from forebay_operator.control import ControlServer
-from forebay_operator.trust import believe
+from forebay_operator.channel.server import ControlServer
+from forebay_operator.channel.trust import believe
+from forebay_operator.status.conditions import PickerState
 
 if TYPE_CHECKING:
     from forebay_control.v1 import control_pb2 as pb

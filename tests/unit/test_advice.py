@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from forebay_cli import check, plan
-from forebay_operator.advice import advice
 from forebay_operator.resources import parse
+from forebay_operator.status.advice import advice
 
 BASE = """
 apiVersion: inference.networking.k8s.io/v1

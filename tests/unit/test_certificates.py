@@ -9,7 +9,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from forebay_operator.certificates import (
+from forebay_operator.certificates.authority import (
     CA,
     CA_KEY,
     CA_LASTS,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from forebay_operator import conditions
-from forebay_operator.control import ControlServer
+from forebay_operator.channel.server import ControlServer
+from forebay_operator.channel.trust import believe
+from forebay_operator.cluster.store import Store
 from forebay_operator.reconcile import Reconciler
 from forebay_operator.resources import KINDS, MODEL, POLICY
-from forebay_operator.store import Store
-from forebay_operator.trust import believe
+from forebay_operator.status import conditions
 
 POOL = next(kind for kind in KINDS if kind.api_version == "inference.networking.k8s.io/v1")
 SERVICE = next(kind for kind in KINDS if kind.kind == "Service")

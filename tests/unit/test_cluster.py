@@ -11,7 +11,7 @@ import kopf
 import pytest
 from aiohttp import web
 
-from forebay_operator.cluster import ApiError, Cluster
+from forebay_operator.cluster.api import ApiError, Cluster
 from forebay_operator.resources import BY_NAME, POLICY
 
 PATH = "/apis/forebay.dev/v1alpha1/flowcontrolpolicies"

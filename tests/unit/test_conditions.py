@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forebay_control.v1 import control_pb2 as pb
-from forebay_operator import conditions
-from forebay_operator.conditions import Attachment, Picker, PickerState, Subject, Transition
+from forebay_operator.status import conditions
+from forebay_operator.status.conditions import Attachment, Picker, PickerState, Subject, Transition
 
 GROUP = "inference.networking.k8s.io"
 SUBJECT = Subject("u", "default", generation=3)

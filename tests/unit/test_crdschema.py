@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from forebay_operator import crdschema
+from forebay_operator.resources import crdschema
 
 CRDS = Path(__file__).parents[2] / "crds"
 DEFINITIONS = {name: yaml.safe_load(text) for name, text in crdschema.files().items()}

@@ -9,12 +9,12 @@ import pytest
 
 from forebay_control.v1 import control_pb2 as pb
 from forebay_operator import deletion
-from forebay_operator.admission import RefusedError
-from forebay_operator.cluster import ApiError, Page
-from forebay_operator.control import ControlServer
+from forebay_operator.channel.admission import RefusedError
+from forebay_operator.channel.server import ControlServer
+from forebay_operator.channel.trust import Pods, believe
+from forebay_operator.cluster.api import ApiError, Page
 from forebay_operator.deletion import CONFIRM_SECONDS, Deletions, is_absent
 from forebay_operator.resources import InferencePool, InferencePoolV1Alpha2
-from forebay_operator.trust import Pods, believe
 
 POOL = "default/chat"
 

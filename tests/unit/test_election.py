@@ -13,9 +13,10 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from forebay_operator import election, metrics
-from forebay_operator.cluster import ApiError
-from forebay_operator.election import EPOCH, MAX_EPOCH_AHEAD, Elector
+from forebay_operator import metrics
+from forebay_operator.cluster import election
+from forebay_operator.cluster.api import ApiError
+from forebay_operator.cluster.election import EPOCH, MAX_EPOCH_AHEAD, Elector
 
 NUMBERS = st.integers(0, 2)
 START = 1_000.0  # time of day, small so that epochs are easy to read

@@ -7,7 +7,8 @@ import asyncio
 import pytest
 import yaml
 
-from forebay_operator import resources, sources
+from forebay_operator import resources
+from forebay_operator.standalone import sources
 
 POLICY = """
 apiVersion: forebay.dev/v1alpha1

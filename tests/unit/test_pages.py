@@ -8,10 +8,10 @@ from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client.parser import text_string_to_metric_families
 
 from forebay_operator import pages
-from forebay_operator.control import ControlServer
+from forebay_operator.channel.server import ControlServer
+from forebay_operator.channel.trust import believe
+from forebay_operator.cluster.store import Store
 from forebay_operator.reconcile import Reconciler
-from forebay_operator.store import Store
-from forebay_operator.trust import believe
 
 
 def client_of(remote: str) -> TestClient:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from forebay_operator import advice, conditions, planning, resources
+from forebay_operator import planning, resources
+from forebay_operator.status import advice, conditions
 
 ROOT = Path(__file__).parents[2]
 NO_REASONS = {

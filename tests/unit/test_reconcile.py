@@ -10,14 +10,15 @@ import pytest
 from prometheus_client import REGISTRY
 
 from forebay_control.v1 import control_pb2 as pb
-from forebay_operator import conditions, metrics, planning
-from forebay_operator.cluster import ApiError
-from forebay_operator.conditions import Picker, PickerState
-from forebay_operator.control import ControlServer
+from forebay_operator import metrics, planning
+from forebay_operator.channel.server import ControlServer
+from forebay_operator.channel.trust import believe
+from forebay_operator.cluster.api import ApiError
+from forebay_operator.cluster.store import Store
 from forebay_operator.reconcile import Reconciler
 from forebay_operator.resources import KINDS, MODEL, POLICY
-from forebay_operator.store import Store
-from forebay_operator.trust import believe
+from forebay_operator.status import conditions
+from forebay_operator.status.conditions import Picker, PickerState
 
 POOL = next(kind for kind in KINDS if kind.api_version == "inference.networking.k8s.io/v1")
 

@@ -9,7 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forebay_operator import planning, resources, sources
+from forebay_operator import planning, resources
+from forebay_operator.standalone import sources
 
 QUICKSTART = Path(__file__).parents[2] / "crds/examples/quickstart"
 

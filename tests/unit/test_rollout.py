@@ -6,9 +6,9 @@ import hashlib
 
 from forebay_control.features import NAMES
 from forebay_control.v1 import control_pb2 as pb
-from forebay_operator.conditions import PickerState
-from forebay_operator.rollout import MAX_VARIANTS, REMEMBERED_PROGRAMS, Rollout
-from forebay_operator.session import Session
+from forebay_operator.channel.rollout import MAX_VARIANTS, REMEMBERED_PROGRAMS, Rollout
+from forebay_operator.channel.session import Session
+from forebay_operator.status.conditions import PickerState
 
 EXPECTED = {"uid-0": "epp-0"}
 

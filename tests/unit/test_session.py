@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from forebay_control.v1 import control_pb2 as pb
-from forebay_operator import session as module
-from forebay_operator.session import Answer, Desired, Session, UnansweredError
+from forebay_operator.channel import session as module
+from forebay_operator.channel.session import Answer, Desired, Session, UnansweredError
 
 A = Desired(b"a", b"A" * 32, 1, {"policy": 1})
 B = Desired(b"b", b"B" * 32, 2, {"policy": 2})

@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 import pytest
 
-from forebay_operator import sources
+from forebay_operator.standalone import sources
 
 POOL = """
 apiVersion: inference.networking.k8s.io/v1

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forebay_operator.cluster.store import EMPTY_SECONDS, MAX_REMEMBERED, Store
 from forebay_operator.resources import BY_NAME
-from forebay_operator.store import EMPTY_SECONDS, MAX_REMEMBERED, Store
 
 POLICY = BY_NAME["forebay.dev/v1alpha1", "FlowControlPolicy"]
 POD = BY_NAME["v1", "Pod"]

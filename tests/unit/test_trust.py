@@ -10,9 +10,8 @@ import pytest
 from pod_tokens import AUDIENCE, encoded, token
 
 from forebay_control.v1 import control_pb2 as pb
-from forebay_operator.admission import Caller, RefusedError, address_of
-from forebay_operator.cluster import ApiError
-from forebay_operator.trust import (
+from forebay_operator.channel.admission import Caller, RefusedError, address_of
+from forebay_operator.channel.trust import (
     MAX_REFUSALS,
     MAX_REVIEWING,
     MAX_REVIEWING_PER_PEER,
@@ -22,6 +21,7 @@ from forebay_operator.trust import (
     TokenTrust,
     believe,
 )
+from forebay_operator.cluster.api import ApiError
 
 HELLO = pb.Hello(pool="serving/chat", pod_namespace="serving", pod_name="epp-0", pod_uid="uid-0")
 ADDRESS = "10.0.0.1"

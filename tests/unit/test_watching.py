@@ -12,11 +12,11 @@ import kopf
 import pytest
 from aiohttp import web
 
-from forebay_operator.cluster import Cluster
-from forebay_operator.denials import Denials
+from forebay_operator.cluster.api import Cluster
+from forebay_operator.cluster.denials import Denials
+from forebay_operator.cluster.store import Store
+from forebay_operator.cluster.watching import Watching
 from forebay_operator.resources import BY_NAME, KINDS, POLICY
-from forebay_operator.store import Store
-from forebay_operator.watching import Watching
 
 POD = BY_NAME["v1", "Pod"]
 POLICIES = "flowcontrolpolicies"

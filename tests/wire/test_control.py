@@ -17,9 +17,10 @@ from ext_proc_peer import until
 
 from forebay_control.features import NAMES
 from forebay_control.v1 import control_pb2 as pb
-from forebay_operator import admission, control, metrics, session
-from forebay_operator.admission import RefusedError
-from forebay_operator.conditions import PickerState
+from forebay_operator import metrics
+from forebay_operator.channel import admission, server, session
+from forebay_operator.channel.admission import RefusedError
+from forebay_operator.status.conditions import PickerState
 
 
 @pytest.fixture
@@ -395,7 +396,7 @@ def test_a_message_that_is_too_large_ends_its_stream(driver, dial, greeted):
     peer = dial()
     if greeted:
         peer.hello().next("ping")
-    peer.send_bytes(b"\0" * (control.MAX_RECEIVED_BYTES + 1))
+    peer.send_bytes(b"\0" * (server.MAX_RECEIVED_BYTES + 1))
 
     assert peer.ended()[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
     until(lambda: open_streams(driver) == 0)
@@ -436,7 +437,7 @@ def test_the_oldest_silent_stream_makes_room(driver, dial, monkeypatch):
 
 def test_a_picker_that_is_silent_for_half_a_minute_has_to_go(dial, monkeypatch):
     """Its connection may be half open."""
-    monkeypatch.setattr(control, "SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(server, "SILENCE_SECONDS", 0.3)
     peer = dial().hello()
 
     code, details = peer.ended()
@@ -445,7 +446,7 @@ def test_a_picker_that_is_silent_for_half_a_minute_has_to_go(dial, monkeypatch):
 
 def test_a_picker_that_does_not_read_has_to_go(driver, dial, monkeypatch):
     """A full window must not hold a stream, and its place, for ever."""
-    monkeypatch.setattr(control, "WRITE_SECONDS", 0.3)
+    monkeypatch.setattr(server, "WRITE_SECONDS", 0.3)
     monkeypatch.setattr(session, "ACK_SECONDS", 0.02)
     monkeypatch.setattr(session, "MAX_SENDS", 1000)
     before = refusals("unread")

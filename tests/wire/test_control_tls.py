@@ -20,8 +20,9 @@ from control_plane import AUDIENCE, LOOPBACK, NAME, Authority, Forwarder, Picker
 from cryptography import x509
 from ext_proc_peer import until
 
-from forebay_operator import metrics, tls
-from forebay_operator.trust import (
+from forebay_operator import metrics
+from forebay_operator.certificates import tls
+from forebay_operator.channel.trust import (
     MAX_REVIEWING_PER_PEER,
     CertificateTrust,
     Pods,

@@ -2,7 +2,7 @@
 
 Our own kind is strict: an unknown field is an error that names the allowed ones. Foreign kinds are
 read leniently, since their owners add fields. Description, bounds, default and rules stand with
-their field, and crdschema.py makes the schemas from them. How an error is worded is wording.py's
+their field, and crdschema.py makes the schemas from them. How an error is worded is messages.py's
 business, what a resource leads to is planning.py's.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from forebay_operator import wording
+from forebay_operator.resources import messages
 from forebay_operator.resources.fields import Criticality, Metadata
 from forebay_operator.resources.inference import (
     InferenceModel,
@@ -179,4 +179,4 @@ def read(kind: Kind, manifest: dict[str, Any]) -> Resource:
     try:
         return kind.model.model_validate(manifest)
     except ValidationError as error:
-        raise ResourceError(wording.problems(kind.model, error)) from None
+        raise ResourceError(messages.problems(kind.model, error)) from None

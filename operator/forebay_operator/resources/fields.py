@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError, core_schema
 
-from forebay_operator import wording
+from forebay_operator.resources import messages
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -167,7 +167,7 @@ def _seconds(value: object) -> object:
         seconds = sum(Decimal(number or 0) * unit for number, unit in parts)
         if 0 < seconds <= MAX_SECONDS:
             return float(seconds)
-    raise ValueError(f"{DURATION.message}, is {wording.shown(value)}")
+    raise ValueError(f"{DURATION.message}, is {messages.shown(value)}")
 
 
 def _whole(value: object) -> object:
@@ -182,7 +182,7 @@ def _bytes(value: object) -> object:
     if match:
         size = int(match[1]) * FACTORS[match[2] or ""]
     if not 1 <= size <= MAX_BYTES:
-        raise ValueError(f"{SIZE.message}, is {wording.shown(value)}")
+        raise ValueError(f"{SIZE.message}, is {messages.shown(value)}")
     return size
 
 

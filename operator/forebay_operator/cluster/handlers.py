@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import kopf
 
-from forebay_operator import cluster
+from forebay_operator.cluster import api
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -117,7 +117,7 @@ def registry(
 
     @kopf.on.login(registry=found)
     def login(**_: Any) -> kopf.ConnectionInfo:
-        return cluster.login()
+        return api.login()
 
     for kind in kinds:
         _watch(found, kind, on_event)

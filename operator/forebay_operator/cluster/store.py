@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from forebay_operator import resources, wording
-from forebay_operator.resources import Metadata
+from forebay_operator import resources
+from forebay_operator.resources import Metadata, messages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -268,7 +268,7 @@ def _entry(
         # Our own kind forbids unknown fields, and what a server adds to metadata is its business.
         resource = resources.read(kind, manifest)
     except resources.ResourceError as error:
-        problems = tuple((path, wording.printable(what)) for path, what in error.problems)
+        problems = tuple((path, messages.printable(what)) for path, what in error.problems)
     reported = kind.ours_to_report
     return Entry(
         kind=kind,

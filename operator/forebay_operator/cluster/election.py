@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from forebay_operator import metrics
-from forebay_operator.cluster import ApiError
+from forebay_operator.cluster.api import ApiError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

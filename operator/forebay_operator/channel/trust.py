@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
 
-from forebay_operator.admission import RefusedError
-from forebay_operator.cluster import ApiError
+from forebay_operator.channel.admission import RefusedError
+from forebay_operator.cluster.api import ApiError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Mapping
 
     from forebay_control.v1 import control_pb2 as pb
-    from forebay_operator.admission import Caller
+    from forebay_operator.channel.admission import Caller
 
 MAX_TOKEN_BYTES = 16 << 10
 MAX_REVIEWS = 4096

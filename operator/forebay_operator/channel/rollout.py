@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 
 from forebay_control import features
 from forebay_control.v1 import control_pb2 as pb
-from forebay_operator.conditions import Picker, PickerState
-from forebay_operator.session import Desired
+from forebay_operator.channel.session import Desired
+from forebay_operator.status.conditions import Picker, PickerState
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from google.protobuf.message import Message
 
-    from forebay_operator.session import Session
+    from forebay_operator.channel.session import Session
 
 SILENCE_SECONDS = 30.0
 REMEMBERED_PROGRAMS = 16

@@ -1,6 +1,6 @@
 """What is wrong with a manifest, in the words of somebody who writes YAML.
 
-Which fields there are does not belong here: resources.py declares them.
+Which fields there are does not belong here: the models beside it declare them.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from forebay_control.v1 import control_pb2 as pb
-from forebay_operator.session import MAX_NAME
+from forebay_operator.channel.session import MAX_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping

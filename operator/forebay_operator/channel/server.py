@@ -23,22 +23,23 @@ from google.protobuf.message import DecodeError
 from forebay_control import features
 from forebay_control.v1 import control_pb2 as pb
 from forebay_control.v1 import control_pb2_grpc as rpc
-from forebay_operator import metrics, wording
-from forebay_operator.admission import Admission, RefusedError, not_a_message
-from forebay_operator.rollout import SILENCE_SECONDS, Rollout
-from forebay_operator.session import (
+from forebay_operator import metrics
+from forebay_operator.channel.admission import Admission, RefusedError, not_a_message
+from forebay_operator.channel.rollout import SILENCE_SECONDS, Rollout
+from forebay_operator.channel.session import (
     MAX_SENDS,
     Answer,
     Session,
     UnansweredError,
 )
+from forebay_operator.resources import messages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
-    from forebay_operator.admission import Authorize
-    from forebay_operator.conditions import Picker
-    from forebay_operator.session import Desired
+    from forebay_operator.channel.admission import Authorize
+    from forebay_operator.channel.session import Desired
+    from forebay_operator.status.conditions import Picker
 
 PING_SECONDS = 10.0
 WRITE_SECONDS = 10.0  # until a picker has read what is sent to it
@@ -253,7 +254,7 @@ class ControlServer(rpc.ControlServicer):
         now = self._clock()
         if now - self._logged_at.get(error.reason, -math.inf) >= LOG_SECONDS:
             self._logged_at[error.reason] = now
-            text = wording.printable(str(error))
+            text = messages.printable(str(error))
             _log.warning("control stream refused: %s", text, extra={"reason": error.reason})
 
     def _admit(self, hello: pb.Hello, uid: str) -> _Stream:

@@ -2,7 +2,7 @@
 
 Every replica does this and serves what the Secret holds, the leading one and the others: of two
 that write at once the API server accepts one, and the other reads again. The objects have to exist,
-because the operator may write these and create none. What they should hold certificates.py decides.
+because the operator may write these and create none. What they should hold authority.py decides.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from forebay_operator import certificates, metrics
-from forebay_operator.cluster import ApiError
+from forebay_operator import metrics
+from forebay_operator.certificates import authority
+from forebay_operator.cluster.api import ApiError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
-    from forebay_operator.denials import Denials
+    from forebay_operator.cluster.denials import Denials
 
 LOOK_SECONDS = 60.0
 MIN_RETRY_SECONDS = 0.5
@@ -126,7 +127,7 @@ class Issuer:
         _, wanted = await self._issue(secret, [_bundle(each) for each in maps if each])
         await asyncio.gather(
             *(
-                self._publish(place, each, wanted[certificates.CA])
+                self._publish(place, each, wanted[authority.CA])
                 for place, each in zip(self._places.config_maps, maps, strict=True)
                 if each is not None
             )
@@ -149,7 +150,7 @@ class Issuer:
         """Store what is due in the Secret and serve it; return the Secret and what it holds."""
         now = dt.datetime.fromtimestamp(self._time_of_day(), dt.UTC)
         found = _decoded(secret)
-        wanted = certificates.renew(found, published, self._server_name, now)
+        wanted = authority.renew(found, published, self._server_name, now)
         if wanted is not found:
             data = {key: base64.b64encode(pem).decode() for key, pem in wanted.items()}
             secret["data"] = {**(secret.get("data") or {}), **data}
@@ -170,7 +171,7 @@ class Issuer:
     async def _publish(self, place: tuple[str, str], found: dict[str, Any], bundle: bytes) -> None:
         """Write the CAs into a ConfigMap that holds others."""
         if _bundle(found) != bundle:
-            found["data"] = {**(found.get("data") or {}), certificates.CA: bundle.decode()}
+            found["data"] = {**(found.get("data") or {}), authority.CA: bundle.decode()}
             try:
                 await self._cluster.put_object("configmaps", *place, found)
             except ApiError as error:
@@ -188,11 +189,11 @@ class Issuer:
             _log.warning("ConfigMap %s/%s cannot be %s: %s", *place, done, error)
 
     def _serve(self, wanted: Mapping[str, bytes]) -> None:
-        pair = (wanted[certificates.LEAF_KEY], wanted[certificates.LEAF])
+        pair = (wanted[authority.LEAF_KEY], wanted[authority.LEAF])
         if pair == self._pair:
             return
         self._pair = pair
-        until = certificates.expires_at(wanted[certificates.LEAF])
+        until = authority.expires_at(wanted[authority.LEAF])
         metrics.CERTIFICATE_EXPIRES.set(until.timestamp())
         _log.info("certificate from the Secret", extra={"until": until.isoformat()})
 
@@ -209,4 +210,4 @@ def _decoded(secret: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def _bundle(config_map: Mapping[str, Any]) -> bytes:
-    return str((config_map.get("data") or {}).get(certificates.CA, "")).encode()
+    return str((config_map.get("data") or {}).get(authority.CA, "")).encode()

@@ -22,8 +22,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from forebay_operator import cluster as api
-from forebay_operator import handlers, metrics
+from forebay_operator import metrics
+from forebay_operator.cluster import api, handlers
 from forebay_operator.resources import (
     KINDS,
     POD,
@@ -35,10 +35,10 @@ from forebay_operator.resources import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from forebay_operator.cluster import Cluster
-    from forebay_operator.denials import Denials
+    from forebay_operator.cluster.api import Cluster
+    from forebay_operator.cluster.denials import Denials
+    from forebay_operator.cluster.store import Store, Sweep
     from forebay_operator.resources import Kind
-    from forebay_operator.store import Store, Sweep
 
 HELD_SECONDS = 14.0  # with jitter still more than store.EMPTY_SECONDS
 GAP_SECONDS = 1.0

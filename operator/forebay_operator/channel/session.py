@@ -3,7 +3,7 @@
 What is wanted is compared with what the picker has *acknowledged*, never with what was sent: a
 program that got lost or was refused is not taken for running (NGINX Gateway Fabric issue 5330). At
 most one program is under way. Pure: the moment is an argument, in monotonic seconds. Streams and
-pools are control.py's business.
+pools are server.py's business.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from forebay_control import features
 from forebay_control.v1 import control_pb2 as pb
-from forebay_operator import wording
+from forebay_operator.resources import messages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -187,7 +187,7 @@ class Session:
         problems = "; ".join(
             f"{error.path[:MAX_ERROR]}: {error.message[:MAX_ERROR]}" for error in nack.errors[:5]
         )
-        self.error = wording.printable(f"{nack.code[:32] or 'Internal'}: {problems}")
+        self.error = messages.printable(f"{nack.code[:32] or 'Internal'}: {problems}")
         return Answer.NACK
 
     # --- everything else

@@ -14,7 +14,8 @@ import yaml
 from pydantic import ValidationError
 from watchfiles import awatch
 
-from forebay_operator import resources, wording
+from forebay_operator import resources
+from forebay_operator.resources import messages
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -87,8 +88,8 @@ def read(*paths: Path) -> Manifests:
             reading.file(file)
     return Manifests(
         tuple(reading.found.values()),
-        tuple(map(wording.printable, reading.errors)),
-        tuple(map(wording.printable, reading.ignored)),
+        tuple(map(messages.printable, reading.errors)),
+        tuple(map(messages.printable, reading.ignored)),
         frozenset(reading.unread),
     )
 

@@ -13,10 +13,12 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forebay_operator import pages, planning, sources, wording
-from forebay_operator.control import ControlServer, join
+from forebay_operator import pages, planning
+from forebay_operator.channel.server import ControlServer, join
+from forebay_operator.channel.trust import believe
+from forebay_operator.cluster.election import MAX_EPOCH
+from forebay_operator.cluster.store import Store
 from forebay_operator.deletion import Deletions
-from forebay_operator.election import MAX_EPOCH
 from forebay_operator.reconcile import Reconciler
 from forebay_operator.resources import (
     BY_NAME,
@@ -27,10 +29,10 @@ from forebay_operator.resources import (
     InferenceObjective,
     InferencePool,
     InferencePoolV1Alpha2,
+    messages,
 )
-from forebay_operator.sources import Object
-from forebay_operator.store import Store
-from forebay_operator.trust import believe
+from forebay_operator.standalone import sources
+from forebay_operator.standalone.sources import Object
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,10 +40,10 @@ if TYPE_CHECKING:
     from aiohttp.web import AppRunner
 
     from forebay_control.v1 import control_pb2 as pb
-    from forebay_operator.conditions import Transition
+    from forebay_operator.cluster.store import Entry
     from forebay_operator.resources import Kind, Resource
-    from forebay_operator.sources import Manifests
-    from forebay_operator.store import Entry
+    from forebay_operator.standalone.sources import Manifests
+    from forebay_operator.status.conditions import Transition
 
 MAX_CHANGES = 20
 _SLICE = BY_NAME["discovery.k8s.io/v1", "EndpointSlice"]
@@ -275,7 +277,7 @@ class FolderOperator:
         problems = [*planning.unattached(resources)]
         for _, planned in self._reconciler.planned():
             problems += planned.problems
-        lines = [*manifests.ignored, *(wording.printable(str(problem)) for problem in problems)]
+        lines = [*manifests.ignored, *(messages.printable(str(problem)) for problem in problems)]
         for line in lines:
             if line not in self._said:
                 self._tell(f"warning: {line}", True)
@@ -298,11 +300,11 @@ class FolderOperator:
                 continue
             text = f"{where}: {change.type}={change.status} {change.reason}"
             line = f"{text}: {change.message}" if change.message else text
-            self._tell(wording.printable(line), change.bad)
+            self._tell(messages.printable(line), change.bad)
 
 
 def _listed(title: str, lines: list[str]) -> str:
-    shown = [wording.printable(line) for line in lines[:MAX_CHANGES]]
+    shown = [messages.printable(line) for line in lines[:MAX_CHANGES]]
     if len(lines) > MAX_CHANGES:
         shown.append(f"and {len(lines) - MAX_CHANGES} more")
     return "\n  ".join([f"{title}:", *shown])

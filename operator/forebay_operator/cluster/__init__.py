@@ -1,0 +1,1 @@
+"""All that knows Kubernetes: the API's caller, watches, the store that they fill, election."""

@@ -1,0 +1,1 @@
+"""The operator of a folder of manifests, without a cluster."""
