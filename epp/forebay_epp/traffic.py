@@ -12,8 +12,8 @@ from bisect import bisect_left
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from forebay_epp.core.bands import UNMATCHED_FLOW
 from forebay_epp.core.health import CAUSES
-from forebay_epp.core.registry import UNMATCHED_FLOW
 from forebay_epp.core.terms import Outcome
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from forebay_control.plan import (
     SaturationPlan,
 )
 from forebay_epp.core import selection
+from forebay_epp.core.bands import MAX_RETRY_AFTER_SECONDS, UNMATCHED_FLOW
 from forebay_epp.core.controller import FlowController
 from forebay_epp.core.endpoints import EndpointState
-from forebay_epp.core.registry import MAX_RETRY_AFTER_SECONDS, UNMATCHED_FLOW
 from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Request
 
 A = "10.0.0.1:8000"

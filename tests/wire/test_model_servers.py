@@ -19,7 +19,7 @@ from ext_proc_peer import until
 from loop_thread import LoopThread
 
 from forebay_control.v1 import control_pb2 as pb
-from forebay_epp.core.saturation import INITIAL_LIMIT
+from forebay_epp.core.limits.adaptive import INITIAL_LIMIT
 from forebay_operator import planning
 from forebay_operator.resources import POLICY, FlowControlPolicy, read
 from forebay_sim.engine import EngineSettings

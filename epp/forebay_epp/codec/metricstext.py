@@ -4,7 +4,7 @@ The page is Prometheus or OpenMetrics text. It is not parsed as a whole: only th
 are looked for, because an EPP reads such a page several times a second from every server. `ENGINES`
 names the series of the known model servers; a policy may name others (`engines`). The server is
 not trusted: a number that cannot be true makes its signal unknown, and never 0. Fetching the page
-(adapters/scraper.py) and deciding by it (core/saturation.py) do not belong here.
+(adapters/scraper.py) and deciding by it (core/limits/) do not belong here.
 """
 
 from __future__ import annotations

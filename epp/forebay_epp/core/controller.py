@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from forebay_epp.core import selection
+from forebay_epp.core.bands import Registry
 from forebay_epp.core.endpoints import EndpointSet
-from forebay_epp.core.registry import Registry
 from forebay_epp.core.terms import (
     ControllerSnapshot,
     Decision,
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from forebay_control.plan import Plan
+    from forebay_epp.core.bands import Band
     from forebay_epp.core.endpoints import EndpointState
-    from forebay_epp.core.registry import Band
     from forebay_epp.core.terms import (
         Endpoint,
         EndpointMetrics,

@@ -1,7 +1,7 @@
 """The endpoints of a pool: what each holds, how many slots are free, and what time changes.
 
 When slots are given away does not belong here (controller.py), nor to which endpoint a request
-goes (selection.py), how many slots an endpoint has (saturation.py), or whether it can be trusted
+goes (selection/), how many slots an endpoint has (limits/), or whether it can be trusted
 with requests (health.py).
 """
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from forebay_control.plan import SaturationMode, SaturationPlan
 from forebay_epp.core.health import Health
-from forebay_epp.core.saturation import AdaptiveLimit, FixedLimit, Limit
+from forebay_epp.core.limits import AdaptiveLimit, FixedLimit, Limit
 from forebay_epp.core.terms import EndpointSnapshot, HealthChange
 
 if TYPE_CHECKING:

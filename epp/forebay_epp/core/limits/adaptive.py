@@ -1,6 +1,4 @@
-"""How many slots an endpoint has: a limit that the plan gives, or one that is learned.
-
-A limit estimates a number from what scrapes show. Spending it does not belong here (endpoints.py).
+"""A limit that is learned from what scrapes show.
 
 The adaptive limit rests on one observation: a model server queues internally exactly when its
 batch is full. A scrape with requests waiting inside therefore shows the capacity (what is running
@@ -21,21 +19,6 @@ MAX_BACKOFF_SECONDS = 8.0
 CROWDED_SCRAPES = 5
 LONG_STEP_SECONDS = 0.15
 LONG_PAUSE_SECONDS = 2.0
-
-
-class FixedLimit:
-    """A limit given by the plan; scrapes do not change it, and it is settled for good."""
-
-    __slots__ = ("settled_until", "value")
-
-    def __init__(self, value: int) -> None:
-        self.value = value
-        self.settled_until = math.inf
-
-    def observe(
-        self, running: int, waiting: int, occupancy: int, arrivals: int, now: float
-    ) -> None:
-        """Ignore a scrape."""
 
 
 class AdaptiveLimit:
@@ -134,6 +117,3 @@ class AdaptiveLimit:
             self._climbing = True
             self.value = min(MAX_LIMIT, self.value + 1)
             self.settled_until = now + self._backoff
-
-
-Limit = FixedLimit | AdaptiveLimit
