@@ -74,12 +74,28 @@ class BandPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class TargetPlan:
+    """A model name to send upstream instead, in proportion to `weight`."""
+
+    name: str
+    weight: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class ModelPlan:
-    """Requests for `name` join `band`; `targets` are (name, weight) pairs to send instead."""
+    """Requests for `name` join `band`; `targets`, if any, replace the name on the way out."""
 
     name: str
     band: str
-    targets: tuple[tuple[str, int], ...] = ()
+    targets: tuple[TargetPlan, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectivePlan:
+    """Requests whose trusted header names the objective `name` join `band`."""
+
+    name: str
+    band: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +121,27 @@ class SaturationPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class UnmatchedPlan:
+    """What happens to a request whose model the plan does not name; Queue puts it into `band`."""
+
+    action: UnmatchedAction = UnmatchedAction.QUEUE
+    band: str = "Standard"
+
+
+@dataclass(frozen=True, slots=True)
+class SeriesLabelPlan:
+    """A label that a sample must have, with this value."""
+
+    name: str
+    value: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class SeriesPlan:
     """Samples of a metric whose labels have these values, as PromQL's `name{label="value"}`."""
 
     name: str
-    labels: tuple[tuple[str, str], ...] = ()
+    labels: tuple[SeriesLabelPlan, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +170,8 @@ DEFAULT_BANDS = (
 class Plan:
     """The topology of one pool. The default is what a pool without any policy gets.
 
-    `objectives` are (name, band) pairs: where the header that names one is trusted, it decides the
-    band and the model only the flow.
+    Where the header that names one of `objectives` is trusted, it decides the band and the model
+    only the flow. Without `metrics` the series of the known model servers are looked for.
     """
 
     pool: str = "default/default"
@@ -147,12 +179,11 @@ class Plan:
     models: tuple[ModelPlan, ...] = ()
     limits: LimitsPlan = field(default_factory=LimitsPlan)
     saturation: SaturationPlan = field(default_factory=SaturationPlan)
-    unmatched_action: UnmatchedAction = UnmatchedAction.QUEUE
-    unmatched_band: str = "Standard"
+    unmatched: UnmatchedPlan = field(default_factory=UnmatchedPlan)
     no_endpoints_ttl_seconds: float = 60.0
-    objectives: tuple[tuple[str, str], ...] = ()
+    objectives: tuple[ObjectivePlan, ...] = ()
     trust_objective_header: bool = False
-    metrics: MetricsPlan = field(default_factory=MetricsPlan)
+    metrics: MetricsPlan | None = None
 
     @property
     def default_model(self) -> str | None:
@@ -179,8 +210,8 @@ class Plan:
             *self._objective_problems(),
             *self._metrics_problems(),
         ]
-        if self.unmatched_band not in {band.name for band in self.bands}:
-            problems.append(("unmatched.band", f"no band is named {self.unmatched_band!r}"))
+        if self.unmatched.band not in {band.name for band in self.bands}:
+            problems.append(("unmatched.band", f"no band is named {self.unmatched.band!r}"))
         for path, value in (
             ("limits.maxRequests", self.limits.max_requests),
             ("limits.maxBytes", self.limits.max_bytes),
@@ -240,8 +271,8 @@ class Plan:
                 problems.append((f"{path}.band", f"no band is named {model.band!r}"))
             if len(model.targets) > MAX_TARGETS:
                 problems.append((f"{path}.targets", f"must be at most {MAX_TARGETS}"))
-            for number, (target, weight) in enumerate(model.targets):
-                if not target or weight < 1:
+            for number, target in enumerate(model.targets):
+                if not target.name or target.weight < 1:
                     problems.append(
                         (f"{path}.targets[{number}]", "needs a name and a weight of at least 1")
                     )
@@ -250,6 +281,8 @@ class Plan:
     def _metrics_problems(self) -> list[tuple[str, str]]:
         metrics = self.metrics
         problems: list[tuple[str, str]] = []
+        if metrics is None:
+            return problems
         if metrics.path and not _PATH.fullmatch(metrics.path):
             problems.append(("metrics.path", f"must be an absolute path: {metrics.path!r}"))
         if not 0 <= metrics.port <= 65535:
@@ -265,7 +298,7 @@ class Plan:
         ):
             if series is not None and not (
                 _METRIC.fullmatch(series.name)
-                and all(_LABEL.fullmatch(label) for label, _ in series.labels)
+                and all(_LABEL.fullmatch(label.name) for label in series.labels)
             ):
                 problems.append((path, f"is not a metric with labels: {series.name!r}"))
         return problems
@@ -277,8 +310,8 @@ class Plan:
             problems.append(("objectives", f"must be at most {MAX_OBJECTIVES}, are {count}"))
         bands = {band.name for band in self.bands}
         names: set[str] = set()
-        for index, (name, band) in enumerate(self.objectives):
-            path = f"objectives[{index}]"
+        for index, objective in enumerate(self.objectives):
+            name, band, path = objective.name, objective.band, f"objectives[{index}]"
             if not name or name in names:
                 problems.append((f"{path}.name", f"must be unique and not empty: {name!r}"))
             names.add(name)

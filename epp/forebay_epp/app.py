@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from aiohttp import web
 
-from forebay_control.plan import Plan, SaturationMode, UnmatchedAction
+from forebay_control.plan import MetricsPlan, Plan, SaturationMode, UnmatchedAction
 from forebay_epp.adapters import debug, logs, prometheus
 from forebay_epp.adapters.scraper import Scraper
 from forebay_epp.adapters.served import ServedModels
@@ -305,9 +305,9 @@ class EndpointPicker:
         """Ask for metrics where they decide anything, and for models where unmatched ones pass."""
         addresses = frozenset(endpoint.address for endpoint in endpoints)
         adaptive = plan.saturation.mode is SaturationMode.ADAPTIVE
-        self._scraper.set_metrics(plan.metrics)
+        self._scraper.set_metrics(plan.metrics or MetricsPlan())
         self._scraper.set_addresses(addresses if adaptive else frozenset())
-        queued = plan.unmatched_action is UnmatchedAction.QUEUE
+        queued = plan.unmatched.action is UnmatchedAction.QUEUE
         self._served.set_addresses(addresses if queued else frozenset())
 
     def _scrape_failed(self, address: str, refused: bool) -> None:  # noqa: FBT001  # a callback

@@ -21,7 +21,9 @@ from forebay_control.plan import (
     Plan,
     SaturationMode,
     SaturationPlan,
+    TargetPlan,
     UnmatchedAction,
+    UnmatchedPlan,
 )
 from forebay_epp.core.controller import FlowController
 from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Outcome, Request, Verdict
@@ -54,7 +56,9 @@ def plans(draw):
     return Plan(
         bands=tuple(draw(bands(name, order[number])) for number, name in enumerate(names)),
         models=tuple(
-            ModelPlan(model, band, draw(st.sampled_from([(), (("v1", 1), ("v2", 3))])))
+            ModelPlan(
+                model, band, draw(st.sampled_from([(), (TargetPlan("v1"), TargetPlan("v2", 3))]))
+            )
             for model, band in MODELS.items()
             if band in names
         ),
@@ -65,7 +69,7 @@ def plans(draw):
         saturation=SaturationPlan(
             draw(st.sampled_from(SaturationMode)), draw(st.sampled_from([1, 2, 5]))
         ),
-        unmatched_action=draw(st.sampled_from(UnmatchedAction)),
+        unmatched=UnmatchedPlan(draw(st.sampled_from(UnmatchedAction))),
         no_endpoints_ttl_seconds=draw(st.sampled_from([1.0, 8.0])),
     )
 
@@ -178,9 +182,9 @@ class Flow(RuleBasedStateMachine):
     @rule(arriving=requests)
     def submit(self, arriving):
         bands_of = {model.name: model.band for model in self.plan.models}
-        queues = self.plan.unmatched_action is UnmatchedAction.QUEUE
+        queues = self.plan.unmatched.action is UnmatchedAction.QUEUE
         for model, size_bytes, subset in arriving:
-            band = bands_of.get(model, self.plan.unmatched_band if queues else "")
+            band = bands_of.get(model, self.plan.unmatched.band if queues else "")
             longest = self.longest(band) if band else 0.0
             self.undecided[self.next_id] = Sent(model, size_bytes, subset, self.now, band, longest)
             self.call("submit", self.next_id, model, size_bytes, subset, self.now)

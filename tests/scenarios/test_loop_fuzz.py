@@ -23,7 +23,9 @@ from forebay_control.plan import (
     Plan,
     SaturationMode,
     SaturationPlan,
+    TargetPlan,
     UnmatchedAction,
+    UnmatchedPlan,
 )
 from forebay_epp.core.controller import FlowController
 from forebay_epp.core.terms import Endpoint, EndpointMetrics
@@ -132,7 +134,7 @@ def plan(random):
             for number, name in enumerate(names)
         ),
         models=tuple(
-            ModelPlan(model, band, random.choice([(), (("v1", 1), ("v2", 3))]))
+            ModelPlan(model, band, random.choice([(), (TargetPlan("v1"), TargetPlan("v2", 3))]))
             for model, band in MODELS.items()
             if band in names
         ),
@@ -141,9 +143,8 @@ def plan(random):
             max_bytes=random.choice([200, 100_000]),
             max_body_bytes=random.choice([60, 4000]),
         ),
-        unmatched_band="Standard",
         saturation=SaturationPlan(random.choice(list(SaturationMode)), random.choice([1, 2, 5])),
-        unmatched_action=random.choice(list(UnmatchedAction)),
+        unmatched=UnmatchedPlan(random.choice(list(UnmatchedAction))),
         no_endpoints_ttl_seconds=random.choice([1.0, 8.0]),
     )
 

@@ -22,7 +22,9 @@ from forebay_control.plan import (
     PlanError,
     SaturationMode,
     SaturationPlan,
+    TargetPlan,
     UnmatchedAction,
+    UnmatchedPlan,
 )
 from forebay_epp.codec.answers import verdict
 from forebay_epp.core.controller import FlowController
@@ -165,7 +167,7 @@ def read_plan(options, more):
         kind, name, third, *rest = line.split()
         if kind == "model":
             targets = [word.rsplit(":", 1) for word in rest]
-            weighted = tuple((target, int(weight)) for target, weight in targets)
+            weighted = tuple(TargetPlan(target, int(weight)) for target, weight in targets)
             models.append(ModelPlan(name, third, weighted))
             continue
         given = dict(word.split("=", 1) for word in rest if "=" in word)
@@ -196,8 +198,10 @@ def read_plan(options, more):
             if given_limit
             else adaptive
         ),
-        unmatched_action=UnmatchedAction(options.get("unmatched", "Queue")),
-        unmatched_band=options.get("unmatched-band", "Standard"),
+        unmatched=UnmatchedPlan(
+            UnmatchedAction(options.get("unmatched", "Queue")),
+            options.get("unmatched-band", "Standard"),
+        ),
         no_endpoints_ttl_seconds=float(options.get("no-endpoints-ttl", 60)),
     )
 

@@ -16,6 +16,8 @@ from forebay_control.plan import (
     PlanError,
     SaturationMode,
     SaturationPlan,
+    TargetPlan,
+    UnmatchedPlan,
 )
 from forebay_epp.core import selection
 from forebay_epp.core.bands import MAX_RETRY_AFTER_SECONDS, UNMATCHED_FLOW
@@ -94,21 +96,23 @@ def in_band(**fields):
             "no band is named 'Gold'",
         ),
         (
-            Plan(models=(ModelPlan("m", "Standard", tuple((f"t{n}", 1) for n in range(11))),)),
+            Plan(
+                models=(ModelPlan("m", "Standard", tuple(TargetPlan(f"t{n}") for n in range(11))),)
+            ),
             "models[0].targets",
             "must be at most 10",
         ),
         (
-            Plan(models=(ModelPlan("m", "Standard", (("t", 1), ("", 1))),)),
+            Plan(models=(ModelPlan("m", "Standard", (TargetPlan("t"), TargetPlan(""))),)),
             "models[0].targets[1]",
             "needs a name and a weight of at least 1",
         ),
         (
-            Plan(models=(ModelPlan("m", "Standard", (("t", 0),)),)),
+            Plan(models=(ModelPlan("m", "Standard", (TargetPlan("t", 0),)),)),
             "models[0].targets[0]",
             "needs a name and a weight of at least 1",
         ),
-        (Plan(unmatched_band="Gold"), "unmatched.band", "no band is named 'Gold'"),
+        (Plan(unmatched=UnmatchedPlan(band="Gold")), "unmatched.band", "no band is named 'Gold'"),
         (
             Plan(limits=LimitsPlan(max_requests=0)),
             "limits.maxRequests",
@@ -160,7 +164,7 @@ def test_every_problem_of_a_plan_is_told_at_once():
     plan = Plan(
         bands=(BandPlan("Standard", 0, ttl_seconds=-1), BandPlan("b", 0)),
         models=(ModelPlan("m", "Gold"),),
-        unmatched_band="Silver",
+        unmatched=UnmatchedPlan(band="Silver"),
     )
 
     with pytest.raises(PlanError) as raised:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forebay_control.plan import ModelPlan, Plan, SaturationMode, SaturationPlan
+from forebay_control.plan import ModelPlan, Plan, SaturationMode, SaturationPlan, TargetPlan
 from forebay_epp.codec import openai
 from forebay_epp.codec.extproc.framing import DESTINATION
 from forebay_epp.codec.extproc.stream import Event, ExtProcStream, State
@@ -778,7 +778,7 @@ def test_a_body_that_cannot_be_rewritten_costs_neither_the_loop_nor_a_slot():
     """The loop goes on, and no place is held for a request that was never sent."""
     plan = Plan(
         saturation=SaturationPlan(SaturationMode.ADAPTIVE),
-        models=(ModelPlan("m", "Standard", targets=(("other", 1),)),),
+        models=(ModelPlan("m", "Standard", targets=(TargetPlan("other"),)),),
     )
     controller = FlowController(plan, random.Random(1))
     controller.set_endpoints([Endpoint("10.0.0.1:8000")], 0.0)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forebay_control.plan import MetricsPlan, SeriesPlan
+from forebay_control.plan import MetricsPlan, SeriesLabelPlan, SeriesPlan
 from forebay_epp.codec.metricstext import (
     MAX_LINE_BYTES,
     MAX_SERIES,
@@ -164,9 +164,11 @@ def test_comments_within_a_group_of_samples_do_not_end_it():
 def test_a_policy_can_name_the_series():
     """By name and labels, which are compared as the page escapes them; a missing one is empty."""
     plan = MetricsPlan(
-        running=SeriesPlan("jobs", (("state", "run"), ("node", 'a"b\\c\nd'))),
-        waiting=SeriesPlan("jobs", (("state", ""),)),
-        kv_cache_usage=SeriesPlan("cache", (("kind", "kv"),)),
+        running=SeriesPlan(
+            "jobs", (SeriesLabelPlan("state", "run"), SeriesLabelPlan("node", 'a"b\\c\nd'))
+        ),
+        waiting=SeriesPlan("jobs", (SeriesLabelPlan("state"),)),
+        kv_cache_usage=SeriesPlan("cache", (SeriesLabelPlan("kind", "kv"),)),
     )
     page = (
         b'jobs{state="run",node="a\\"b\\\\c\\nd"} 2\n'

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forebay_control.plan import ModelPlan, Plan, UnmatchedAction
+from forebay_control.plan import ModelPlan, Plan, UnmatchedAction, UnmatchedPlan
 from forebay_epp.codec import openai
 from forebay_epp.codec.openai import ServedModel
 
@@ -18,7 +18,8 @@ CHAT = {"id": "chat", "object": "model", "created": 7, "owned_by": "forebay"}
 
 def catalogue(*models, served=(), unmatched=UnmatchedAction.QUEUE):
     plan = Plan(
-        models=tuple(ModelPlan(name, "Standard") for name in models), unmatched_action=unmatched
+        models=tuple(ModelPlan(name, "Standard") for name in models),
+        unmatched=UnmatchedPlan(unmatched),
     )
     made = openai.Catalogue(plan, created=7)
     made.serve(served)

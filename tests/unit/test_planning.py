@@ -127,7 +127,7 @@ def test_a_policy_reaches_every_field_of_the_plan():
     assert plan.models == (core.ModelPlan("only-here", "Sheddable"),)
     assert plan.limits == core.LimitsPlan(11, 12, 13)
     assert plan.saturation == core.SaturationPlan(core.SaturationMode.CONCURRENCY, 4, 0.5)
-    assert (plan.unmatched_action, plan.unmatched_band) == ("Reject", "Sheddable")
+    assert plan.unmatched == core.UnmatchedPlan(core.UnmatchedAction.REJECT, "Sheddable")
     assert plan.no_endpoints_ttl_seconds == 120
 
 
@@ -154,7 +154,10 @@ def test_targets_without_weights_weigh_the_same():
         model("b", targetModels=[{"name": "x", "weight": 3}]),
     )
 
-    assert [m.targets for m in plan.models] == [(("x", 1), ("y", 1)), (("x", 3),)]
+    assert [m.targets for m in plan.models] == [
+        (core.TargetPlan("x"), core.TargetPlan("y")),
+        (core.TargetPlan("x", 3),),
+    ]
 
 
 @given(seed=st.integers(0, 10_000))
@@ -271,7 +274,7 @@ def test_a_model_gains_nothing_by_being_one_too_many(criticality, unmatched, ban
         policy(unmatched={"criticality": unmatched}),
     )
 
-    assert plan.unmatched_band == band
+    assert plan.unmatched.band == band
 
 
 def test_what_is_for_no_pool_is_told():
@@ -407,7 +410,7 @@ def test_a_header_names_an_objective_where_the_policy_trusts_callers(trusted):
 
     plan, _ = plan_codec.parse_snapshot(planned.snapshot)
     assert plan.trust_objective_header is trusted
-    assert plan.objectives == (("urgent", "Critical"),)
+    assert plan.objectives == (core.ObjectivePlan("urgent", "Critical"),)
 
 
 def test_series_are_told_apart_into_name_and_labels():
@@ -418,7 +421,9 @@ def test_series_are_told_apart_into_name_and_labels():
     plan, _ = plan_codec.parse_snapshot(planned.snapshot)
 
     assert plan.metrics == core.MetricsPlan(
-        running=core.SeriesPlan("a:b", (("x", '1"\\\n}'), ("y", '"=,'))),
+        running=core.SeriesPlan(
+            "a:b", (core.SeriesLabelPlan("x", '1"\\\n}'), core.SeriesLabelPlan("y", '"=,'))
+        ),
         waiting=core.SeriesPlan("w"),
     )
     assert not planning.plan(pool(), [policy()]).snapshot.plan.HasField("metrics")

@@ -20,6 +20,7 @@ from forebay_control.plan import (
     Plan,
     SaturationMode,
     SaturationPlan,
+    TargetPlan,
 )
 from forebay_epp.core.terms import Outcome
 
@@ -34,7 +35,7 @@ PLAN = Plan(
     bands=tuple(replace(band, ttl_seconds=20.0) for band in DEFAULT_BANDS),
     models=(
         ModelPlan("chat", "Critical"),
-        ModelPlan("alias", "Standard", (("a-longer-target-name", 1),)),
+        ModelPlan("alias", "Standard", (TargetPlan("a-longer-target-name"),)),
     ),
     limits=LimitsPlan(max_body_bytes=2 << 20),
     saturation=SaturationPlan(SaturationMode.CONCURRENCY, max_concurrency=1),

@@ -11,7 +11,7 @@ import pytest
 from ext_proc_peer import Stream, channel, client_process, until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from forebay_control.plan import ModelPlan, Plan, UnmatchedAction
+from forebay_control.plan import ModelPlan, Plan, UnmatchedAction, UnmatchedPlan
 from forebay_epp import loop as loop_module
 from forebay_epp.core.terms import Endpoint, Outcome
 from forebay_epp.transport import Connections, credentials
@@ -158,7 +158,9 @@ def test_a_malformed_body_gets_an_immediate_400(start, open_stream):
 
 def test_a_question_for_models_is_answered_at_once(start, open_stream):
     """Without a slot and without an endpoint; it counts as answered and leaves nothing behind."""
-    plan = Plan(models=(ModelPlan("chat", "Standard"),), unmatched_action=UnmatchedAction.REJECT)
+    plan = Plan(
+        models=(ModelPlan("chat", "Standard"),), unmatched=UnmatchedPlan(UnmatchedAction.REJECT)
+    )
     picker = start(plan=plan, endpoints=())
     for path, status, outcome in (
         ("/v1/models", 200, "Answered"),

@@ -139,7 +139,9 @@ def engines(plan: MetricsPlan) -> tuple[Engine, ...]:
 
 
 def _series(plan: SeriesPlan | None) -> tuple[Series, ...]:
-    return () if plan is None else (Series(plan.name, plan.labels),)
+    if plan is None:
+        return ()
+    return (Series(plan.name, tuple((label.name, label.value) for label in plan.labels)),)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,13 +17,17 @@ from forebay_control.plan import (
     LimitsPlan,
     MetricsPlan,
     ModelPlan,
+    ObjectivePlan,
     OrderingName,
     Plan,
     PlanError,
     SaturationMode,
     SaturationPlan,
+    SeriesLabelPlan,
     SeriesPlan,
+    TargetPlan,
     UnmatchedAction,
+    UnmatchedPlan,
 )
 from forebay_control.v1 import control_pb2 as pb
 from forebay_epp.core.terms import Endpoint
@@ -121,7 +125,7 @@ def _plan(message: pb.Plan, problems: Problems) -> Plan:
             ModelPlan(
                 model.name,
                 model.band,
-                tuple((target.name, target.weight) for target in model.targets),
+                tuple(TargetPlan(target.name, target.weight) for target in model.targets),
             )
             for model in message.models
         ),
@@ -135,12 +139,14 @@ def _plan(message: pb.Plan, problems: Problems) -> Plan:
             message.saturation.max_concurrency,
             message.saturation.kv_cache_usage_threshold,
         ),
-        unmatched_action=_one_of(
-            UnmatchedAction, message.unmatched.action, "plan.unmatched.action", problems
+        unmatched=UnmatchedPlan(
+            _one_of(UnmatchedAction, message.unmatched.action, "plan.unmatched.action", problems),
+            message.unmatched.band,
         ),
-        unmatched_band=message.unmatched.band,
         no_endpoints_ttl_seconds=message.no_endpoints_ttl_seconds,
-        objectives=tuple((objective.name, objective.band) for objective in message.objectives),
+        objectives=tuple(
+            ObjectivePlan(objective.name, objective.band) for objective in message.objectives
+        ),
         trust_objective_header=message.trust_objective_header,
         metrics=MetricsPlan(
             message.metrics.path,
@@ -148,7 +154,9 @@ def _plan(message: pb.Plan, problems: Problems) -> Plan:
             _series(message.metrics, "running"),
             _series(message.metrics, "waiting"),
             _series(message.metrics, "kv_cache_usage"),
-        ),
+        )
+        if message.HasField("metrics")
+        else None,
     )
 
 
@@ -156,7 +164,9 @@ def _series(message: pb.Metrics, field: str) -> SeriesPlan | None:
     if not message.HasField(field):
         return None
     series: pb.Series = getattr(message, field)
-    return SeriesPlan(series.name, tuple((label.name, label.value) for label in series.labels))
+    return SeriesPlan(
+        series.name, tuple(SeriesLabelPlan(label.name, label.value) for label in series.labels)
+    )
 
 
 def _one_of(names: type[_Name], value: str, path: str, problems: Problems) -> _Name:

@@ -201,11 +201,15 @@ class Registry:
         priority: who waits there came first, and there are no more of them.
         """
         self._unmatched_band = (
-            plan.unmatched_band if plan.unmatched_action is UnmatchedAction.QUEUE else None
+            plan.unmatched.band if plan.unmatched.action is UnmatchedAction.QUEUE else None
         )
         self._models = {model.name: model for model in plan.models}
         self._targeting = _targeting(plan)
-        self._objectives = dict(plan.objectives) if plan.trust_objective_header else {}
+        self._objectives = (
+            {objective.name: objective.band for objective in plan.objectives}
+            if plan.trust_objective_header
+            else {}
+        )
         wanted = {band.name for band in plan.bands}
         for name, band in list(self._by_name.items()):
             if name not in wanted:
@@ -268,11 +272,11 @@ class Registry:
         model = self._models.get(model_name)
         if model is None or not model.targets:
             return None
-        drawn = self._random.randrange(sum(weight for _, weight in model.targets))
-        for name, weight in model.targets:
-            drawn -= weight
+        drawn = self._random.randrange(sum(target.weight for target in model.targets))
+        for target in model.targets:
+            drawn -= target.weight
             if drawn < 0:
-                return name if name != model_name else None
+                return target.name if target.name != model_name else None
         raise AssertionError("weights are positive")
 
     def waiting(self) -> Collection[Band]:
@@ -285,6 +289,6 @@ def _targeting(plan: Plan) -> dict[str, ModelPlan]:
     priorities = {band.name: band.priority for band in plan.bands}
     found: dict[str, ModelPlan] = {}
     for model in sorted(plan.models, key=lambda model: priorities[model.band]):
-        for target, _ in model.targets:
-            found.setdefault(target, model)
+        for target in model.targets:
+            found.setdefault(target.name, model)
     return found

@@ -107,7 +107,7 @@ class Catalogue:
 
         Not while no server has said what it serves: it may just have started, or want a key.
         """
-        return bool(self._served) or self._plan.unmatched_action is UnmatchedAction.REJECT
+        return bool(self._served) or self._plan.unmatched.action is UnmatchedAction.REJECT
 
     def answer(self, name: str) -> bytes | None:
         """Return OpenAI's object of the model of this name, or the list of all for "".
@@ -120,7 +120,7 @@ class Catalogue:
 
     def _make(self) -> dict[str, bytes]:
         served = self._served
-        if self._plan.unmatched_action is UnmatchedAction.REJECT:
+        if self._plan.unmatched.action is UnmatchedAction.REJECT:
             served = ()
         models = {
             model.name: ServedModel(model.name, self._created, OWNER) for model in self._plan.models
