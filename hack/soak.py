@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from control_plane import FolderOperator, PickerProcess, Process
+from control_plane import EPPProcess, FolderOperator, Process
 from envoy_process import Envoy, free_port
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Soak:
         self._servers = [Server(folder, number) for number in range(SERVERS)]
         manifests = folder / "manifests"
         self._operator = FolderOperator(folder, manifests=self._write(manifests))
-        self._epp = PickerProcess(folder, "epp", "chat", self._operator.control_port)
+        self._epp = EPPProcess(folder, "epp", "chat", self._operator.control_port)
         self._envoy = Envoy(folder, self._epp.grpc)
         self._http = self._envoy.http
         self._served: Counter[str] = Counter()

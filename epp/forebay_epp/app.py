@@ -1,7 +1,7 @@
 """Puts an endpoint picker together and takes it apart again.
 
 Two threads: the transport's, which owns the controller, and the main one, an asyncio loop for
-everything else (scrapes, the plan file or the operator, metrics). News crosses by `FlowLoop.post`.
+everything else (scrapes, the plan file or the operator, metrics). News crosses by `DataPlane.post`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from forebay_epp.adapters import debug, logs, prometheus
 from forebay_epp.adapters.scraper import Scraper
 from forebay_epp.adapters.served import ServedModels
 from forebay_epp.core.controller import FlowController
-from forebay_epp.loop import FlowLoop
-from forebay_epp.programming import Operator, PlanFile, PlanFileError
+from forebay_epp.data_plane import DataPlane
+from forebay_epp.sources import Operator, PlanFile, PlanFileError
 from forebay_epp.traffic import Traffic
 from forebay_epp.transport import Connections, credentials, health
 from forebay_epp.transport.aio import AioTransport
@@ -37,15 +37,15 @@ if TYPE_CHECKING:
     import grpc
 
     from forebay_epp.core.terms import ControllerSnapshot, Endpoint, HealthChange
-    from forebay_epp.programming import Source, Update
     from forebay_epp.settings import Settings
+    from forebay_epp.sources import Source, Update
     from forebay_epp.transport import Transport
 
 FINISH_SECONDS = 5.0
 QUIET_SECONDS = 0.3
 
 TRANSPORTS: dict[
-    str, Callable[[FlowLoop, str, grpc.ServerCredentials | None, Connections], Transport]
+    str, Callable[[DataPlane, str, grpc.ServerCredentials | None, Connections], Transport]
 ] = {
     "completion-queue": CompletionQueueTransport,
     "aio": AioTransport,
@@ -64,7 +64,7 @@ def run(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT, drain, and return the exit status."""
     logs.configure(settings.verbosity, sys.stderr)
     try:
-        picker = EndpointPicker(settings)
+        epp = EndpointPicker(settings)
     except StartError as error:
         _log.critical("cannot start: %s", error)
         return 2
@@ -75,7 +75,7 @@ def run(settings: Settings) -> int:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
-    return asyncio.run(picker.run())
+    return asyncio.run(epp.run())
 
 
 class EndpointPicker:
@@ -91,16 +91,18 @@ class EndpointPicker:
         self._controller.set_endpoints(endpoints, time.monotonic())
         if first.deleted:
             self._controller.delete_pool(time.monotonic())
-        self._loop = FlowLoop(
+        self._data_plane = DataPlane(
             self._controller, self._traffic, settings.max_streams, health_changed=_log_health
         )
         self._scraper = Scraper(
-            lambda metrics: self._loop.post(lambda now: self._controller.observe(metrics, now)),
+            lambda metrics: self._data_plane.post(
+                lambda now: self._controller.observe(metrics, now)
+            ),
             interval_seconds=settings.scrape_interval_seconds,
             report_failure=self._scrape_failed,
         )
         self._served = ServedModels(
-            lambda models: self._loop.post(lambda _: self._loop.catalogue.serve(models))
+            lambda models: self._data_plane.post(lambda _: self._data_plane.catalogue.serve(models))
         )
         self._endpoints = endpoints
         self._ask_servers(plan, endpoints)
@@ -125,7 +127,10 @@ class EndpointPicker:
         bind = TRANSPORTS[settings.transport]
         try:
             return bind(
-                self._loop, address, _credentials(settings), Connections(settings.max_message_bytes)
+                self._data_plane,
+                address,
+                _credentials(settings),
+                Connections(settings.max_message_bytes),
             )
         except RuntimeError as error:
             raise StartError(f"--grpc-port: cannot bind {address}: in use?") from error
@@ -134,7 +139,7 @@ class EndpointPicker:
         settings = self._settings
         address = _address(settings.bind_address, settings.grpc_health_port)
         try:
-            server, _ = health.serve(address, lambda: self._loop.serving, self._alive)
+            server, _ = health.serve(address, lambda: self._data_plane.serving, self._alive)
         except RuntimeError as error:
             raise StartError(f"--grpc-health-port: cannot bind {address}: in use?") from error
         return server
@@ -142,7 +147,7 @@ class EndpointPicker:
     def _alive(self) -> bool:
         """Tell whether the data-plane thread still turns; a thread of the health server asks."""
         turned = threading.Event()
-        self._loop.post(lambda _: turned.set())
+        self._data_plane.post(lambda _: turned.set())
         return turned.wait(FINISH_SECONDS)
 
     async def run(self) -> int:
@@ -175,7 +180,7 @@ class EndpointPicker:
             self._failed = error
         finally:
             await runner.cleanup()
-        self._loop.post(lambda _: self._transport.stop())
+        self._data_plane.post(lambda _: self._transport.stop())
         await asyncio.to_thread(thread.join, FINISH_SECONDS)
         self._health.stop(0)
         return 1 if self._failed else 0
@@ -214,7 +219,7 @@ class EndpointPicker:
                 _log.error("no plan yet: serving on built-in defaults")
         usable.cancel()
         ready.cancel()
-        self._loop.serving = True
+        self._data_plane.serving = True
         _log.info(
             "serving",
             extra={"grpc_port": self._transport.port, "pool": self._controller.plan.pool},
@@ -241,22 +246,22 @@ class EndpointPicker:
                 lambda: None if answer.done() else answer.set_result(result)
             )
 
-        self._loop.post(ask)
+        self._data_plane.post(ask)
         return await asyncio.wait_for(answer, FINISH_SECONDS)
 
     async def _drain(self) -> None:
         """Be unready at once, let what waits be dispatched, refuse the rest, let answers end."""
         if self._failed:
             return
-        self._loop.serving = False
-        self._loop.post(lambda _: self._loop.drain())
+        self._data_plane.serving = False
+        self._data_plane.post(lambda _: self._data_plane.drain())
         await self._source.leave()
         _log.info("draining", extra={"seconds": self._settings.drain_timeout_seconds})
         await self._until_finished(self._settings.drain_timeout_seconds)
-        self._loop.post(self._loop.flush)
+        self._data_plane.post(self._data_plane.flush)
         await self._until_finished(FINISH_SECONDS)
         with suppress(TimeoutError):
-            if cut := await self._ask(lambda _: self._loop.unfinished):
+            if cut := await self._ask(lambda _: self._data_plane.unfinished):
                 _log.warning(
                     "cut off what was still answered: raise --drain-timeout", extra={"answers": cut}
                 )
@@ -267,7 +272,7 @@ class EndpointPicker:
         quiet_since: float | None = None
         while (now := time.monotonic()) < deadline:
             try:
-                busy = bool(await self._ask(lambda _: self._loop.unfinished))
+                busy = bool(await self._ask(lambda _: self._data_plane.unfinished))
             except TimeoutError:  # the data plane is too busy to say
                 busy = True
             if busy:
@@ -282,7 +287,7 @@ class EndpointPicker:
 
     async def _put(self, update: Update) -> None:
         """Put plan and endpoints into force in one step; what is not given stays."""
-        await hand_over(self._loop.post, self._taker(update), FINISH_SECONDS)
+        await hand_over(self._data_plane.post, self._taker(update), FINISH_SECONDS)
         if update.endpoints is not None:
             self._endpoints = update.endpoints
         self._ask_servers(update.plan or self._controller.plan, self._endpoints)
@@ -290,7 +295,7 @@ class EndpointPicker:
     def _taker(self, update: Update) -> Callable[[float], None]:
         def take(now: float) -> None:
             if update.plan is not None:
-                self._loop.reconfigure(update.plan, now)
+                self._data_plane.reconfigure(update.plan, now)
             if update.endpoints is not None:
                 self._controller.set_endpoints(update.endpoints, now)
             if update.deleted:
@@ -311,7 +316,9 @@ class EndpointPicker:
         self._served.set_addresses(addresses if queued else frozenset())
 
     def _scrape_failed(self, address: str, refused: bool) -> None:  # noqa: FBT001  # a callback
-        self._loop.post(lambda now: self._controller.scrape_failed(address, now, refused=refused))
+        self._data_plane.post(
+            lambda now: self._controller.scrape_failed(address, now, refused=refused)
+        )
 
     # --- pages
 

@@ -71,7 +71,7 @@ class Bench:
         config = self._folder / "envoy.json"
         ports = envoy.Ports(self._http, self._grpc, self._admin)
         config.write_text(json.dumps(envoy.bootstrap(ports, secure=False)))
-        picker = [
+        epp = [
             *(sys.executable, "-m", "forebay_epp", "--plan-file", plan),
             *("--secure-serving=false", "--bind-address", "127.0.0.1", "--verbosity", 0),
             *("--grpc-port", self._grpc, "--grpc-health-port", self._health),
@@ -81,7 +81,7 @@ class Bench:
             *(Path(sys.executable).with_name("envoy"), "-c", config, "-l", "off"),
             *("--use-dynamic-base-id", "--concurrency", 1),
         ]
-        for command in (picker, proxy):
+        for command in (epp, proxy):
             parts = [str(part) for part in command]
             self._start(parts)
         self._open.set()

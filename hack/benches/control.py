@@ -1,7 +1,7 @@
 """How fast an edit reaches the endpoint pickers and the status, on a real API server.
 
 Edits: one pool, four real endpoint pickers, one policy that is edited again and again. Cold start:
-1,000 policies on 100 pools and 50 pickers, all there before the operator starts; these pickers are
+1,000 policies on 100 pools and 50 EPPs, all there before the operator starts; these EPPs are
 simulated (a gRPC client that acknowledges whatever it gets and reports the same stats for ever).
 Then nothing happens for a while, and no status may be written. Needs what tests/cluster needs.
 """
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import api_server
 import control_plane
 import grpc
-from control_plane import NAME, Authority, Operator, PickerPod, PickerProcess
+from control_plane import NAME, Authority, EPPPod, EPPProcess, Operator
 
 from forebay_control.v1 import control_pb2 as pb
 from forebay_control.v1 import control_pb2_grpc as rpc
@@ -97,10 +97,8 @@ async def _edits(server: ApiServer, folder: Path, edits: int) -> dict[str, float
         operator = Operator(server, folder, tls, lease_namespace=namespace)
         processes.append(operator)
         for number in range(EPPS):
-            pod = PickerPod(server, namespace, f"epp-{number}", "epp")
-            processes.append(
-                PickerProcess(folder, pod, "chat", operator.control_port, authority.path)
-            )
+            pod = EPPPod(server, namespace, f"epp-{number}", "epp")
+            processes.append(EPPProcess(folder, pod, "chat", operator.control_port, authority.path))
         path = f"{_PATH}/{namespace}/{POLICY.plural}/chat"
 
         async def settled() -> bool:
@@ -133,7 +131,7 @@ async def _edits(server: ApiServer, folder: Path, edits: int) -> dict[str, float
             "edit_to_ack_max_ms": 1000 * max(acks),
             "edit_to_status_p50_ms": 1000 * statistics.median(statuses),
             "edit_to_status_p95_ms": 1000 * _p95(statuses),
-            "epp_rss_mb": max(p.rss_mb() for p in processes if isinstance(p, PickerProcess)),
+            "epp_rss_mb": max(p.rss_mb() for p in processes if isinstance(p, EPPProcess)),
         }
     finally:
         await api.close()
@@ -170,8 +168,8 @@ def _p95(values: list[float]) -> float:
 # -------------------------------------------------------------------------------------- cold start
 
 
-class SimulatedPicker:
-    """A picker of one pool that takes everything: it stands in for a process of 60 MB."""
+class SimulatedEPP:
+    """An EPP of one pool that takes everything: it stands in for a process of 60 MB."""
 
     def __init__(self, port: int, ca: bytes, token: str, pool: str, pod: dict[str, Any]) -> None:
         """Say who it is."""
@@ -240,7 +238,7 @@ async def _create(api: Cluster, path: str, manifests: list[dict[str, Any]]) -> l
 
 
 async def _fill(api: Cluster, namespace: str, pools: range) -> list[tuple[str, dict[str, Any]]]:
-    """Create a namespace's part of the objects; return (pool, pod) of its pickers."""
+    """Create a namespace's part of the objects; return (pool, pod) of its EPPs."""
     await api.request("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
     core = f"/api/v1/namespaces/{namespace}"
     inference = "/apis/inference.networking.k8s.io/v1/namespaces"
@@ -302,17 +300,17 @@ async def _cold_start(server: ApiServer, folder: Path, idle_seconds: float) -> d
     authority = Authority(folder / "ca-cold", "cold")
     tls = authority.leaf(NAME)
     share = POOLS // NAMESPACES
-    pickers = []
+    epps = []
     for number in range(NAMESPACES):
         begin = number * share
-        pickers += await _fill(api, f"cold-{number}", range(begin, begin + share))
-    tokens = [await _token(api, pod) for _, pod in pickers]
+        epps += await _fill(api, f"cold-{number}", range(begin, begin + share))
+    tokens = [await _token(api, pod) for _, pod in epps]
     began_line = _audit_lines(server)
     began = time.monotonic()
     operator = Operator(server, folder, tls, name="cold", lease_namespace="cold-0")
     simulated = [
-        SimulatedPicker(operator.control_port, authority.path.read_bytes(), token, pool, pod)
-        for (pool, pod), token in zip(pickers, tokens, strict=True)
+        SimulatedEPP(operator.control_port, authority.path.read_bytes(), token, pool, pod)
+        for (pool, pod), token in zip(epps, tokens, strict=True)
     ]
     tasks = [asyncio.create_task(each.run()) for each in simulated]
     try:
@@ -323,7 +321,7 @@ async def _cold_start(server: ApiServer, folder: Path, idle_seconds: float) -> d
         async def reported() -> bool:
             return await _all_reported(api)
 
-        await _until(acknowledged, "all simulated pickers programmed", 0.02)
+        await _until(acknowledged, "all simulated EPPs programmed", 0.02)
         acked_seconds = time.monotonic() - began
         await _until(reported, "every policy has its final status", 0.5)
         cold_start_seconds = time.monotonic() - began

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 from control_driver import Driver
-from control_plane import PickerProcess
+from control_plane import EPPProcess
 from envoy_process import Envoy
 from ext_proc_peer import until
 from ext_proc_queue import Waiting
@@ -116,12 +116,10 @@ class Phase:
         }
 
 
-def _phase(
-    picker: PickerProcess, seconds: float, phase: Phase, put: Callable[[], None] | None
-) -> int:
+def _phase(epp: EPPProcess, seconds: float, phase: Phase, put: Callable[[], None] | None) -> int:
     """Probe, and put plans into force if they are given; return how many."""
-    picker.metric("forebay_loop_lag_max_seconds")  # it counts anew from here
-    command = [sys.executable, __file__, "--probe", str(picker.grpc), "--seconds", str(seconds)]
+    epp.metric("forebay_loop_lag_max_seconds")  # it counts anew from here
+    command = [sys.executable, __file__, "--probe", str(epp.grpc), "--seconds", str(seconds)]
     probing = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     pause, sent, began = Event(), 0, time.monotonic()
     while probing.poll() is None:
@@ -131,22 +129,22 @@ def _phase(
         pause.wait(max(0.0, began + (sent or 1) / PLANS_PER_SECOND - time.monotonic()) or 0.01)
     output, _ = probing.communicate()
     phase.probes += json.loads(output)
-    phase.lags.append(1000 * picker.metric("forebay_loop_lag_max_seconds"))
+    phase.lags.append(1000 * epp.metric("forebay_loop_lag_max_seconds"))
     return sent
 
 
 def _measure(folder: Path, seconds: float) -> dict[str, float]:
     driver = Driver()
-    picker = PickerProcess(folder, "epp-0", "chat", driver.port)
+    epp = EPPProcess(folder, "epp-0", "chat", driver.port)
     without, with_plans = Phase(), Phase()
     sent = 0
     try:
         driver.put(POOL, _snapshot(0, []))
-        until(lambda: picker.serving, 60)
-        envoy = Envoy(folder, picker.grpc)
+        until(lambda: epp.serving, 60)
+        envoy = Envoy(folder, epp.grpc)
         with (
             Traffic(service_seconds=0.1) as traffic,
-            Waiting(driver.thread, picker.grpc) as waiting,
+            Waiting(driver.thread, epp.grpc) as waiting,
         ):
             for number in range(WAITING):
                 waiting.enqueue(number, "waiting")
@@ -154,23 +152,23 @@ def _measure(folder: Path, seconds: float) -> dict[str, float]:
             loading = traffic.begin(
                 envoy.http, requests, REQUESTS_PER_SECOND, lambda number: f"model-{number % 100}"
             )
-            until(lambda: picker.queues()["requests"] > WAITING + 20, 60)
+            until(lambda: epp.queues()["requests"] > WAITING + 20, 60)
             plans = (_snapshot(number, traffic.addresses) for number in itertools.count(1))
             driver.put(POOL, next(plans))
-            applied = picker.metric("forebay_programs_total", answer="ack")
+            applied = epp.metric("forebay_programs_total", answer="ack")
             for number in range(PHASES):
                 if number % 2:
                     sent += _phase(
-                        picker, seconds, with_plans, lambda: driver.program(POOL, next(plans))
+                        epp, seconds, with_plans, lambda: driver.program(POOL, next(plans))
                     )
                 else:
-                    _phase(picker, seconds, without, None)
-            applied = picker.metric("forebay_programs_total", answer="ack") - applied
-            still_waiting = min(WAITING, picker.queues()["requests"])
+                    _phase(epp, seconds, without, None)
+            applied = epp.metric("forebay_programs_total", answer="ack") - applied
+            still_waiting = min(WAITING, epp.queues()["requests"])
             loading.cancel()
             envoy.stop()
     finally:
-        picker.end()
+        epp.end()
         driver.stop()
     figures = {
         **without.figures("without"),

@@ -104,15 +104,15 @@ class Bench:
             "--use-dynamic-base-id",
         )
 
-    def start_picker(self, name: str, server: int) -> subprocess.Popen[bytes]:
+    def start_epp(self, name: str, server: int) -> subprocess.Popen[bytes]:
         """Start the endpoint picker under test and wait until requests pass."""
         address = f"127.0.0.1:{server}"
         if name == "bare_aio":
-            picker = self.start(sys.executable, HERE / "bare_aio.py", self._grpc, address)
+            epp = self.start(sys.executable, HERE / "bare_aio.py", self._grpc, address)
         else:
             plan = self._folder / "plan.json"
             plan.write_text(json.dumps(snapshot(address)))
-            picker = self.start(
+            epp = self.start(
                 *(sys.executable, "-m", "forebay_epp", "--plan-file", plan),
                 *("--transport", name.replace("_", "-"), "--secure-serving=false"),
                 *("--bind-address", "127.0.0.1", "--grpc-port", self._grpc),
@@ -120,17 +120,17 @@ class Bench:
             )
         deadline = time.monotonic() + 20
         while not self._answers():
-            if time.monotonic() > deadline or picker.poll() is not None:
+            if time.monotonic() > deadline or epp.poll() is not None:
                 log = (self._folder / "log").read_text()[-2000:]
                 raise SystemExit(f"{name} does not serve:\n{log}")
             time.sleep(0.1)
-        return picker
+        return epp
 
-    def stop_picker(self, picker: subprocess.Popen[bytes]) -> None:
+    def stop_epp(self, epp: subprocess.Popen[bytes]) -> None:
         """End the endpoint picker under test."""
-        picker.kill()
-        picker.wait()
-        self._processes.remove(picker)
+        epp.kill()
+        epp.wait()
+        self._processes.remove(epp)
 
     def _answers(self) -> bool:
         request = urllib.request.Request(self._url, BODY.encode())  # noqa: S310  # loopback
@@ -146,8 +146,8 @@ class Bench:
 
     def json_run(self, name: str, concurrency: int) -> dict[str, float]:
         """Load the endpoint picker with short JSON answers."""
-        picker = self.start_picker(name, self._json_server)
-        before = _cpu_seconds(picker.pid)
+        epp = self.start_epp(name, self._json_server)
+        before = _cpu_seconds(epp.pid)
         output = subprocess.run(
             [
                 "wrk",
@@ -163,8 +163,8 @@ class Bench:
             capture_output=True,
             text=True,
         ).stdout
-        cpu = _cpu_seconds(picker.pid) - before
-        self.stop_picker(picker)
+        cpu = _cpu_seconds(epp.pid) - before
+        self.stop_epp(epp)
         if "Non-2xx" in output or "Socket errors" in output:
             raise SystemExit(f"{name} did not answer everything:\n{output}")
         requests = _number(r"(\d+) requests in", output)
@@ -177,11 +177,11 @@ class Bench:
 
     def sse_run(self, name: str) -> float:
         """Stream through the endpoint picker and return its CPU microseconds per chunk."""
-        picker = self.start_picker(name, self._sse_server)
-        before = _cpu_seconds(picker.pid)
+        epp = self.start_epp(name, self._sse_server)
+        before = _cpu_seconds(epp.pid)
         chunks = asyncio.run(self._stream())
-        cpu = _cpu_seconds(picker.pid) - before
-        self.stop_picker(picker)
+        cpu = _cpu_seconds(epp.pid) - before
+        self.stop_epp(epp)
         return cpu * 1e6 / chunks
 
     async def _stream(self) -> int:

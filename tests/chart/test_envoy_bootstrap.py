@@ -14,7 +14,7 @@ import pytest
 import yaml
 from control_driver import Driver
 from control_peers import POOL, snapshot
-from control_plane import PickerProcess
+from control_plane import EPPProcess
 from envoy_process import BINARY, ModelServer, free_port
 from ext_proc_peer import until
 
@@ -108,14 +108,14 @@ class Pods:
 
     def __init__(self, text: str, arguments: list[str], folder: Path) -> None:
         self.server, self.driver = ModelServer(), Driver()
-        self.picker = PickerProcess(
+        self.epp = EPPProcess(
             *(folder, "epp-0", "chat", self.driver.port, None),
             *("--secure-serving=true", "--drain-timeout=60s"),
         )
         self.http, self.health = free_port(), free_port()
         for old, new in (
             ("chat-epp-headless.forebay-system.svc.cluster.local", "localhost"),
-            ("port_value: 9002", f"port_value: {self.picker.grpc}"),
+            ("port_value: 9002", f"port_value: {self.epp.grpc}"),
             ("port_value: 8081", f"port_value: {self.http}"),
             ("port_value: 8082", f"port_value: {self.health}"),
             ("port_value: 19000", f"port_value: {free_port()}"),
@@ -131,7 +131,7 @@ class Pods:
         )
 
     def program(self) -> None:
-        """Give the picker its first plan: from then on it serves."""
+        """Give the EPP its first plan: from then on it serves."""
         self.driver.put(POOL, snapshot(30.0, POOL, self.server.address))
 
     def ask(self, port: int, path: str, body: str | None = None, **headers: str) -> int:
@@ -157,14 +157,14 @@ class Pods:
     def end(self) -> None:
         self.envoy.kill()
         self.envoy.wait(10)
-        self.picker.end()
+        self.epp.end()
         self.driver.stop()
         self.server.stop()
 
 
 @pytest.fixture
 def starting(text, tmp_path):
-    """An Envoy that runs, and a picker that has no plan yet."""
+    """An Envoy that runs, and an EPP that has no plan yet."""
     deployment = chart.one(chart.objects(f"--values={VALUES}"), "Deployment", "chat-envoy")
     made = Pods(text, chart.container(deployment)["args"], tmp_path)
     try:
@@ -192,7 +192,7 @@ def test_it_is_unready_until_an_endpoint_picker_serves(starting):
 
 
 def test_a_request_goes_where_the_endpoint_picker_says(pods):
-    """By TLS to a picker that a name stands for; not where the client says."""
+    """By TLS to an EPP that a name stands for; not where the client says."""
     forged = {"x-gateway-destination-endpoint": "127.0.0.1:1"}
 
     assert pods.complete() == 200
@@ -209,7 +209,7 @@ def test_it_is_unready_while_all_endpoint_pickers_drain(pods):
     running.start()
     until(lambda: pods.completions() == 1, 60)
 
-    pods.picker.process.send_signal(signal.SIGTERM)
+    pods.epp.process.send_signal(signal.SIGTERM)
     until(lambda: not pods.ready(), 60)
     assert answers == []
     pods.server.hold.set()

@@ -143,11 +143,11 @@ def test_a_release_of_another_name_says_so_in_names_and_flags():
         f"--values={FOLDER / 'values' / 'pool.yaml'}", release="prod", namespace="other"
     )
 
-    picker = chart.container(chart.one(found, "Deployment", "chat-epp"))["args"]
+    epp = chart.container(chart.one(found, "Deployment", "chat-epp"))["args"]
     server = chart.container(chart.one(found, "Deployment", "prod-forebay-operator"))["args"]
     service = chart.one(found, "Service", "prod-forebay-operator")
     name = f"{service['metadata']['name']}.other.svc"
-    assert f"--control-address={name}:8443" in picker
+    assert f"--control-address={name}:8443" in epp
     assert f"--control-server-name={name}" in server
     assert "--lease-name=prod-forebay-operator" in server
 

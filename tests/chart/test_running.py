@@ -43,7 +43,7 @@ def test_nothing_is_left_after_uninstalling(running):
 
 
 @pytest.mark.parametrize("watched", ["all", "one"])
-def test_the_operator_programs_pickers_with_the_rights_it_has(running, watched):
+def test_the_operator_programs_epps_with_the_rights_it_has(running, watched):
     """Certificates, Lease, statuses, Events: nothing is refused, of all namespaces or of one."""
     release = running.release
     one = f"--set=operator.watchNamespaces={{{release.namespace}}}"
@@ -52,7 +52,7 @@ def test_the_operator_programs_pickers_with_the_rights_it_has(running, watched):
         *([one] if watched == "one" else []),
     )
     operator = running.operator("operator-0")
-    picker = running.picker(operator)
+    epp = running.epp(operator)
     apply(
         *(release.cluster, release.namespace),
         *(policy("chat", "chat"), model("llama", "chat", "llama")),
@@ -70,7 +70,7 @@ def test_the_operator_programs_pickers_with_the_rights_it_has(running, watched):
         )["items"],
         WAIT_SECONDS,
     )
-    assert picker.program()[0] == "Live"
+    assert epp.program()[0] == "Live"
     check_log(operator.log)
     assert "forbidden" not in operator.log.lower()
     assert operator.metric("forebay_control_certificate_expiry_timestamp_seconds") > 0
@@ -96,7 +96,7 @@ def test_what_the_operator_has_written_survives_upgrades(running):
 
 
 def test_a_replica_that_stands_by_serves_the_same_certificate(running):
-    """It sends pickers on to the leader, over TLS that the same CA has signed."""
+    """It sends EPPs on to the leader, over TLS that the same CA has signed."""
     running.release.install(f"--values={FOLDER / 'standalone.yaml'}", NO_CRDS)
     leader = running.operator("operator-0")
     until(lambda: leader.epoch > 0, WAIT_SECONDS)

@@ -97,14 +97,14 @@ def test_a_namespace_that_forbids_everything_costs_itself_only(world):
     for site in (other, tenant):
         site.pool()
         site.apply(policy("p", "chat", **REJECTS))
-    picker = other.picker()
+    epp = other.epp()
     other.until_programmed("p")
-    assert answer(picker) == 404
+    assert answer(epp) == 404
     assert tenant.status("p") == {}
 
     world.give_rights_back()
 
-    tenant.picker()
+    tenant.epp()
     tenant.until_programmed("p")
     until(lambda: world.readyz() == "ok\n", SECONDS)
 
@@ -113,10 +113,10 @@ def test_a_namespace_that_takes_its_rights_away_keeps_what_it_had(world):
     """While running: the other one's edits arrive, and what was known of the tenant stays."""
     world.start()
     other, tenant = world.site(world.other), world.site(world.tenant)
-    pickers = []
+    epps = []
     for site in (other, tenant):
         site.pool()
-        pickers.append(site.picker())
+        epps.append(site.epp())
         site.server("vllm-0", "192.0.2.1")
         site.apply(policy("p", "chat", **REJECTS))
         site.until_programmed("p")
@@ -129,17 +129,17 @@ def test_a_namespace_that_takes_its_rights_away_keeps_what_it_had(world):
     other.apply(policy("p", "chat"))
     other.until_programmed("p")
     other.server("vllm-1", "192.0.2.2")
-    until(lambda: len(endpoints(pickers[0])) == 2, SECONDS)
+    until(lambda: len(endpoints(epps[0])) == 2, SECONDS)
     time.sleep(2 * SWEEP_SECONDS)  # sweeps go on
-    assert endpoints(pickers[1]) == ["192.0.2.1:8000"]
-    assert answer(pickers[1]) == 404
+    assert endpoints(epps[1]) == ["192.0.2.1:8000"]
+    assert answer(epps[1]) == 404
     assert process.running
 
     world.give_rights_back()
 
     tenant.apply(policy("p", "chat"))
     tenant.server("vllm-1", "192.0.2.2")
-    until(lambda: len(endpoints(pickers[1])) == 2, SECONDS)
+    until(lambda: len(endpoints(epps[1])) == 2, SECONDS)
     tenant.until_programmed("p")
     assert process.pid == pid
     assert "watches missed changes" not in process.log
@@ -151,10 +151,10 @@ def test_pods_that_were_there_before_the_first_pool_are_found_at_once(world):
     site = world.site(world.tenant)
     for number in range(3):
         site.server(f"vllm-{number}", f"192.0.2.{number + 1}")
-    picker = site.picker()
+    epp = site.epp()
 
     site.pool()
 
-    until(lambda: len(endpoints(picker)) == 3, SECONDS)
+    until(lambda: len(endpoints(epp)) == 3, SECONDS)
     site.server("vllm-3", "192.0.2.4")
-    until(lambda: len(endpoints(picker)) == 4, SECONDS)
+    until(lambda: len(endpoints(epp)) == 4, SECONDS)

@@ -14,7 +14,7 @@ import grpc
 import operator_account
 import pytest
 import yaml
-from control_plane import Authority, PickerPod, model, policy, pool, service
+from control_plane import Authority, EPPPod, model, policy, pool, service
 from ext_proc_peer import channel, until
 from operator_site import (
     CRDS,
@@ -71,7 +71,7 @@ def still(cluster, operator, authority, tmp_path_factory):
     folder = tmp_path_factory.mktemp("still")
     found = Site(cluster, namespace, operator.control_port, authority.path, folder)
     found.pool()
-    found.picker()
+    found.epp()
     found.apply(policy("still", "chat"))
     found.until_programmed("still")
     yield found
@@ -95,20 +95,18 @@ def table(site) -> dict[str, str]:
 # --- what people apply
 
 
-def test_kubectl_apply_changes_what_running_pickers_do(site):
+def test_kubectl_apply_changes_what_running_epps_do(site):
     """The quickstart's YAML, then an edit of it: an unknown model's request waits, then is 404."""
     site.apply(service())
     for name in ("pool", "models", "policy"):
         file = CRDS / "examples" / "quickstart" / f"{name}.yaml"
         site.cluster.kubectl("apply", "-n", site.namespace, "-f", str(file))
     site.apply(pool("chat"))
-    pickers = site.pickers(2)
+    epps = site.epps(2)
     site.until_programmed("chat")
-    with channel(f"127.0.0.1:{pickers[0].grpc}") as open_channel:
+    with channel(f"127.0.0.1:{epps[0].grpc}") as open_channel:
         _kept = send(open_channel)
-        until(
-            lambda: waiting(pickers[0]) == {"Critical": 0, "Standard": 1, "Sheddable": 0}, SECONDS
-        )
+        until(lambda: waiting(epps[0]) == {"Critical": 0, "Standard": 1, "Sheddable": 0}, SECONDS)
 
     site.cluster.kubectl(
         *("patch", "fcp", "chat", "-n", site.namespace, "--type=merge"),
@@ -116,7 +114,7 @@ def test_kubectl_apply_changes_what_running_pickers_do(site):
     )
 
     site.until_programmed("chat")
-    assert [answer(picker) for picker in pickers] == [404, 404]
+    assert [answer(epp) for epp in epps] == [404, 404]
     row = table(site)
     assert (row["ACCEPTED"], row["PROGRAMMED"], row["EPPS"]) == ("True", "True", "2/2")
     found = site.object("chat")
@@ -129,7 +127,7 @@ def test_kubectl_apply_changes_what_running_pickers_do(site):
 def test_the_oldest_of_two_policies_counts_until_it_is_deleted(site):
     """The younger one's status names it; that it has the smaller name does not matter."""
     site.pool()
-    picker = site.picker()
+    epp = site.epp()
     site.apply(policy("z-old", "chat", **SMALL))
     made_at = int(time.time())
     until(lambda: time.time() >= made_at + 2, SECONDS)  # ages are in whole seconds
@@ -139,7 +137,7 @@ def test_the_oldest_of_two_policies_counts_until_it_is_deleted(site):
     site.until_programmed("z-old")
     assert "z-old" in site.message("a-young", "Accepted")
     assert site.condition("a-young", "Programmed") == ("False", "Conflicted")
-    assert answer(picker) == 413
+    assert answer(epp) == 413
     (ancestor,) = site.status("a-young")["ancestors"]
     assert ancestor["ancestorRef"]["name"] == "chat"
     assert ancestor["controllerName"] == "forebay.dev/forebay"
@@ -154,13 +152,13 @@ def test_the_oldest_of_two_policies_counts_until_it_is_deleted(site):
 
     site.until_programmed("a-young")
     assert site.condition("a-young", "Accepted") == ("True", "Accepted")
-    assert answer(picker) == 404
+    assert answer(epp) == 404
     (ancestor,) = site.status("a-young")["ancestors"]
     assert ancestor["conditions"][0]["status"] == "True"
 
 
 def test_a_pool_may_come_later_and_go(site):
-    """Its pickers keep what they run when it goes, and the status says that it is not there."""
+    """Its EPPs keep what they run when it goes, and the status says that it is not there."""
     site.apply(policy("p", "chat", **REJECTS), service())
     site.until("p", "ResolvedRefs", "False", "TargetNotFound")
     site.until("p", "Programmed", "False", "TargetNotFound")
@@ -168,14 +166,14 @@ def test_a_pool_may_come_later_and_go(site):
     assert site.condition("p", "Accepted") == ("False", "TargetNotFound")
 
     site.pool()
-    picker = site.picker()
+    epp = site.epp()
     site.until_programmed("p")
     site.until("p", "ResolvedRefs", "True", "ResolvedRefs")
 
     site.delete(POOLS, "chat")
 
     site.until("p", "ResolvedRefs", "False", "TargetNotFound")
-    assert answer(picker) == 404
+    assert answer(epp) == 404
 
     site.pool()
     site.until_programmed("p")
@@ -184,23 +182,23 @@ def test_a_pool_may_come_later_and_go(site):
 def test_deleting_all_policies_is_honoured(site):
     """A watch that says so is no accident of a LIST: the pool gets the defaults."""
     site.pool()
-    picker = site.picker()
+    epp = site.epp()
     site.apply(policy("p", "chat", **REJECTS))
     site.until_programmed("p")
-    before = picker.version
+    before = epp.version
 
     site.delete("fcp")
 
-    until(lambda: (picker.version or before) > before, SECONDS)
-    with channel(f"127.0.0.1:{picker.grpc}") as open_channel:
+    until(lambda: (epp.version or before) > before, SECONDS)
+    with channel(f"127.0.0.1:{epp.grpc}") as open_channel:
         _kept = send(open_channel)
-        until(lambda: waiting(picker)["Standard"] == 1, SECONDS)
+        until(lambda: waiting(epp)["Standard"] == 1, SECONDS)
 
 
 def test_a_model_name_belongs_to_the_oldest_model(site):
     """The other one says so, and counts when the oldest goes."""
     site.pool()
-    picker = site.picker()
+    epp = site.epp()
     kind = "inferencemodel"
     site.apply(model("a", "chat", "llama", "Critical"), model("b", "chat", "llama", "Sheddable"))
     site.until("b", "Accepted", "False", "ModelNameInUse", kind)
@@ -212,16 +210,16 @@ def test_a_model_name_belongs_to_the_oldest_model(site):
 
     site.until("b", "Programmed", "True", "Programmed", kind)
     assert site.condition("b", "Accepted", kind) == ("True", "Accepted")
-    with channel(f"127.0.0.1:{picker.grpc}") as open_channel:
+    with channel(f"127.0.0.1:{epp.grpc}") as open_channel:
         _kept = send(open_channel, b'{"model": "llama"}')
-        until(lambda: waiting(picker)["Sheddable"] == 1, SECONDS)
+        until(lambda: waiting(epp)["Sheddable"] == 1, SECONDS)
 
 
 @pytest.mark.parametrize("group", ["inference.networking.x-k8s.io", "llm-d.ai"])
 def test_an_objective_decides_the_band_where_the_policy_trusts_the_header(site, group):
     """Its priority is below that of Standard, so the band is Sheddable; without trust Standard."""
     site.pool()
-    picker = site.picker()
+    epp = site.epp()
     objective = {
         "apiVersion": f"{group}/v1alpha2",
         "kind": "InferenceObjective",
@@ -231,14 +229,14 @@ def test_an_objective_decides_the_band_where_the_policy_trusts_the_header(site, 
     site.apply(policy("p", "chat", trust={"objectiveHeader": True}), objective)
     site.until_programmed("p")
     header = {"x-gateway-inference-objective": "night"}
-    with channel(f"127.0.0.1:{picker.grpc}") as open_channel:
+    with channel(f"127.0.0.1:{epp.grpc}") as open_channel:
         _kept = [send(open_channel, **header)]
-        until(lambda: waiting(picker)["Sheddable"] == 1, SECONDS)
+        until(lambda: waiting(epp)["Sheddable"] == 1, SECONDS)
 
         site.apply(policy("p", "chat", trust={"objectiveHeader": False}))
         site.until_programmed("p")
         _kept.append(send(open_channel, **header))
-        until(lambda: waiting(picker)["Standard"] == 1, SECONDS)
+        until(lambda: waiting(epp)["Standard"] == 1, SECONDS)
 
 
 # --- what the schema cannot catch
@@ -269,7 +267,7 @@ def test_an_invalid_generation_leaves_the_last_valid_one_in_force(site, operator
     """Also over a restart of the operator, which has never seen that one; and then it is mended."""
     site.pool()
     site.apply(pool("other", service="epp-other"), service("epp-other"))
-    picker, other = site.picker(), site.picker(pool="other", app="epp-other")
+    epp, other = site.epp(), site.epp(pool="other", app="epp-other")
     site.apply(policy("p", "chat", **SMALL), policy("q", "other", **SMALL))
     site.until_programmed("p")
     site.until_programmed("q")
@@ -287,34 +285,34 @@ def test_an_invalid_generation_leaves_the_last_valid_one_in_force(site, operator
     assert (found["status"]["programmedGeneration"], found["metadata"]["generation"]) == (1, 2)
     site.apply(model("m", "chat", "llama"))
     site.until("m", "Programmed", "True", "Programmed", "inferencemodel")
-    assert answer(picker) == 413
+    assert answer(epp) == 413
 
     operator.restart()
 
     site.until("p", "Degraded", "True", "PlanHeld")
     site.until("m", "Programmed", "Unknown", "PlanHeld", "inferencemodel")
     site.server("server", "10.0.0.7")
-    until(lambda: endpoints(picker) == ["10.0.0.7:8000"], SECONDS)  # not everything is held
+    until(lambda: endpoints(epp) == ["10.0.0.7:8000"], SECONDS)  # not everything is held
     site.until_programmed("q")
-    assert answer(picker) == 413
+    assert answer(epp) == 413
 
     site.apply(policy("p", "chat", **REJECTS))
 
     site.until_programmed("p")
     site.until("m", "Programmed", "True", "Programmed", "inferencemodel")
-    assert answer(picker) == 404
+    assert answer(epp) == 404
     assert site.condition("p", "Degraded") == ("False", "AsExpected")
 
 
 # --- pods
 
 
-def test_endpoints_and_pickers_come_and_go(site):
+def test_endpoints_and_epps_come_and_go(site):
     """What is ready is an endpoint; the counts follow the pods behind the Service."""
     site.pool()
     site.apply(policy("p", "chat"))
     site.until("p", "Programmed", "False", "NoEndpointPickers")
-    first = site.picker()
+    first = site.epp()
     site.until_programmed("p")
     a, b = site.server("a", "10.0.0.1"), site.server("b", "10.0.0.2")
     until(lambda: endpoints(first) == ["10.0.0.1:8000", "10.0.0.2:8000"], SECONDS)
@@ -323,7 +321,7 @@ def test_endpoints_and_pickers_come_and_go(site):
     b.delete()
     until(lambda: endpoints(first) == [], SECONDS)
 
-    second = site.picker()
+    second = site.epp()
     until(lambda: site.status("p")["endpointPickers"]["ready"] == "2/2", SECONDS)
     second.freeze()
     site.until("p", "Programmed", "False", "Stale")
@@ -343,10 +341,10 @@ def test_endpoints_and_pickers_come_and_go(site):
     site.until("p", "Programmed", "True", "Programmed")
 
 
-class RefusingPicker:
+class RefusingEPP:
     """A bare client of the control channel with a real pod's token, which refuses what it gets.
 
-    It stands for a picker of another release: ours refuses nothing that the operator makes.
+    It stands for an EPP of another release: ours refuses nothing that the operator makes.
     """
 
     def __init__(self, site, operator, authority, pod) -> None:
@@ -385,13 +383,13 @@ class RefusingPicker:
         self._channel.close()
 
 
-def test_a_picker_that_refuses_is_named(site, operator, authority):
+def test_an_epp_that_refuses_is_named(site, operator, authority):
     """With what it says; the others run the new program; a program that it takes mends it."""
     site.pool()
     site.apply(policy("p", "chat"))
-    site.picker()
-    pod = PickerPod(site.cluster, site.namespace, "old-release", "epp")
-    refusing = RefusingPicker(site, operator, authority, pod)
+    site.epp()
+    pod = EPPPod(site.cluster, site.namespace, "old-release", "epp")
+    refusing = RefusingEPP(site, operator, authority, pod)
     try:
         program = refusing.program()
         refusing.refuse(program, "plan.bands[0].ordering", "is not known here")
@@ -420,7 +418,7 @@ def test_a_picker_that_refuses_is_named(site, operator, authority):
 def test_only_statuses_are_written_and_only_their_own_parts(site):
     """No annotation, no finalizer, and somebody else's condition on the same object survives."""
     site.pool()
-    site.picker()
+    site.epp()
     site.apply(policy("p", "chat"), model("m", "chat", "llama"))
     site.until_programmed("p")
     foreign = {
@@ -471,7 +469,7 @@ def events(site, name: str) -> list[tuple[str, str]]:
 def test_events_tell_of_transitions_only(site):
     """Edits that succeed are none."""
     site.pool()
-    site.picker()
+    site.epp()
     site.server("server", "10.0.0.1")
     site.apply(policy("p", "chat"))
     site.until_programmed("p")
@@ -493,13 +491,13 @@ def test_nothing_is_written_about_what_stands_still(site, still):
     the first numbers, although the operator has been started again meanwhile.
     """
     site.pool()
-    picker = site.picker()
+    epp = site.epp()
     site.apply(policy("p", "chat"))
     site.until_programmed("p")
     before = written(site)
     began_at = time.monotonic()
     streams = []
-    with channel(f"127.0.0.1:{picker.grpc}") as open_channel:
+    with channel(f"127.0.0.1:{epp.grpc}") as open_channel:
 
         def one_more_each_second() -> bool:
             if time.monotonic() - began_at >= len(streams):
@@ -517,7 +515,7 @@ def test_nothing_is_written_about_what_stands_still(site, still):
 def test_endpoint_pickers_that_come_and_go_write_nothing_into_models(site):
     """Not one write for any of 20 models; an edit of one is written for that one."""
     site.pool()
-    site.picker()
+    site.epp()
     names = [f"m-{number}" for number in range(20)]
     site.apply(policy("p", "chat"), *(model(name, "chat", name) for name in names))
     for name in names:
@@ -525,7 +523,7 @@ def test_endpoint_pickers_that_come_and_go_write_nothing_into_models(site):
     before = len(writes(site, "inferencemodels"))
     assert before >= len(names)
 
-    second = site.picker()
+    second = site.epp()
     until(lambda: site.status("p")["endpointPickers"]["ready"] == "2/2", SECONDS)
     second.kill()
     site.pods[1].delete()

@@ -12,9 +12,9 @@ import operator_account
 import pytest
 from control_plane import (
     Authority,
+    EPPPod,
+    EPPProcess,
     Operator,
-    PickerPod,
-    PickerProcess,
     endpoint_slice,
     model,
     policy,
@@ -121,7 +121,7 @@ def test_crds_may_come_later(cluster, namespace, start, site, mode):
     operator.until_leading()
     here = site(operator)
     here.pool()
-    picker = here.picker()
+    epp = here.epp()
     here.apply(policy("p", "chat", **REJECTS))
     here.until_programmed("p")
 
@@ -130,10 +130,10 @@ def test_crds_may_come_later(cluster, namespace, start, site, mode):
 
     here.until("m", "Programmed", "True", "Programmed", "inferencemodel")
     # The watches go on: an edit of it is in force within moments, not at the next sweep.
-    before = picker.version
+    before = epp.version
     here.delete("inferencemodel", "m")
-    until(lambda: (picker.version or before) > before, SWEEP_SECONDS / 2)
-    assert answer(picker) == 404
+    until(lambda: (epp.version or before) > before, SWEEP_SECONDS / 2)
+    assert answer(epp) == 404
     assert process.running
 
 
@@ -146,7 +146,7 @@ def crds(cluster):
 def test_one_namespace_only(cluster, namespace, start, site, authority):
     """Nothing of another one is read or written, by a Role and with nothing else.
 
-    Reviewing tokens is allowed for the whole cluster or not at all: pickers show certificates.
+    Reviewing tokens is allowed for the whole cluster or not at all: EPPs show certificates.
     """
     elsewhere = make_namespace(cluster, f"other-{secrets.token_hex(4)}")
     operator = start(namespace, flags=("--control-client-auth=certificate",))
@@ -156,9 +156,9 @@ def test_one_namespace_only(cluster, namespace, start, site, authority):
         one.pool()
         one.apply(policy("p", "chat", **REJECTS))
     leaf = authority.leaf("epp", uri=f"spiffe://cluster.local/ns/{namespace}/sa/default")
-    picker = here.picker(f"--control-cert-path={leaf}")
+    epp = here.epp(f"--control-cert-path={leaf}")
     here.until_programmed("p")
-    assert answer(picker) == 404
+    assert answer(epp) == 404
     shown = operator.process.page("/resources")
     assert namespace in shown
     assert elsewhere not in shown
@@ -174,30 +174,30 @@ def test_endpoint_slices_name_servers_only_where_that_is_wanted(namespace, start
     here = site(operator)
     here.pool()
     here.apply(endpoint_slice("chat", "192.0.2.1"))
-    picker = here.picker()
+    epp = here.epp()
     here.server("vllm-0", "192.0.2.2")
-    until(lambda: "192.0.2.2:8000" in endpoints(picker), SECONDS)
+    until(lambda: "192.0.2.2:8000" in endpoints(epp), SECONDS)
 
     expected = ["192.0.2.1:8000", "192.0.2.2:8000"] if flags else ["192.0.2.2:8000"]
-    assert endpoints(picker) == expected
+    assert endpoints(epp) == expected
 
 
 @pytest.mark.usefixtures("crds")
 def test_a_standby_is_ready_and_takes_over(cluster, namespace, start, site, authority, tmp_path):
-    """It turns pickers away until the leader goes; then it programs them with a higher epoch."""
+    """It turns EPPs away until the leader goes; then it programs them with a higher epoch."""
     leader = start()
     leader.until_leading()
     here = site(leader)
     here.pool()
-    picker = here.picker()
+    epp = here.epp()
     here.apply(policy("p", "chat", **REJECTS))
     here.until_programmed("p")
     given, options = leader._given, leader._options
     standby = Operator(*given, **{**options, "name": "operator-1", "control_port": None})
     try:
         until(lambda: standby.ready, SECONDS)
-        pod = PickerPod(cluster, namespace, "epp-late", "epp")
-        late = PickerProcess(tmp_path, pod, "chat", standby.control_port, authority.path)
+        pod = EPPPod(cluster, namespace, "epp-late", "epp")
+        late = EPPProcess(tmp_path, pod, "chat", standby.control_port, authority.path)
         here.processes.append(late)
         refusals = ("forebay_control_refusals_total",)
         until(lambda: standby.metric(*refusals, reason="not_leader") > 0, SECONDS)
@@ -209,7 +209,7 @@ def test_a_standby_is_ready_and_takes_over(cluster, namespace, start, site, auth
 
         until(lambda: standby.epoch > before, SECONDS)
         until(lambda: late.version[0] > before, SECONDS)
-        assert answer(late) == answer(picker) == 404
+        assert answer(late) == answer(epp) == 404
         here.apply(policy("p", "chat"))
         until(lambda: here.status("p").get("endpointPickers", {}).get("desired") == 2, SECONDS)
         assert standby.stop() == 0

@@ -53,9 +53,9 @@ def rejects(stage, name: str) -> None:
     apply(stage.cluster, stage.namespace, policy(name, "chat", unmatched={"action": "Reject"}))
 
 
-def settled(stage, picker, before) -> bool:
+def settled(stage, epp, before) -> bool:
     """Whether the latest policy is in force in place of what ran before."""
-    return picker.program() not in (before, ("", "")) and stage.settled([picker])
+    return epp.program() not in (before, ("", "")) and stage.settled([epp])
 
 
 def test_what_was_deleted_behind_a_partition_is_gone(stage, through, proxy):  # noqa: ARG001
@@ -63,19 +63,19 @@ def test_what_was_deleted_behind_a_partition_is_gone(stage, through, proxy):  # 
     forwarder = Forwarder(int(stage.cluster.url.rpartition(":")[2]))
     try:
         operator = stage.operator(kubeconfig=through(f"https://127.0.0.1:{forwarder.port}"))
-        (picker,) = stage.pickers(1, operator.control_port)
+        (epp,) = stage.epps(1, operator.control_port)
         for number in range(2):
             stage.edit(number)
-            until(lambda: stage.settled([picker]), SECONDS)
+            until(lambda: stage.settled([epp]), SECONDS)
             # The older of two policies goes, so that the younger one counts.
             rejects(stage, "heir")
             until(lambda: accepted(stage, "heir") == "Conflicted", SECONDS)
-            before = picker.program()
+            before = epp.program()
             forwarder.cut()
             stage.cluster.restart_apiserver(kill=bool(number))
             delete(stage, "chat")
             forwarder.heal()
-            until(lambda before=before: picker.program() not in (before, ("", "")), SECONDS)
+            until(lambda before=before: epp.program() not in (before, ("", "")), SECONDS)
             until(lambda: programmed(stage.cluster, stage.namespace, "heir"), SECONDS)
             delete(stage, "heir")
         assert operator.running
@@ -101,18 +101,18 @@ def test_a_watch_that_breaks_hides_nothing(stage, through, proxy, ending):
     """T7: what was edited and deleted in the gap is found; the process stays the same."""
     operator = stage.operator(kubeconfig=through(proxy.url))
     stage.edit(0)
-    (picker,) = stage.pickers(1, operator.control_port)
-    until(lambda: stage.settled([picker]), SECONDS)
+    (epp,) = stage.epps(1, operator.control_port)
+    until(lambda: stage.settled([epp]), SECONDS)
     for number in range(1, REPEATS + 1):
         rejects(stage, "ghost")
         until(lambda: accepted(stage, "ghost") == "Conflicted", SECONDS)
-        before = picker.program()
+        before = epp.program()
         until(lambda: proxy.watches() > 0, SECONDS)
         proxy.deafen()
         stage.edit(number)
         delete(stage, "ghost")
         proxy.end_watches(ENDINGS[ending])
-        until(lambda before=before: settled(stage, picker, before), SECONDS)
+        until(lambda before=before: settled(stage, epp, before), SECONDS)
         until(lambda: '"name": "ghost"' not in operator.page("/resources"), SECONDS)
         assert operator.running
     check_log(operator.log)
@@ -123,10 +123,10 @@ def test_a_server_that_answers_errors_is_asked_again(stage, through, proxy, code
     """T7: watches and LISTs get errors for a while, and one LIST half an answer."""
     operator = stage.operator("operator-0", "--sweep-interval=2s", kubeconfig=through(proxy.url))
     stage.edit(0)
-    (picker,) = stage.pickers(1, operator.control_port)
-    until(lambda: stage.settled([picker]), SECONDS)
+    (epp,) = stage.epps(1, operator.control_port)
+    until(lambda: stage.settled([epp]), SECONDS)
     for number in range(1, REPEATS + 1):
-        before = picker.program()
+        before = epp.program()
         endings = [
             proxy.break_(is_any_list, cut_answer(b'{"kind": "PodList", "items": [{"met'), 1),
             proxy.break_(is_any_list, status_answer(code, "InternalError")),
@@ -138,7 +138,7 @@ def test_a_server_that_answers_errors_is_asked_again(stage, through, proxy, code
         stage.edit(number)
         for end in endings:
             end()
-        until(lambda before=before: settled(stage, picker, before), SECONDS)
+        until(lambda before=before: settled(stage, epp, before), SECONDS)
         assert operator.page("/livez")
         assert operator.ready
     check_log(operator.log)
@@ -148,17 +148,17 @@ def test_a_slow_list_delays_nothing(stage, through, proxy):
     """T7: while LISTs take 20 s, an edit that a watch delivers is in force at once."""
     operator = stage.operator("operator-0", "--sweep-interval=2s", kubeconfig=through(proxy.url))
     stage.edit(0)
-    (picker,) = stage.pickers(1, operator.control_port)
-    until(lambda: stage.settled([picker]), SECONDS)
+    (epp,) = stage.epps(1, operator.control_port)
+    until(lambda: stage.settled([epp]), SECONDS)
     end = proxy.break_(is_list("flowcontrolpolicies"), late(20))
     until(lambda: len(proxy.seen) >= 1, SECONDS)
-    before = picker.program()
+    before = epp.program()
     stage.edit(1)
-    until(lambda: settled(stage, picker, before), 15)
+    until(lambda: settled(stage, epp, before), 15)
     end()
     sweeps = operator.metric("forebay_sweeps_total")
     until(lambda: operator.metric("forebay_sweeps_total") > sweeps, SECONDS)
-    assert stage.settled([picker])
+    assert stage.settled([epp])
     check_log(operator.log)
 
 
@@ -166,16 +166,16 @@ def test_one_empty_list_wipes_nothing_out(stage, through, proxy):
     """It has to come a second time, ten seconds later, and does not."""
     operator = stage.operator("operator-0", "--sweep-interval=2s", kubeconfig=through(proxy.url))
     rejects(stage, "chat")
-    (picker,) = stage.pickers(1, operator.control_port)
-    until(lambda: stage.settled([picker]), SECONDS)
-    before = picker.version
+    (epp,) = stage.epps(1, operator.control_port)
+    until(lambda: stage.settled([epp]), SECONDS)
+    before = epp.version
     empty = b'{"kind": "FlowControlPolicyList", "metadata": {}, "items": []}'
     proxy.break_(is_list("flowcontrolpolicies"), cut_answer(empty), 1)
     until(lambda: operator.metric("forebay_sweeps_total", result="held") == 1, SECONDS)
     clean = operator.metric("forebay_sweeps_total", result="clean")
     until(lambda: operator.metric("forebay_sweeps_total", result="clean") > clean, SECONDS)
-    assert picker.version == before
-    assert stage.settled([picker])
+    assert epp.version == before
+    assert stage.settled([epp])
     assert "waiting for a second one" in operator.log
 
 
@@ -183,9 +183,9 @@ def test_an_operator_that_hears_nothing_ends_itself(stage, through, proxy):
     """Its sweeps keep programs true until then; only new connections help."""
     operator = stage.operator("operator-0", "--sweep-interval=2s", kubeconfig=through(proxy.url))
     stage.edit(0)
-    (picker,) = stage.pickers(1, operator.control_port)
-    until(lambda: stage.settled([picker]), SECONDS)
-    before = picker.program()
+    (epp,) = stage.epps(1, operator.control_port)
+    until(lambda: stage.settled([epp]), SECONDS)
+    before = epp.program()
     proxy.deafen()
     edits = iter(range(1, 1000))
 
@@ -196,14 +196,14 @@ def test_an_operator_that_hears_nothing_ends_itself(stage, through, proxy):
     until(edited_to_death, SECONDS)
     assert operator.process.wait() == 1
     assert "no watch delivered" in operator.log
-    assert picker.program() != before
+    assert epp.program() != before
     check_log(operator.log, "no watch delivered")
 
 
 def test_statuses_are_exact_after_refusals(stage, through, proxy):
     """T8: 429 with Retry-After, then storms of 409 and 422, over 50 policies."""
     operator = stage.operator(kubeconfig=through(proxy.url))
-    (picker,) = stage.pickers(1, operator.control_port)
+    (epp,) = stage.epps(1, operator.control_port)
     end = proxy.break_(is_status, status_answer(429, "TooManyRequests", retry_after="3"))
     names = [f"p-{number:02}" for number in range(POLICIES)]
     apply(stage.cluster, stage.namespace, *(policy(name, "chat") for name in names))
@@ -218,7 +218,7 @@ def test_statuses_are_exact_after_refusals(stage, through, proxy):
     for code, reason in ((409, "Conflict"), (422, "Invalid")):
         proxy.break_(is_status, status_answer(code, reason), 2 * POLICIES)
     until(lambda: all(final(stage, name) for name in names), SECONDS)
-    assert picker.connected
+    assert epp.connected
     check_log(operator.log)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from control_driver import Driver
-from control_plane import FolderOperator, History, PickerProcess, check_log, free_port, policy, pool
+from control_plane import EPPProcess, FolderOperator, History, check_log, free_port, policy, pool
 from ext_proc_peer import until
 from ext_proc_queue import Waiting
 from wall_clock import WallClock
@@ -39,35 +39,35 @@ def renewed(stage) -> str:
 
 
 def test_an_operator_keeps_its_lease_when_clocks_jump(stage):
-    """Leader and standby: nobody else leads, the epoch stays, pickers stay programmed."""
+    """Leader and standby: nobody else leads, the epoch stays, EPPs stay programmed."""
     ports = [free_port(), free_port()]
     clocks = [WallClock(stage.folder / f"clock-{number}") for number in range(2)]
     leader = stage.operator("operator-0", control_port=ports[0], env=clocks[0].env)
     stage.edit(0)
     until(lambda: leader.epoch > 0, WAIT_SECONDS)
     standby = stage.operator("operator-1", control_port=ports[1], env=clocks[1].env)
-    pickers = stage.pickers(2, ports[0])
-    history = History(pickers)
+    epps = stage.epps(2, ports[0])
+    history = History(epps)
     try:
-        until(lambda: stage.settled(pickers), WAIT_SECONDS)
+        until(lambda: stage.settled(epps), WAIT_SECONDS)
         before = stage.lease()["spec"]
-        version = pickers[0].version
+        version = epps[0].version
         for mine, others in JUMPS:
             clocks[0].jump(mine)
             clocks[1].jump(others)
             renew_thrice(stage, mine)
             assert (leader.epoch, standby.epoch) == (version[0], 0)
-        assert {picker.version for picker in pickers} == {version}
+        assert {epp.version for epp in epps} == {version}
         stage.edit(1)
-        until(lambda: stage.settled(pickers), WAIT_SECONDS)
+        until(lambda: stage.settled(epps), WAIT_SECONDS)
     finally:
         history.end()
     after = stage.lease()["spec"]
     for field in ("holderIdentity", "leaseTransitions", "acquireTime"):
         assert after.get(field) == before.get(field)
-    assert pickers[0].version[0] == version[0]
+    assert epps[0].version[0] == version[0]
     history.check()
-    for process in (leader, standby, *pickers):
+    for process in (leader, standby, *epps):
         check_log(process.log)
 
 
@@ -106,12 +106,12 @@ def snapshot(number: int) -> pb.Snapshot:
 def test_requests_that_wait_have_their_whole_ttl_when_the_clock_jumps(driver, tmp_path):
     """100 wait while the endpoint picker's clock jumps: each is evicted after its TTL."""
     clock = WallClock(tmp_path / "clock")
-    picker = PickerProcess(tmp_path, "epp-0", "chat", driver.port, env=clock.env)
-    history = History([picker])
+    epp = EPPProcess(tmp_path, "epp-0", "chat", driver.port, env=clock.env)
+    history = History([epp])
     try:
         driver.put(POOL, snapshot(0))
-        until(lambda: picker.serving, WAIT_SECONDS)
-        with Waiting(driver.thread, picker.grpc) as waiting:
+        until(lambda: epp.serving, WAIT_SECONDS)
+        with Waiting(driver.thread, epp.grpc) as waiting:
             for number in range(100):
                 waiting.enqueue(number)
             for jump, (offset, _) in enumerate(JUMPS):
@@ -122,26 +122,26 @@ def test_requests_that_wait_have_their_whole_ttl_when_the_clock_jumps(driver, tm
                     nonlocal number
                     number += 1
                     driver.put(POOL, snapshot(1000 * (jump + 1) + number))
-                    return shows(offset, json.loads(picker.log.splitlines()[-1])["ts"])
+                    return shows(offset, json.loads(epp.log.splitlines()[-1])["ts"])
 
                 until(seen, WAIT_SECONDS)
             assert waiting.serve_all() == []
-        until(picker.idle)
-        assert picker.version[0] == 1
-        assert picker.connected
+        until(epp.idle)
+        assert epp.version[0] == 1
+        assert epp.connected
     finally:
         history.end()
-        picker.end()
+        epp.end()
     assert len(waiting.refused) == 100
     for outcome, seconds in waiting.refused.values():
         assert outcome == "EvictedNoEndpoints"
         assert TTL_SECONDS <= seconds < 4 * TTL_SECONDS
     history.check()
-    check_log(picker.log)
+    check_log(epp.log)
 
 
-def test_an_operator_of_a_folder_programs_pickers_after_its_clock_was_set_back(tmp_path):
-    """Its epoch comes from the wall clock, and is above what pickers have seen all the same."""
+def test_an_operator_of_a_folder_programs_epps_after_its_clock_was_set_back(tmp_path):
+    """Its epoch comes from the wall clock, and is above what EPPs have seen all the same."""
     clock = WallClock(tmp_path / "clock")
     manifests = tmp_path / "manifests"
     manifests.mkdir()
@@ -154,19 +154,19 @@ def test_an_operator_of_a_folder_programs_pickers_after_its_clock_was_set_back(t
     write(0)
     port = free_port()
     operator = FolderOperator(tmp_path, port, manifests=manifests, env=clock.env)
-    picker = PickerProcess(tmp_path, "epp-0", "chat", port)
-    history = History([picker])
+    epp = EPPProcess(tmp_path, "epp-0", "chat", port)
+    history = History([epp])
     try:
-        until(lambda: picker.version not in (None, (0, 0)), WAIT_SECONDS)
-        before, first = picker.version, picker.program()
+        until(lambda: epp.version not in (None, (0, 0)), WAIT_SECONDS)
+        before, first = epp.version, epp.program()
         operator.kill()
         clock.jump("-1d")
         write(1)
         operator = FolderOperator(tmp_path, port, manifests=manifests, env=clock.env)
-        until(lambda: picker.version > before and picker.program() != first, WAIT_SECONDS)
+        until(lambda: epp.version > before and epp.program() != first, WAIT_SECONDS)
     finally:
         history.end()
         operator.end()
-        picker.end()
+        epp.end()
     history.check()
     check_log(operator.log)

@@ -10,9 +10,9 @@ from control_peers import Peer
 from control_plane import (
     NAME,
     START_SECONDS,
+    EPPPod,
     Forwarder,
     Operator,
-    PickerPod,
     apply,
     pool,
     service,
@@ -29,7 +29,7 @@ class Door:
         self.stage, self.operator = stage, operator
         self._peers: list[Peer] = []
 
-    def dial(self, pod: PickerPod, token: str | None, *, leaf=None, port: int = 0, **hello) -> Peer:
+    def dial(self, pod: EPPPod, token: str | None, *, leaf=None, port: int = 0, **hello) -> Peer:
         """Say to be this pod, with that token; by way of another port if given."""
         pair = (None, None)
         if leaf is not None:
@@ -48,7 +48,7 @@ class Door:
         }
         return peer.hello(**{**usual, **hello})
 
-    def refused(self, pod: PickerPod, token: str | None, **hello) -> tuple[str, set[str]]:
+    def refused(self, pod: EPPPod, token: str | None, **hello) -> tuple[str, set[str]]:
         """The status of an attempt, and the reasons that were counted meanwhile."""
         before = self._reasons()
         code, _ = self.dial(pod, token, **hello).ended()
@@ -64,7 +64,7 @@ class Door:
             for name in (*names, *others)
         }
 
-    def serves(self, pod: PickerPod, token: str | None, **hello) -> bool:
+    def serves(self, pod: EPPPod, token: str | None, **hello) -> bool:
         """Whether an attempt succeeds now; the operator may not know a young pod yet."""
         try:
             self.dial(pod, token, **hello).next("ping", "program")
@@ -86,21 +86,21 @@ def door(stage):
 
 
 @pytest.fixture
-def pod(stage) -> PickerPod:
-    return PickerPod(stage.cluster, stage.namespace, "epp-0", "epp")
+def pod(stage) -> EPPPod:
+    return EPPPod(stage.cluster, stage.namespace, "epp-0", "epp")
 
 
-def until_known(door: Door, pod: PickerPod) -> str:
+def until_known(door: Door, pod: EPPPod) -> str:
     """Wait until the operator serves the pod, and return its token."""
     token = pod.token()
     until(lambda: door.serves(pod, token), WAIT_SECONDS)
     return token
 
 
-def test_only_a_picker_of_the_pool_is_served(stage, door, pod):
+def test_only_an_epp_of_the_pool_is_served(stage, door, pod):
     """Each of the others is refused and counted under its reason."""
     token = until_known(door, pod)
-    stranger = PickerPod(stage.cluster, stage.namespace, "stranger", "something-else")
+    stranger = EPPPod(stage.cluster, stage.namespace, "stranger", "something-else")
     kubectl = stage.cluster.kubectl
     unbound = kubectl(
         *("create", "token", "default", "-n", stage.namespace, "--audience=forebay-control")
@@ -129,7 +129,7 @@ def test_a_pod_of_another_namespace_cannot_serve_the_pool(stage, door, pod):
         account = ("get", "serviceaccount", "default", "-n", other)
         until(lambda: stage.cluster.kubectl(*account, check=False).returncode == 0, WAIT_SECONDS)
         apply(stage.cluster, other, pool("chat"), service())
-        foreign = PickerPod(stage.cluster, other, "epp-0", "epp")
+        foreign = EPPPod(stage.cluster, other, "epp-0", "epp")
 
         refused = door.refused(foreign, foreign.token())
         assert refused == ("PERMISSION_DENIED", {"other_namespace"})
@@ -152,7 +152,7 @@ def test_a_stolen_token_is_worth_nothing_at_another_address(door, pod):
 def test_forged_tokens_are_not_shown_to_the_api_server(stage, door, pod):
     """Neither those that name no EPP of the pool, nor one that does over and over again."""
     token = until_known(door, pod)
-    stranger = PickerPod(stage.cluster, stage.namespace, "stranger", "something-else")
+    stranger = EPPPod(stage.cluster, stage.namespace, "stranger", "something-else")
     forged = stranger.token()
     head, claims, signature = token.split(".")
     known = f"{head}.{claims}.{signature[:-6]}AAAAAA"
@@ -185,7 +185,7 @@ def test_the_token_of_a_deleted_pod_is_worth_nothing(door, pod):
     )
 
 
-def test_a_known_picker_dials_again_while_the_api_server_is_down(stage, door, pod):
+def test_a_known_epp_dials_again_while_the_api_server_is_down(stage, door, pod):
     """What is known of its token lasts; streams that live are not touched."""
     token = until_known(door, pod)
     live = door.dial(pod, token)

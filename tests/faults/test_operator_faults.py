@@ -49,9 +49,7 @@ def thread():
     thread.stop()
 
 
-def test_pickers_converge_after_the_operator_is_killed_between_their_acknowledgements(
-    stage, thread
-):
+def test_epps_converge_after_the_operator_is_killed_between_their_acknowledgements(stage, thread):
     """T4: two of four have a new program, the operator is killed; all end with that program.
 
     Requests that wait meanwhile keep their turn.
@@ -60,19 +58,19 @@ def test_pickers_converge_after_the_operator_is_killed_between_their_acknowledge
     port = free_port()
     operator = stage.operator(control_port=port)
     stage.edit(0)
-    pickers = stage.pickers(4, port)
-    until(lambda: stage.settled(pickers), WAIT_SECONDS)
-    first, history, took = pickers[0], History(pickers), []
+    epps = stage.epps(4, port)
+    until(lambda: stage.settled(epps), WAIT_SECONDS)
+    first, history, took = epps[0], History(epps), []
     try:
         with Waiting(thread, first.grpc) as waiting:
             for number in range(WAITERS):
                 waiting.enqueue(number)
             for kill in range(1, KILLS + 1):
-                lots.shuffle(pickers)
-                wanted = kill_between(stage, operator, kill, pickers[:2], pickers[2:])
+                lots.shuffle(epps)
+                wanted = kill_between(stage, operator, kill, epps[:2], epps[2:])
                 operator = stage.operator(control_port=port)
-                took.append(seconds_until(partial(all_run, pickers, wanted)))
-                until(lambda: stage.settled(pickers), WAIT_SECONDS)
+                took.append(seconds_until(partial(all_run, epps, wanted)))
+                until(lambda: stage.settled(epps), WAIT_SECONDS)
             stage.serve()
             assert waiting.serve_all() == list(range(WAITERS))
         until(first.idle)
@@ -81,25 +79,25 @@ def test_pickers_converge_after_the_operator_is_killed_between_their_acknowledge
     _log.info("%s kills, converged after %.1f s at most", KILLS, max(took))
     assert first.outcomes() == {"Dispatched": WAITERS}
     history.check()
-    for process in (operator, *pickers):
+    for process in (operator, *epps):
         check_log(process.log)
 
 
 def kill_between(stage, operator, edit, fast, slow) -> tuple[str, str]:
     """Kill the operator when only the fast have taken an edit; return what they run then."""
     before = fast[0].program()
-    for picker in slow:
-        picker.freeze()
+    for epp in slow:
+        epp.freeze()
     stage.edit(edit)
     until(lambda: all(p.program() not in (before, UNKNOWN) for p in fast), WAIT_SECONDS)
     operator.kill()
-    for picker in slow:
-        picker.thaw()
+    for epp in slow:
+        epp.thaw()
     return fast[0].program()
 
 
-def all_run(pickers, wanted) -> bool:
-    return {picker.program() for picker in pickers} == {wanted}
+def all_run(epps, wanted) -> bool:
+    return {epp.program() for epp in epps} == {wanted}
 
 
 def test_an_operator_that_crashes_again_and_again_ends_up_right_and_writes_little(stage):
@@ -107,9 +105,9 @@ def test_an_operator_that_crashes_again_and_again_ends_up_right_and_writes_littl
     port = free_port()
     stage.edit(0)
     operator = stage.operator(control_port=port)
-    (picker,) = stage.pickers(1, port)
-    until(lambda: stage.settled([picker]), WAIT_SECONDS)
-    history, pause = History([picker]), Event()
+    (epp,) = stage.epps(1, port)
+    until(lambda: stage.settled([epp]), WAIT_SECONDS)
+    history, pause = History([epp]), Event()
     restarts = [dt.datetime.now(dt.UTC)]
     began = time.monotonic()
     try:
@@ -119,7 +117,7 @@ def test_an_operator_that_crashes_again_and_again_ends_up_right_and_writes_littl
             operator.kill()
             restarts.append(dt.datetime.now(dt.UTC))
             operator = stage.operator(control_port=port)
-        until(lambda: stage.settled([picker]), WAIT_SECONDS)
+        until(lambda: stage.settled([epp]), WAIT_SECONDS)
     finally:
         history.end()
     limits = stage.cluster.get("fcp", "chat", "-n", stage.namespace)["spec"]["limits"]
@@ -129,7 +127,7 @@ def test_an_operator_that_crashes_again_and_again_ends_up_right_and_writes_littl
     assert max(writes) <= 2
     history.check()
     check_log(operator.log)
-    check_log(picker.log)
+    check_log(epp.log)
 
 
 def status_writes(stage, restarts: list[dt.datetime]) -> list[int]:
@@ -161,23 +159,23 @@ def test_a_leader_that_was_frozen_gives_up_when_it_wakes(stage):
     until(lambda: replicas[0].epoch > 0, WAIT_SECONDS)
     replicas.append(stage.operator("operator-1", control_port=ports[1]))
     services = [Forwarder(*ports), Forwarder(*ports)]
-    pickers = stage.pickers(2, *(service.port for service in services))
-    history = History(pickers)
+    epps = stage.epps(2, *(service.port for service in services))
+    history = History(epps)
     try:
         for number, (old, new) in enumerate((replicas, reversed(replicas))):
-            until(lambda: stage.settled(pickers), WAIT_SECONDS)
-            freeze(stage, 10 * number, old, new, pickers, services[0])
+            until(lambda: stage.settled(epps), WAIT_SECONDS)
+            freeze(stage, 10 * number, old, new, epps, services[0])
     finally:
         history.end()
         for service in services:
             service.close()
     history.check()
-    for process in (*replicas, *pickers):
+    for process in (*replicas, *epps):
         check_log(process.log)
 
 
-def freeze(stage, edit, old, new, pickers, service) -> None:
-    """Freeze the leader for a while; the first picker goes to the new one, the other stays."""
+def freeze(stage, edit, old, new, epps, service) -> None:
+    """Freeze the leader for a while; the first EPP goes to the new one, the other stays."""
     assert (old.epoch > 0, new.epoch) == (True, 0)
     frozen = time.monotonic()
     old.freeze()
@@ -187,44 +185,44 @@ def freeze(stage, edit, old, new, pickers, service) -> None:
     stage.edit(edit + 1)
     taken_over = seconds_until(lambda: new.epoch > 0)
     stage.edit(edit + 2)
-    until(lambda: pickers[0].version[0] == new.epoch, WAIT_SECONDS)
+    until(lambda: epps[0].version[0] == new.epoch, WAIT_SECONDS)
     Event().wait(frozen + FROZEN_SECONDS - time.monotonic())
     old.thaw()
     gave_up = seconds_until(lambda: old.page("/metrics") and old.epoch == 0)
-    until(lambda: stage.settled(pickers), WAIT_SECONDS)
+    until(lambda: stage.settled(epps), WAIT_SECONDS)
     for _ in range(10):
         found = stage.cluster.get("fcp", "chat", "-n", stage.namespace)
         assert found["status"]["programmedGeneration"] == found["metadata"]["generation"]
     service.targets = targets
     _log.info("taken over after %.1f s, given up after %.2f s", taken_over, gave_up)
     assert gave_up < 10
-    assert {picker.version[0] for picker in pickers} == {new.epoch}
+    assert {epp.version[0] for epp in epps} == {new.epoch}
 
 
-def test_a_lease_that_is_deleted_leaves_no_picker_behind(stage):
+def test_a_lease_that_is_deleted_leaves_no_epp_behind(stage):
     """T10: while the operator runs, and while it does not so that nobody remembers the epoch."""
     port = free_port()
     operator = stage.operator(control_port=port)
     stage.edit(0)
-    pickers = stage.pickers(2, port)
-    history = History(pickers)
+    epps = stage.epps(2, port)
+    history = History(epps)
     try:
-        until(lambda: stage.settled(pickers), WAIT_SECONDS)
-        first = pickers[0].version
+        until(lambda: stage.settled(epps), WAIT_SECONDS)
+        first = epps[0].version
         delete_lease(stage)
         until(lambda: operator.epoch > first[0], WAIT_SECONDS)
         stage.edit(1)
-        until(lambda: stage.settled(pickers), WAIT_SECONDS)
-        before = pickers[0].version
+        until(lambda: stage.settled(epps), WAIT_SECONDS)
+        before = epps[0].version
         operator.kill()
         delete_lease(stage)
         operator = stage.operator(control_port=port)
-        healed = seconds_until(lambda: all(p.version[0] > before[0] for p in pickers))
+        healed = seconds_until(lambda: all(p.version[0] > before[0] for p in epps))
         stage.edit(2)
-        until(lambda: stage.settled(pickers), WAIT_SECONDS)
+        until(lambda: stage.settled(epps), WAIT_SECONDS)
     finally:
         history.end()
-    _log.info("epoch %s -> %s after %.1f s", before[0], pickers[0].version[0], healed)
+    _log.info("epoch %s -> %s after %.1f s", before[0], epps[0].version[0], healed)
     history.check()
     check_log(operator.log)
 
@@ -241,7 +239,7 @@ def write_much(stage) -> None:
 
 
 def test_a_backup_of_etcd_that_is_restored_is_in_force(stage):
-    """T10: Lease, policies and models are set back under a running operator; pickers follow.
+    """T10: Lease, policies and models are set back under a running operator; EPPs follow.
 
     Their versions go on although the epoch in the restored Lease is an old one, and although the
     versions of the restored objects are far behind what the operator has seen.
@@ -250,28 +248,28 @@ def test_a_backup_of_etcd_that_is_restored_is_in_force(stage):
     operator = stage.operator(control_port=port)
     stage.edit(0)
     apply(stage.cluster, stage.namespace, model("llama", "chat", "llama"))
-    pickers = stage.pickers(2, port)
-    history = History(pickers)
+    epps = stage.epps(2, port)
+    history = History(epps)
     try:
-        until(lambda: stage.settled(pickers), WAIT_SECONDS)
-        original = pickers[0].program()
+        until(lambda: stage.settled(epps), WAIT_SECONDS)
+        original = epps[0].program()
         stage.cluster.snapshot(stage.folder / "backup")
         for number in range(1, 3):
             operator.kill()
             stage.edit(number)
             operator = stage.operator(control_port=port)
-            until(lambda: stage.settled(pickers), WAIT_SECONDS)
+            until(lambda: stage.settled(epps), WAIT_SECONDS)
         stage.cluster.kubectl("delete", "inferencemodel", "llama", "-n", stage.namespace)
         write_much(stage)
-        until(lambda: stage.settled(pickers), WAIT_SECONDS)
-        before = pickers[0].version
+        until(lambda: stage.settled(epps), WAIT_SECONDS)
+        before = epps[0].version
         stage.cluster.restore(stage.folder / "backup")
         healed = seconds_until(
-            lambda: all(p.version[0] > before[0] and p.program() == original for p in pickers)
+            lambda: all(p.version[0] > before[0] and p.program() == original for p in epps)
         )
-        until(lambda: stage.settled(pickers), WAIT_SECONDS)
+        until(lambda: stage.settled(epps), WAIT_SECONDS)
     finally:
         history.end()
-    _log.info("epoch %s -> %s after %.1f s", before[0], pickers[0].version[0], healed)
+    _log.info("epoch %s -> %s after %.1f s", before[0], epps[0].version[0], healed)
     history.check()
     check_log(operator.log)

@@ -12,9 +12,9 @@ WAIT_SECONDS = 90
 SERVER = "10.0.0.1:8000"
 
 
-def drains(picker) -> bool:
+def drains(epp) -> bool:
     """Whether an EPP is unready because its pool is deleted, by its own account."""
-    return picker.metric("forebay_pool_deleted") == 1
+    return epp.metric("forebay_pool_deleted") == 1
 
 
 def test_endpoint_pickers_of_a_deleted_pool_drain_and_recover_when_it_is_created_again(stage):
@@ -23,8 +23,8 @@ def test_endpoint_pickers_of_a_deleted_pool_drain_and_recover_when_it_is_created
     stage.edit(0)
     stage.serve()
     operator = stage.operator(control_port=port)
-    there, away = pickers = stage.pickers(2, port)
-    until(lambda: stage.settled(pickers), WAIT_SECONDS)
+    there, away = epps = stage.epps(2, port)
+    until(lambda: stage.settled(epps), WAIT_SECONDS)
     before = there.version
 
     away.freeze()
@@ -43,8 +43,8 @@ def test_endpoint_pickers_of_a_deleted_pool_drain_and_recover_when_it_is_created
 
     apply(stage.cluster, stage.namespace, pool("chat"))
     until(lambda: not drains(there) and not drains(away), WAIT_SECONDS)
-    until(lambda: stage.settled(pickers), WAIT_SECONDS)
-    for process in (operator, *pickers):
+    until(lambda: stage.settled(epps), WAIT_SECONDS)
+    for process in (operator, *epps):
         check_log(process.log)
 
 
@@ -53,15 +53,15 @@ def test_an_operator_that_starts_anew_deletes_no_pool(stage):
     port = free_port()
     stage.edit(0)
     operator = stage.operator(control_port=port)
-    (picker,) = stage.pickers(1, port)
-    until(lambda: stage.settled([picker]), WAIT_SECONDS)
+    (epp,) = stage.epps(1, port)
+    until(lambda: stage.settled([epp]), WAIT_SECONDS)
     for number in (1, 2):
         operator.kill()
         stage.edit(number)
         operator = stage.operator(control_port=port)
-        until(lambda: stage.settled([picker]), WAIT_SECONDS)
+        until(lambda: stage.settled([epp]), WAIT_SECONDS)
 
-    assert '"deleted": true' not in picker.log
+    assert '"deleted": true' not in epp.log
     assert "pool is gone" not in operator.log
 
 
@@ -69,7 +69,7 @@ def test_a_plan_that_is_too_large_is_told_of_everywhere_and_endpoints_go_on(stag
     """Without a policy: by the models, an Event on the pool, log and metric."""
     port = free_port()
     operator = stage.operator(control_port=port)
-    (picker,) = stage.pickers(1, port)
+    (epp,) = stage.epps(1, port)
     small = model("small", "chat", "small")
     apply(stage.cluster, stage.namespace, small)
     until(lambda: told(stage, "small") == ("True", "Programmed"), WAIT_SECONDS)
@@ -86,7 +86,7 @@ def test_a_plan_that_is_too_large_is_told_of_everywhere_and_endpoints_go_on(stag
     until(lambda: "TooLarge" in pool_events(stage), WAIT_SECONDS)
 
     stage.serve()
-    until(lambda: endpoints(picker) == [SERVER], WAIT_SECONDS)
+    until(lambda: endpoints(epp) == [SERVER], WAIT_SECONDS)
 
     stage.cluster.kubectl(
         *("delete", "inferencemodels", "-n", stage.namespace, "--wait=false"),

@@ -13,7 +13,7 @@ import time
 
 import pytest
 from control_driver import Driver
-from control_plane import PickerProcess, check_log, policy, pool
+from control_plane import EPPProcess, check_log, policy, pool
 from envoy_process import Envoy
 from ext_proc_peer import until
 from ext_proc_queue import Waiting
@@ -39,11 +39,11 @@ def driver():
 
 
 @pytest.fixture
-def picker(tmp_path, driver):
+def epp(tmp_path, driver):
     """An endpoint picker that is programmed by the driver."""
-    picker = PickerProcess(tmp_path, "epp-0", "chat", driver.port)
-    yield picker
-    picker.end()
+    epp = EPPProcess(tmp_path, "epp-0", "chat", driver.port)
+    yield epp
+    epp.end()
 
 
 def random_snapshot(lots: random.Random, addresses: list[str]) -> pb.Snapshot:
@@ -101,15 +101,15 @@ def last_snapshot(lots: random.Random, addresses: list[str]) -> pb.Snapshot:
 
 
 def test_each_request_has_one_outcome_while_20_plans_a_second_change_everything(
-    driver, picker, tmp_path
+    driver, epp, tmp_path
 ):
     """T32: bands, models, limits and endpoints come and go under 200 requests a second."""
     lots = random.Random(1)
     traffic = Traffic(service_seconds=0.1)
     with traffic:
         driver.put(POOL, last_snapshot(lots, traffic.addresses))
-        until(lambda: picker.serving, START_SECONDS)
-        envoy = Envoy(tmp_path, picker.grpc)
+        until(lambda: epp.serving, START_SECONDS)
+        envoy = Envoy(tmp_path, epp.grpc)
         try:
             loading = traffic.begin(
                 envoy.http,
@@ -127,19 +127,19 @@ def test_each_request_has_one_outcome_while_20_plans_a_second_change_everything(
         finally:
             envoy.stop()
     ledger = traffic.ledger
-    applied = picker.metric("forebay_programs_total", answer="ack")
+    applied = epp.metric("forebay_programs_total", answer="ack")
     _log.info("%s plans, %.0f applied; %s", pushed, applied, dict(ledger.totals))
     ledger.check()
     assert len(ledger.sent) == SECONDS * REQUESTS_PER_SECOND
-    until(picker.idle)
-    # I1: what the picker counts is what clients were told.
-    assert picker.outcomes() == {
+    until(epp.idle)
+    # I1: what the EPP counts is what clients were told.
+    assert epp.outcomes() == {
         "Dispatched" if outcome == "200" else outcome: count
         for outcome, count in ledger.totals.items()
     }
     assert applied > pushed / 4
-    assert picker.metric("forebay_programs_total", answer="nack") == 0
-    check_log(picker.log)
+    assert epp.metric("forebay_programs_total", answer="nack") == 0
+    check_log(epp.log)
 
 
 WAITERS, CYCLES = 1000, 100
@@ -158,7 +158,7 @@ def planned(*manifests: dict) -> pb.Snapshot:
     return planning.plan(found[0], found).snapshot
 
 
-def test_requests_keep_their_turn_while_their_policy_is_deleted_and_made_again(driver, picker):
+def test_requests_keep_their_turn_while_their_policy_is_deleted_and_made_again(driver, epp):
     """T33: 1,000 wait while their policy comes and goes 100 times; none is lost or overtaken."""
     chat = policy(
         "chat",
@@ -176,14 +176,14 @@ def test_requests_keep_their_turn_while_their_policy_is_deleted_and_made_again(d
         noEndpoints={"ttl": "1h"},
     )
     driver.put(POOL, planned(chat))
-    until(lambda: picker.serving, START_SECONDS)
-    with Waiting(driver.thread, picker.grpc) as waiting:
+    until(lambda: epp.serving, START_SECONDS)
+    with Waiting(driver.thread, epp.grpc) as waiting:
         for number in range(WAITERS):
             waiting.enqueue(number, "abc"[number % 3])
         for _ in range(CYCLES):
             driver.put(POOL, planned())
             driver.put(POOL, planned(chat))
-        assert picker.queues()["requests"] == WAITERS
+        assert epp.queues()["requests"] == WAITERS
         driver.put(POOL, planned(chat, SLICE))
         dispatched = waiting.serve_all()
     expected = [
@@ -191,6 +191,6 @@ def test_requests_keep_their_turn_while_their_policy_is_deleted_and_made_again(d
     ]
     assert dispatched == expected
     assert waiting.refused == {}
-    until(picker.idle)
-    assert picker.outcomes() == {"Dispatched": WAITERS}
-    check_log(picker.log)
+    until(epp.idle)
+    assert epp.outcomes() == {"Dispatched": WAITERS}
+    check_log(epp.log)

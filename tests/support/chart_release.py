@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import chart
-from control_plane import Operator, PickerPod, PickerProcess
+from control_plane import EPPPod, EPPProcess, Operator
 from ext_proc_peer import until
 from operator_account import kubeconfig_of
 
@@ -41,7 +41,7 @@ class Release:
         return self.cluster.get(kind, name, "-n", self.namespace)
 
 
-class Deployed(PickerPod):
+class Deployed(EPPPod):
     """A pod that the chart's Deployment has made."""
 
     def __init__(self, cluster, namespace: str, pool: str, name: str) -> None:
@@ -100,11 +100,11 @@ class Running:
         path.write_text(published())
         return path
 
-    def picker(self, operator: Operator) -> PickerProcess:
-        picker = PickerProcess(
+    def epp(self, operator: Operator) -> EPPProcess:
+        epp = EPPProcess(
             *(self.folder, deployed(self.release, "chat"), "chat", operator.control_port),
             *(self.ca(), f"--control-server-name={self.server}"),
         )
-        self.processes.append(picker)
-        until(lambda: picker.serving, WAIT_SECONDS)
-        return picker
+        self.processes.append(epp)
+        until(lambda: epp.serving, WAIT_SECONDS)
+        return epp

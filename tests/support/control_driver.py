@@ -18,7 +18,7 @@ WAIT_SECONDS = 30
 
 
 class Driver:
-    """Programs the pickers that dial `port`, from `thread`; believes everybody unless told whom.
+    """Programs the EPPs that dial `port`, from `thread`; believes everybody unless told whom.
 
     A leader that hears of a higher epoch takes the next one, as a folder's operator does.
     """
@@ -45,20 +45,20 @@ class Driver:
         return self.thread.do(answer())
 
     def program(self, pool: str, snapshot: pb.Snapshot) -> None:
-        """Have the pool's pickers run this."""
+        """Have the pool's EPPs run this."""
         self.ask(lambda server: server.program(pool, snapshot))
 
-    def pickers(self, pool: str) -> list:
-        """The pickers that are connected, and how they stand."""
+    def epps(self, pool: str) -> list:
+        """The EPPs that are connected, and how they stand."""
         return self.ask(lambda server: server.pickers(pool, server.connected(pool)))
 
     def programmed(self, pool: str) -> bool:
-        """Whether a picker is connected and all of them run what was said last."""
-        found = self.pickers(pool)
-        return bool(found) and all(picker.state is PickerState.PROGRAMMED for picker in found)
+        """Whether an EPP is connected and all of them run what was said last."""
+        found = self.epps(pool)
+        return bool(found) and all(epp.state is PickerState.PROGRAMMED for epp in found)
 
     def put(self, pool: str, snapshot: pb.Snapshot) -> None:
-        """Have the pool's pickers run this, and wait until they do."""
+        """Have the pool's EPPs run this, and wait until they do."""
         self.program(pool, snapshot)
         until(lambda: self.programmed(pool), WAIT_SECONDS)
 

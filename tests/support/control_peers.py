@@ -1,4 +1,4 @@
-"""Bare ends of the control channel: an operator and a picker that say what the test says."""
+"""Bare ends of the control channel: an operator and an EPP that say what the test says."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Puppet(rpc.ControlServicer):
                 return getattr(message, kind)
 
     def answer(self, sent: pb.Program) -> pb.Ack | pb.Nack:
-        """Send a program and return what the picker says to it."""
+        """Send a program and return what the EPP says to it."""
         self.send(program=sent)
         answer = self.next("ack", "nack")
         assert answer.nonce == sent.nonce
@@ -112,7 +112,7 @@ class Puppet(rpc.ControlServicer):
 
 
 class Peer:
-    """A gRPC client with the picker's contract and none of its sense."""
+    """A gRPC client with an EPP's contract and none of its sense."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class Peer:
         self._outgoing.put(data)
 
     def hello(self, **fields) -> Peer:
-        """Say hello as a picker of the pool; the fields replace what it usually says."""
+        """Say hello as an EPP of the pool; the fields replace what it usually says."""
         usual = {"protocol": 1, "pool": POOL, "pod_uid": "uid-0", "pod_name": "epp-0"}
         self.send(hello=pb.Hello(**{"pod_namespace": "default", **usual, **fields}))
         return self

@@ -281,7 +281,7 @@ class FolderOperator(Process):
         return int(line.split()[1]) * 1024 / 1e6
 
 
-class PickerPod:
+class EPPPod:
     """A pod object that stands for an endpoint picker, and its token."""
 
     account = "default"
@@ -335,7 +335,7 @@ class PickerPod:
         )
 
 
-class PickerProcess(Process):
+class EPPProcess(Process):
     """`python -m forebay_epp` that is told what to do by an operator.
 
     With a pod it shows the pod's token to an operator whose certificate `ca` has signed, else it
@@ -345,7 +345,7 @@ class PickerProcess(Process):
     def __init__(
         self,
         folder: Path,
-        pod: PickerPod | str,
+        pod: EPPPod | str,
         pool: str,
         control_port: int,
         ca: Path | None = None,
@@ -373,7 +373,7 @@ class PickerProcess(Process):
     def _plaintext(self) -> list[str]:
         return ["--control-insecure", "--pool-namespace=default", f"--pod-uid={self.name}"]
 
-    def _trusted(self, pod: PickerPod, ca: Path | None) -> list[str]:
+    def _trusted(self, pod: EPPPod, ca: Path | None) -> list[str]:
         self.token_path = self.folder / "token"
         if not self.token_path.exists():
             self.token_path.write_text(pod.token())
@@ -430,18 +430,18 @@ class PickerProcess(Process):
 class History:
     """Watches which versions endpoint pickers run, to see that none ever goes back."""
 
-    def __init__(self, pickers: list[PickerProcess]) -> None:
-        self.versions: dict[str, list[tuple[int, int]]] = {p.name: [] for p in pickers}
-        self._pickers = list(pickers)
+    def __init__(self, epps: list[EPPProcess]) -> None:
+        self.versions: dict[str, list[tuple[int, int]]] = {p.name: [] for p in epps}
+        self._epps = list(epps)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
 
     def _watch(self) -> None:
         while not self._over.wait(0.05):
-            for picker in self._pickers:
-                version = picker.version if picker.running else None
-                seen = self.versions[picker.name]
+            for epp in self._epps:
+                version = epp.version if epp.running else None
+                seen = self.versions[epp.name]
                 if version is not None and (not seen or seen[-1] != version):
                     seen.append(version)
 
@@ -545,12 +545,12 @@ class Stage:
         until(lambda: operator.ready, START_SECONDS)
         return operator
 
-    def pickers(self, number: int, *ports: int, **options) -> list[PickerProcess]:
+    def epps(self, number: int, *ports: int, **options) -> list[EPPProcess]:
         """Start endpoint pickers, which dial the ports in turn."""
-        pickers = [
-            PickerProcess(
+        epps = [
+            EPPProcess(
                 self.folder,
-                PickerPod(self.cluster, self.namespace, f"epp-{index}", "epp"),
+                EPPPod(self.cluster, self.namespace, f"epp-{index}", "epp"),
                 "chat",
                 ports[index % len(ports)],
                 self.authority.path,
@@ -558,10 +558,10 @@ class Stage:
             )
             for index in range(number)
         ]
-        self._processes += pickers
-        for picker in pickers:
-            until(lambda picker=picker: picker.serving, START_SECONDS)
-        return pickers
+        self._processes += epps
+        for epp in epps:
+            until(lambda epp=epp: epp.serving, START_SECONDS)
+        return epps
 
     def edit(self, number: int) -> None:
         """Apply policy `chat` with something in it that is different for each number.
@@ -588,11 +588,11 @@ class Stage:
         )
         return json.loads(found.stdout) if found.returncode == 0 else None
 
-    def settled(self, pickers: list[PickerProcess]) -> bool:
+    def settled(self, epps: list[EPPProcess]) -> bool:
         """Whether the latest policy is in force everywhere, says its status, and so it is."""
         return (
-            len({picker.program() for picker in pickers}) == 1
-            and len({picker.version for picker in pickers}) == 1
+            len({epp.program() for epp in epps}) == 1
+            and len({epp.version for epp in epps}) == 1
             and programmed(self.cluster, self.namespace, "chat")
         )
 

@@ -1,4 +1,4 @@
-"""A real Envoy in front of a picker, and a model server that remembers what reached it."""
+"""A real Envoy in front of an EPP, and a model server that remembers what reached it."""
 
 from __future__ import annotations
 

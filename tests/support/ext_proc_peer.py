@@ -18,7 +18,7 @@ import grpc
 from forebay_control.plan import Plan, SaturationMode, SaturationPlan
 from forebay_epp.core.controller import FlowController
 from forebay_epp.core.terms import Endpoint
-from forebay_epp.loop import FlowLoop
+from forebay_epp.data_plane import DataPlane
 from forebay_epp.traffic import Traffic
 from forebay_epp.transport import PROCESS, Connections
 from forebay_epp.transport.aio import AioTransport
@@ -40,7 +40,7 @@ def until(claim: Callable[[], bool], seconds: float = DEADLINE_SECONDS) -> None:
         time.sleep(0.002)
 
 
-class Picker:
+class EPPThread:
     """An endpoint picker's data plane on a thread of this process."""
 
     def __init__(
@@ -59,10 +59,10 @@ class Picker:
         )
         self.controller = FlowController(self.plan, random.Random(1))
         self.controller.set_endpoints([Endpoint(e) for e in endpoints], time.monotonic())
-        self.loop = FlowLoop(self.controller, Traffic(), max_streams)
-        self.loop.serving = True
+        self.data_plane = DataPlane(self.controller, Traffic(), max_streams)
+        self.data_plane.serving = True
         self.transport = TRANSPORTS[transport](
-            self.loop, "127.0.0.1:0", credentials, connections or Connections()
+            self.data_plane, "127.0.0.1:0", credentials, connections or Connections()
         )
         self._thread = threading.Thread(target=self.transport.serve)
         self._thread.start()
@@ -74,7 +74,7 @@ class Picker:
     def ask(self, question):
         """Have the data-plane thread answer."""
         answers = Queue()
-        self.loop.post(lambda now: answers.put(question(now)))
+        self.data_plane.post(lambda now: answers.put(question(now)))
         return answers.get(timeout=DEADLINE_SECONDS)
 
     def snapshot(self):
@@ -83,10 +83,10 @@ class Picker:
     def idle(self) -> bool:
         """Whether nothing is queued, in flight or open any more."""
         state = self.snapshot()
-        return (state.requests, state.in_flight, self.loop.open_streams) == (0, 0, 0)
+        return (state.requests, state.in_flight, self.data_plane.open_streams) == (0, 0, 0)
 
     def stop(self) -> None:
-        self.loop.post(lambda _: self.transport.stop())
+        self.data_plane.post(lambda _: self.transport.stop())
         self._thread.join(DEADLINE_SECONDS)
         assert not self._thread.is_alive()
 
@@ -165,7 +165,7 @@ class Stream:
                 return endpoint
 
     def respond(self, body: bytes = b"{}", status: str = "200") -> None:
-        """Show the picker a whole answer and take its echo."""
+        """Show the EPP a whole answer and take its echo."""
         self.send(
             response_headers=pb.HttpHeaders(
                 headers=pb.HeaderMap(

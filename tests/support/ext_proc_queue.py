@@ -32,11 +32,11 @@ def _headers(**values: str) -> pb.HttpHeaders:
 class Waiting:
     """ext_proc streams of one request each; their proxy buffers bodies.
 
-    To such a proxy a picker says when a request has been queued, so that the order is known.
+    To such a proxy an EPP says when a request has been queued, so that the order is known.
 
     Args:
         thread: where they run.
-        grpc_port: the picker's.
+        grpc_port: the EPP's.
 
     Attributes:
         order: requests as they were dispatched.

@@ -177,14 +177,14 @@ class Installation:
                 return found
         return {}
 
-    def wait_programmed(self, pickers: int = 1, name: str = POOL) -> None:
+    def wait_programmed(self, epps: int = 1, name: str = POOL) -> None:
         """Wait until so many endpoint pickers, and no other, run the policy's latest generation."""
 
         def done() -> bool:
             status = self.policy(name).get("status", {})
             return (
                 self.condition("Programmed", name).get("status") == "True"
-                and status["endpointPickers"]["ready"] == f"{pickers}/{pickers}"
+                and status["endpointPickers"]["ready"] == f"{epps}/{epps}"
             )
 
         try:
@@ -237,13 +237,13 @@ class Installation:
 
     def queued(self) -> int:
         """Return how many requests wait, over all endpoint pickers."""
-        return int(sum(self._of_pickers("forebay_queue_requests")))
+        return int(sum(self._of_epps("forebay_queue_requests")))
 
     def endpoints(self) -> int:
         """Return how many model servers the endpoint pickers know, added up."""
-        return len(self._of_pickers("forebay_endpoint_limit"))
+        return len(self._of_epps("forebay_endpoint_limit"))
 
-    def _of_pickers(self, metric: str) -> list[float]:
+    def _of_epps(self, metric: str) -> list[float]:
         names = [pod["metadata"]["name"] for pod in self.pods("endpoint-picker")]
         return [
             value

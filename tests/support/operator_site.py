@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from control_plane import (
+    EPPPod,
+    EPPProcess,
     Operator,
-    PickerPod,
-    PickerProcess,
     apply,
     conditions,
     pool,
@@ -80,8 +80,8 @@ class Site:
     ) -> None:
         self.cluster, self.namespace = cluster, namespace
         self._control_port, self._ca, self._folder = control_port, ca, folder
-        self.pods: list[PickerPod] = []
-        self.processes: list[PickerProcess] = []
+        self.pods: list[EPPPod] = []
+        self.processes: list[EPPProcess] = []
 
     def end(self) -> None:
         for process in self.processes:
@@ -100,22 +100,22 @@ class Site:
 
     # What runs
 
-    def picker(self, *flags: str, pool: str = "chat", app: str = "epp") -> PickerProcess:
+    def epp(self, *flags: str, pool: str = "chat", app: str = "epp") -> EPPProcess:
         """Start one more endpoint picker."""
-        pod = PickerPod(self.cluster, self.namespace, f"epp-{len(self.pods)}", app)
-        process = PickerProcess(self._folder, pod, pool, self._control_port, self._ca, *flags)
+        pod = EPPPod(self.cluster, self.namespace, f"epp-{len(self.pods)}", app)
+        process = EPPProcess(self._folder, pod, pool, self._control_port, self._ca, *flags)
         self.pods.append(pod)
         self.processes.append(process)
         return process
 
-    def pickers(self, number: int) -> list[PickerProcess]:
-        found = [self.picker() for _ in range(number)]
+    def epps(self, number: int) -> list[EPPProcess]:
+        found = [self.epp() for _ in range(number)]
         until(lambda: all(process.connected for process in found), SECONDS)
         return found
 
-    def server(self, name: str, ip: str) -> PickerPod:
+    def server(self, name: str, ip: str) -> EPPPod:
         """Add a model server's pod; nobody serves there."""
-        return PickerPod(self.cluster, self.namespace, name, "vllm", ip)
+        return EPPPod(self.cluster, self.namespace, name, "vllm", ip)
 
     # What is said
 
@@ -165,16 +165,16 @@ def send(channel: grpc.Channel, body: bytes = BODY, **headers: str) -> Stream:
     return stream
 
 
-def answer(process: PickerProcess) -> int:
-    """The HTTP status with which a picker refuses a request for a model that nobody has."""
+def answer(process: EPPProcess) -> int:
+    """The HTTP status with which an EPP refuses a request for a model that nobody has."""
     with channel(f"127.0.0.1:{process.grpc}") as open_channel:
         return send(open_channel).answer().immediate_response.status.code
 
 
-def waiting(process: PickerProcess) -> dict[str, int]:
+def waiting(process: EPPProcess) -> dict[str, int]:
     """The requests that wait, by band."""
     return {band["band"]: band["requests"] for band in process.queues().get("bands", ())}
 
 
-def endpoints(process: PickerProcess) -> list[str]:
+def endpoints(process: EPPProcess) -> list[str]:
     return sorted(endpoint["address"] for endpoint in process.queues().get("endpoints", ()))

@@ -17,7 +17,7 @@ from forebay_epp.codec.extproc.framing import DESTINATION
 from forebay_epp.codec.extproc.stream import Event, ExtProcStream, State
 from forebay_epp.core.controller import FlowController
 from forebay_epp.core.terms import Endpoint, EndpointMetrics, Outcome
-from forebay_epp.loop import FlowLoop
+from forebay_epp.data_plane import DataPlane
 from forebay_epp.traffic import Traffic
 from forebay_extproc.v3 import external_processor_pb2 as pb
 
@@ -775,7 +775,7 @@ def test_a_body_that_was_read_with_more_stack_than_is_left_at_dispatch_is_refuse
 
 
 def test_a_body_that_cannot_be_rewritten_costs_neither_the_loop_nor_a_slot():
-    """The loop goes on, and no place is held for a request that was never sent."""
+    """The data plane goes on, and no place is held for a request that was never sent."""
     plan = Plan(
         saturation=SaturationPlan(SaturationMode.ADAPTIVE),
         models=(ModelPlan("m", "Standard", targets=(TargetPlan("other"),)),),
@@ -784,11 +784,11 @@ def test_a_body_that_cannot_be_rewritten_costs_neither_the_loop_nor_a_slot():
     controller.set_endpoints([Endpoint("10.0.0.1:8000")], 0.0)
     controller.observe(EndpointMetrics("10.0.0.1:8000", 0, 0, 0.0, 0.0), 0.0)
     free = controller.snapshot(0.0).endpoints[0].free
-    loop = FlowLoop(controller, Traffic(), clock=lambda: 0.0)
-    loop.serving = True
+    data_plane = DataPlane(controller, Traffic(), clock=lambda: 0.0)
+    data_plane.serving = True
 
     for depth in range(sys.getrecursionlimit() - 100, sys.getrecursionlimit()):
-        exchange = loop.open(lambda: None)
+        exchange = data_plane.open(lambda: None)
         nested = b'{"model":"m","x":' + b"[" * depth + b"]" * depth + b"}"
         exchange.receive(headers().SerializeToString())
         exchange.receive(body(nested).SerializeToString())
@@ -796,7 +796,7 @@ def test_a_body_that_cannot_be_rewritten_costs_neither_the_loop_nor_a_slot():
         assert answer.WhichOneof("response") in {"request_headers", "immediate_response"}
         exchange.close()
 
-    assert loop.unfinished == 0
+    assert data_plane.unfinished == 0
     assert controller.snapshot(0.0).endpoints[0].free == free > 0
 
 

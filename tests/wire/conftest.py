@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from ext_proc_peer import TRANSPORTS, Picker
+from ext_proc_peer import TRANSPORTS, EPPThread
 
 
 @pytest.fixture(params=sorted(TRANSPORTS))
@@ -14,13 +14,13 @@ def transport(request) -> str:
 
 @pytest.fixture
 def start(transport):
-    """Start pickers that stop with the test."""
-    started: list[Picker] = []
+    """Start EPPs that stop with the test."""
+    started: list[EPPThread] = []
 
-    def begin(**arguments) -> Picker:
-        started.append(Picker(transport, **arguments))
+    def begin(**arguments) -> EPPThread:
+        started.append(EPPThread(transport, **arguments))
         return started[-1]
 
     yield begin
-    for picker in started:
-        picker.stop()
+    for epp in started:
+        epp.stop()

@@ -45,15 +45,15 @@ with channel(sys.argv[1]) as connection:
 @pytest.mark.parametrize("connections", ["one", "two"])
 def test_unfinished_bodies_do_not_delay_an_honest_request(start, connections):
     """128 that nearly fill what may be read; 20 requests come on their connection or another's."""
-    picker = start(plan=PLAN)
+    epp = start(plan=PLAN)
     with ExitStack() as stack:
-        theirs = stack.enter_context(channel(picker.address))
-        mine = theirs if connections == "one" else stack.enter_context(channel(picker.address))
+        theirs = stack.enter_context(channel(epp.address))
+        mine = theirs if connections == "one" else stack.enter_context(channel(epp.address))
         slow = [Stream(theirs) for _ in range(BODIES)]
         for stream in slow:
             stream.send_headers()
             stream.send_body(b"x" * (BODY_BYTES - 1), end=False)
-        until(lambda: picker.loop._read_bytes >= BODIES * (BODY_BYTES - 1), 60)
+        until(lambda: epp.data_plane._read_bytes >= BODIES * (BODY_BYTES - 1), 60)
         worst = 0.0
         for _ in range(20):
             honest = Stream(mine)
@@ -64,22 +64,22 @@ def test_unfinished_bodies_do_not_delay_an_honest_request(start, connections):
             honest.send_body(body[5000:])
             assert honest.routed() == "10.0.0.1:8000"
             worst = max(worst, time.monotonic() - began)
-        assert picker.loop.traffic.outcomes["", "", Outcome.REJECTED_QUEUE_FULL] == 1
+        assert epp.data_plane.traffic.outcomes["", "", Outcome.REJECTED_QUEUE_FULL] == 1
         for stream in slow:
             stream.cancel()
 
     assert worst < 1.0
-    until(picker.idle)
+    until(epp.idle)
 
 
 def test_a_frozen_proxy_loses_its_slots(start):
     """It is stopped with four requests running; the kernel still takes what is sent to it."""
-    picker = start(slots=4, connections=QUICK)
-    with client_process(PROXY, picker.address, "routed") as proxy:
-        assert picker.snapshot().in_flight == 4
+    epp = start(slots=4, connections=QUICK)
+    with client_process(PROXY, epp.address, "routed") as proxy:
+        assert epp.snapshot().in_flight == 4
         proxy.send_signal(signal.SIGSTOP)
 
-        until(picker.idle, 20)
+        until(epp.idle, 20)
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
@@ -112,11 +112,11 @@ def request() -> bytes:
 
 def test_a_proxy_that_pings_while_its_request_waits_is_not_cut(start):
     """Ten pings with nothing else on the connection, each later than the least interval."""
-    picker = start(endpoints=(), connections=Connections(min_ping_seconds=0.05))
-    with socket.create_connection(("127.0.0.1", picker.transport.port), 10) as peer:
+    epp = start(endpoints=(), connections=Connections(min_ping_seconds=0.05))
+    with socket.create_connection(("127.0.0.1", epp.transport.port), 10) as peer:
         answers = peer.makefile("rb")
         peer.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"") + request())
-        until(lambda: picker.snapshot().requests == 1)
+        until(lambda: epp.snapshot().requests == 1)
         answered = 0
         for number in range(10):
             time.sleep(0.1)  # the interval is what is tested
@@ -132,16 +132,16 @@ def test_a_proxy_that_pings_while_its_request_waits_is_not_cut(start):
                     peer.sendall(frame(PING, ACK, 0, payload))
         answers.close()
 
-        assert (answered, picker.snapshot().requests) == (10, 1)
+        assert (answered, epp.snapshot().requests) == (10, 1)
 
 
 def test_an_old_connection_is_left_without_a_cut(start):
     """Its proxy opens another for what comes next; what runs on the old one runs to its end."""
-    picker = start(slots=2, connections=Connections(max_age_seconds=0.5))
+    epp = start(slots=2, connections=Connections(max_age_seconds=0.5))
     peers = set()
-    opened = picker.loop.open
-    picker.loop.open = lambda on_output, peer="": (peers.add(peer), opened(on_output, peer))[1]
-    with channel(picker.address) as connection:
+    opened = epp.data_plane.open
+    epp.data_plane.open = lambda on_output, peer="": (peers.add(peer), opened(on_output, peer))[1]
+    with channel(epp.address) as connection:
         running = Stream(connection)
         running.send_request()
         running.routed()
@@ -161,7 +161,7 @@ def test_an_old_connection_is_left_without_a_cut(start):
         assert list(running.call) == []
 
     assert running.call.code() is grpc.StatusCode.OK
-    until(picker.idle)
+    until(epp.idle)
 
 
 def test_a_wall_clock_that_is_set_back_delays_nothing(transport, start, monkeypatch):
@@ -174,13 +174,13 @@ def test_a_wall_clock_that_is_set_back_delays_nothing(transport, start, monkeypa
         return wall_clock() + (jumps.pop() if jumps and not here else 0.0)
 
     monkeypatch.setattr(time, "time", jumping)
-    picker = start()
-    picker.snapshot()
+    epp = start()
+    epp.snapshot()
     jumps.append(3600.0)
     if transport == "completion-queue":
         until(lambda: not jumps)
 
     began = time.monotonic()
-    picker.snapshot()
+    epp.snapshot()
 
     assert time.monotonic() - began < 5.0

@@ -1,4 +1,4 @@
-"""The operator's control server over real gRPC, with pickers that do not behave.
+"""The operator's control server over real gRPC, with EPPs that do not behave.
 
 Hostile ones are one at a time here; floods, and what they cost, are in test_control_flood.py.
 """
@@ -56,7 +56,7 @@ def open_streams(driver: Driver) -> int:
     return driver.ask(lambda server: server._open)
 
 
-def test_a_picker_is_programmed_and_its_ack_counts(driver, dial):
+def test_an_epp_is_programmed_and_its_ack_counts(driver, dial):
     """Hello, Program, Ack."""
     driver.program(POOL, snapshot())
     peer = dial().hello()
@@ -68,7 +68,7 @@ def test_a_picker_is_programmed_and_its_ack_counts(driver, dial):
     assert (program.version.epoch, program.version.revision) == (5, 1)
 
 
-def test_a_change_reaches_every_picker_of_its_pool_and_no_other(driver, dial):
+def test_a_change_reaches_every_epp_of_its_pool_and_no_other(driver, dial):
     """The other's stream stays silent but for pings."""
     mine, others = dial().hello(), dial().hello(pool="default/other")
     mine.next("ping")
@@ -80,7 +80,7 @@ def test_a_change_reaches_every_picker_of_its_pool_and_no_other(driver, dial):
     assert others.program().version.revision == 2
 
 
-def test_a_picker_that_is_programmed_hears_that_it_is_connected(driver, dial):
+def test_an_epp_that_is_programmed_hears_that_it_is_connected(driver, dial):
     """It need not wait for the first change to know that the operator is there."""
     driver.program(POOL, snapshot())
     peer = dial().hello()
@@ -97,7 +97,7 @@ def known(peer_program: pb.Program) -> pb.Snapshot:
     return pb.Snapshot.FromString(peer_program.snapshot)
 
 
-def test_each_picker_is_sent_what_its_release_knows(driver, dial):
+def test_each_epp_is_sent_what_its_release_knows(driver, dial):
     """One of 0.1 names no features and gets no pod uids; each acknowledges its own program."""
     made = snapshot(30.0, POOL, "10.0.0.1:8000")
     made.endpoints.endpoints[0].uid = "pod-1"
@@ -132,14 +132,14 @@ def test_only_those_that_know_it_are_told_that_the_pool_is_deleted(driver, dial)
 
 
 def test_a_part_that_was_taken_is_told(driver, dial):
-    """The picker refuses the plan and takes the endpoints; the next program is sent at once."""
+    """The EPP refuses the plan and takes the endpoints; the next program is sent at once."""
     driver.program(POOL, snapshot())
     peer = dial().hello(features=NAMES)
     peer.ack(peer.program())
     driver.program(POOL, snapshot(31.0))
     sent = peer.program()
     peer.send(nack=pb.Nack(nonce=sent.nonce, code="Invalid", applied=["Endpoints"]))
-    until(lambda: driver.pickers(POOL)[0].state is PickerState.REJECTED)
+    until(lambda: driver.epps(POOL)[0].state is PickerState.REJECTED)
 
     driver.program(POOL, snapshot())  # what it had acknowledged, but does not run as a whole
     assert known(peer.program()) == snapshot()
@@ -153,13 +153,13 @@ def test_a_nack_shows_with_its_paths(driver, dial):
     errors = [pb.FieldError(path="plan.bands[0].fairness", message="is not known")]
     peer.send(nack=pb.Nack(nonce=sent.nonce, code="Unsupported", errors=errors))
 
-    until(lambda: driver.pickers(POOL)[0].state is PickerState.REJECTED)
-    assert driver.pickers(POOL)[0].error == "Unsupported: plan.bands[0].fairness: is not known"
+    until(lambda: driver.epps(POOL)[0].state is PickerState.REJECTED)
+    assert driver.epps(POOL)[0].error == "Unsupported: plan.bands[0].fairness: is not known"
 
 
 @pytest.mark.parametrize("code", ["StaleEpoch", "HashConflict"])
 def test_two_leaders_of_one_epoch_are_healed(driver, dial, code):
-    """A picker has the same epoch from somebody else: the next one is taken, and sent at once."""
+    """An EPP has the same epoch from somebody else: the next one is taken, and sent at once."""
     driver.program(POOL, snapshot())
     peer = dial().hello(highest_epoch=5)
     sent = peer.program()
@@ -175,7 +175,7 @@ def test_an_epoch_in_a_hello_is_passed(driver, dial):
     assert dial().hello(highest_epoch=41).program().version.epoch == 42
 
 
-def test_a_stand_by_sends_pickers_on(driver, dial):
+def test_a_stand_by_sends_epps_on(driver, dial):
     """Those that dial, and those that are there when leadership is lost."""
     there = dial().hello()
     there.next("ping")
@@ -201,7 +201,7 @@ def test_a_leader_in_doubt_keeps_streams_and_programs_nobody(driver, dial):
 
     driver.ask(age)
     woken = wakes(driver, 0.5)
-    assert (streams(driver), driver.pickers(POOL)[0].state) == (1, PickerState.PENDING)
+    assert (streams(driver), driver.epps(POOL)[0].state) == (1, PickerState.PENDING)
     assert woken < 10
     driver.ask(lambda server: server.lead(5))
     assert peer.program().version.revision == 1
@@ -252,7 +252,7 @@ def test_leadership_lost_while_somebody_is_asked_who_it_is():
         driver.stop()
 
 
-def test_a_stop_asks_pickers_to_dial_again(driver, dial):
+def test_a_stop_asks_epps_to_dial_again(driver, dial):
     """At moments of their own within three seconds."""
     peers = [dial().hello(pod_uid=f"uid-{n}") for n in range(5)]
     for peer in peers:
@@ -284,7 +284,7 @@ def test_streams_that_a_stop_cuts_off_leave_no_traceback(caplog):
 
 
 def test_bye_is_the_end_of_a_stream(driver, dial):
-    """The picker is not connected any more."""
+    """The EPP is not connected any more."""
     peer = dial().hello()
     peer.next("ping")
     peer.send(bye=pb.Bye())
@@ -294,7 +294,7 @@ def test_bye_is_the_end_of_a_stream(driver, dial):
 
 
 def test_a_pod_has_two_streams_at_most(driver, dial):
-    """The oldest gives way: the picker has dialled again and its end is not seen here yet."""
+    """The oldest gives way: the EPP has dialled again and its end is not seen here yet."""
     peers = []
     for _ in range(5):
         peers.append(dial().hello())
@@ -332,7 +332,7 @@ def test_what_is_known_of_a_forgotten_pool_ends_with_its_streams(driver, dial):
     assert driver.ask(lambda server: dict(server._rollouts)) == {}
 
 
-def test_a_pool_made_again_programs_pickers_that_stayed(driver, dial):
+def test_a_pool_made_again_programs_epps_that_stayed(driver, dial):
     """With a version that is greater than any before."""
     driver.program(POOL, snapshot())
     peer = dial().hello()
@@ -425,7 +425,7 @@ def test_who_says_nothing_has_to_go(driver, dial, monkeypatch):
 
 
 def test_the_oldest_silent_stream_makes_room(driver, dial, monkeypatch):
-    """A flood of them does not keep a picker out that says hello."""
+    """A flood of them does not keep an EPP out that says hello."""
     monkeypatch.setattr(admission, "MAX_SILENT_STREAMS", 3)
     silent = [dial() for _ in range(6)]
     for peer in silent[:3]:
@@ -435,7 +435,7 @@ def test_the_oldest_silent_stream_makes_room(driver, dial, monkeypatch):
     until(lambda: open_streams(driver) <= 4)
 
 
-def test_a_picker_that_is_silent_for_half_a_minute_has_to_go(dial, monkeypatch):
+def test_an_epp_that_is_silent_for_half_a_minute_has_to_go(dial, monkeypatch):
     """Its connection may be half open."""
     monkeypatch.setattr(server, "SILENCE_SECONDS", 0.3)
     peer = dial().hello()
@@ -444,7 +444,7 @@ def test_a_picker_that_is_silent_for_half_a_minute_has_to_go(dial, monkeypatch):
     assert (code, "nothing heard" in details) == (grpc.StatusCode.DEADLINE_EXCEEDED, True)
 
 
-def test_a_picker_that_does_not_read_has_to_go(driver, dial, monkeypatch):
+def test_an_epp_that_does_not_read_has_to_go(driver, dial, monkeypatch):
     """A full window must not hold a stream, and its place, for ever."""
     monkeypatch.setattr(server, "WRITE_SECONDS", 0.3)
     monkeypatch.setattr(session, "ACK_SECONDS", 0.02)
@@ -494,7 +494,7 @@ def test_what_is_refused_is_logged_once_a_second(dial, caplog):
     assert 1 <= caplog.text.count("control stream refused") < 15
 
 
-def test_a_refusal_of_the_authorizer_reaches_the_picker_and_the_metric():
+def test_a_refusal_of_the_authorizer_reaches_the_epp_and_the_metric():
     """With the code and the text it gives."""
 
     async def refuse(_hello, _caller):

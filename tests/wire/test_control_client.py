@@ -1,4 +1,4 @@
-"""The picker's end of the control channel, with operators that are slow, strange or not there."""
+"""The EPP's end of the control channel, with operators that are slow, strange or not there."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def usual(_client) -> None:
 
 
 async def good(operator: Operator, context) -> None:
-    """Program the picker and listen."""
+    """Program the EPP and listen."""
     await context.write(pb.FromOperator(program=program(snapshot())))
     await operator.listen(context, "ack")
     await operator.listen(context, "bye")

@@ -11,7 +11,7 @@ import grpc
 import pytest
 import yaml
 from control_peers import CONNECT, Peer
-from control_plane import QUICKSTART, FolderOperator, PickerProcess
+from control_plane import QUICKSTART, EPPProcess, FolderOperator
 from ext_proc_peer import until
 
 from forebay_control.v1 import control_pb2 as pb
@@ -32,16 +32,16 @@ def operator(tmp_path):
 
 @pytest.fixture
 def honest(operator, tmp_path):
-    """A picker that behaves; the name of its pool is the quickstart's."""
+    """An EPP that behaves; the name of its pool is the quickstart's."""
     pool = yaml.safe_load((QUICKSTART / "pool.yaml").read_text())["metadata"]["name"]
-    picker = PickerProcess(tmp_path, "honest", pool, operator.control_port)
-    until(lambda: picker.version is not None and picker.version[1] > 0, WAIT_SECONDS)
-    yield picker
-    picker.end()
+    epp = EPPProcess(tmp_path, "honest", pool, operator.control_port)
+    until(lambda: epp.version is not None and epp.version[1] > 0, WAIT_SECONDS)
+    yield epp
+    epp.end()
 
 
-def unharmed(operator: FolderOperator, honest: PickerProcess, ttl: str) -> None:
-    """The honest picker is programmed as ever, and the operator has had little memory."""
+def unharmed(operator: FolderOperator, honest: EPPProcess, ttl: str) -> None:
+    """The honest EPP is programmed as ever, and the operator has had little memory."""
     epoch, revision = honest.version
     operator.edit(ttl)
     until(lambda: honest.version > (epoch, revision), WAIT_SECONDS)
@@ -63,7 +63,7 @@ async def one(call, first: bytes | None) -> None:
 
 
 async def flood(port: int, number: int) -> None:
-    """2,000 streams at once: silent ones, garbage, and pickers nobody has heard of."""
+    """2,000 streams at once: silent ones, garbage, and EPPs nobody has heard of."""
     channels = [
         grpc.aio.insecure_channel(f"127.0.0.1:{port}", [("grpc.use_local_subchannel_pool", 1)])
         for _ in range(STREAMS // STREAMS_PER_CONNECTION)
@@ -88,7 +88,7 @@ async def flood(port: int, number: int) -> None:
 
 
 def test_ten_thousand_streams(operator, honest):
-    """Nothing of them stays, and the honest picker does not notice."""
+    """Nothing of them stays, and the honest EPP does not notice."""
     for number in range(ROUNDS):
         asyncio.run(flood(operator.control_port, number))
 

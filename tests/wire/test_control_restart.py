@@ -1,10 +1,10 @@
-"""Operators that end and start again beside a picker that serves on; both are real processes."""
+"""Operators that end and start again beside an EPP that serves on; both are real processes."""
 
 from __future__ import annotations
 
 import pytest
 import yaml
-from control_plane import QUICKSTART, FolderOperator, History, PickerProcess, check_log
+from control_plane import QUICKSTART, EPPProcess, FolderOperator, History, check_log
 from ext_proc_peer import until
 
 WAIT_SECONDS = 60
@@ -26,56 +26,56 @@ def start(tmp_path):
 
 
 @pytest.fixture
-def picker(start, tmp_path):
-    """A picker that the first operator has programmed."""
+def epp(start, tmp_path):
+    """An EPP that the first operator has programmed."""
     operator = start()
     pool = yaml.safe_load((QUICKSTART / "pool.yaml").read_text())["metadata"]["name"]
-    picker = PickerProcess(tmp_path, "epp-0", pool, operator.control_port)
-    until(lambda: (picker.version or (0, 0)) > (0, 0), WAIT_SECONDS)
-    picker.operator = operator
-    yield picker
-    picker.end()
+    epp = EPPProcess(tmp_path, "epp-0", pool, operator.control_port)
+    until(lambda: (epp.version or (0, 0)) > (0, 0), WAIT_SECONDS)
+    epp.operator = operator
+    yield epp
+    epp.end()
 
 
-def test_a_picker_finds_the_next_operator(start, picker):
+def test_an_epp_finds_the_next_operator(start, epp):
     """It is told when to dial again, serves meanwhile, and never goes back to an older version.
 
     The next one's epoch is often that of the one before, since both start within a second: it is
     programmed all the same.
     """
-    operator, history = picker.operator, History([picker])
+    operator, history = epp.operator, History([epp])
     try:
         for number in range(4):
-            before = picker.version
+            before = epp.version
             assert operator.stop() == 0
             operator.edit(f"{100 + number}s")
             operator = start()
-            until(lambda before=before: (picker.version or before) > before, WAIT_SECONDS)
-            until(lambda: picker.connected, WAIT_SECONDS)
+            until(lambda before=before: (epp.version or before) > before, WAIT_SECONDS)
+            until(lambda: epp.connected, WAIT_SECONDS)
         history.check()
     finally:
         history.end()
-    check_log(picker.log)
+    check_log(epp.log)
     check_log(operator.log)
 
 
-def test_a_picker_outlives_an_operator_that_is_killed(start, picker):
+def test_an_epp_outlives_an_operator_that_is_killed(start, epp):
     """Without a goodbye."""
-    sha256 = picker.program()[1]
-    picker.operator.kill()
-    until(lambda: not picker.connected, WAIT_SECONDS)
-    assert picker.program()[1] == sha256
+    sha256 = epp.program()[1]
+    epp.operator.kill()
+    until(lambda: not epp.connected, WAIT_SECONDS)
+    assert epp.program()[1] == sha256
 
-    before = picker.version
+    before = epp.version
     start()
-    until(lambda: (picker.version or before) > before, WAIT_SECONDS)
+    until(lambda: (epp.version or before) > before, WAIT_SECONDS)
 
 
-def test_an_operator_forgets_a_picker_that_has_said_goodbye(picker):
+def test_an_operator_forgets_an_epp_that_has_said_goodbye(epp):
     """Nobody waits for it."""
-    operator = picker.operator
+    operator = epp.operator
     until(lambda: operator.metric("forebay_control_streams") == 1, WAIT_SECONDS)
-    assert picker.stop(WAIT_SECONDS) == 0
+    assert epp.stop(WAIT_SECONDS) == 0
 
     until(lambda: operator.metric("forebay_control_streams") == 0, WAIT_SECONDS)
     assert "endpoint picker leaves" in operator.log

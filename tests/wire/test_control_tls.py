@@ -16,7 +16,7 @@ import pod_tokens
 import pytest
 from control_driver import Driver
 from control_peers import POOL, Peer, snapshot
-from control_plane import AUDIENCE, LOOPBACK, NAME, Authority, Forwarder, PickerProcess
+from control_plane import AUDIENCE, LOOPBACK, NAME, Authority, EPPProcess, Forwarder
 from cryptography import x509
 from ext_proc_peer import until
 
@@ -56,7 +56,7 @@ def authority(tmp_path):
 
 @pytest.fixture
 def serve():
-    """Serve with the certificate of a folder; with `mtls` pickers have to show one too."""
+    """Serve with the certificate of a folder; with `mtls` EPPs have to show one too."""
     drivers: list[Driver] = []
 
     def begin(folder, *, mtls: bool = False) -> Driver:
@@ -75,7 +75,7 @@ def serve():
 
 @pytest.fixture
 def dial():
-    """Dial as a picker that trusts an authority and says hello."""
+    """Dial as an EPP that trusts an authority and says hello."""
     peers: list[Peer] = []
 
     def begin(driver, ca, *, leaf=None, token=GOOD, server_name=NAME, **hello) -> Peer:
@@ -108,7 +108,7 @@ def served_serial(driver: Driver) -> int:
         return x509.load_der_x509_certificate(connection.getpeercert(True)).serial_number
 
 
-def test_a_picker_that_trusts_the_authority_is_programmed(authority, serve, dial):
+def test_an_epp_that_trusts_the_authority_is_programmed(authority, serve, dial):
     """The server's name and the token are right."""
     driver = serve(authority.leaf("operator"))
 
@@ -116,7 +116,7 @@ def test_a_picker_that_trusts_the_authority_is_programmed(authority, serve, dial
 
 
 @pytest.mark.parametrize("wrong", ["expired", "other authority", "other name"])
-def test_a_picker_refuses_an_operator_that_is_not_the_one(authority, serve, tmp_path, wrong):
+def test_an_epp_refuses_an_operator_that_is_not_the_one(authority, serve, tmp_path, wrong):
     """A real process: it says why, shows its token to no one, and stays unready."""
     leaf = {
         "expired": lambda: authority.leaf("operator", days=-1),
@@ -125,21 +125,19 @@ def test_a_picker_refuses_an_operator_that_is_not_the_one(authority, serve, tmp_
     }[wrong]()
     shutil.rmtree(tmp_path / "tls", ignore_errors=True)
     driver = serve(leaf)
-    picker = PickerProcess(
-        tmp_path, POD, "chat", driver.port, authority.path, "--bootstrap-timeout=1s"
-    )
+    epp = EPPProcess(tmp_path, POD, "chat", driver.port, authority.path, "--bootstrap-timeout=1s")
     try:
-        until(lambda: "no control connection" in picker.log, WAIT_SECONDS)
-        until(lambda: "--bootstrap-timeout" in picker.log, WAIT_SECONDS)
-        assert not picker.serving
+        until(lambda: "no control connection" in epp.log, WAIT_SECONDS)
+        until(lambda: "--bootstrap-timeout" in epp.log, WAIT_SECONDS)
+        assert not epp.serving
         assert driver.ask(lambda server: server._open) == 0
-        assert "Traceback" not in picker.log
-        assert picker.program()[0] == "Defaults"
+        assert "Traceback" not in epp.log
+        assert epp.program()[0] == "Defaults"
     finally:
-        picker.end()
+        epp.end()
 
 
-def test_a_picker_in_plaintext_gets_nowhere(authority, serve):
+def test_an_epp_in_plaintext_gets_nowhere(authority, serve):
     """There is no way around TLS where there is a certificate."""
     driver = serve(authority.leaf("operator"))
     peer = Peer(driver.port, token=GOOD).hello()
@@ -159,7 +157,7 @@ def test_a_picker_in_plaintext_gets_nowhere(authority, serve):
         (GOOD, {"pool": "default/talk"}, grpc.StatusCode.UNAVAILABLE, "no_pool"),
     ],
 )
-def test_who_cannot_prove_to_be_a_picker_of_the_pool(
+def test_who_cannot_prove_to_be_an_epp_of_the_pool(
     authority, serve, dial, token, hello, code, reason
 ):
     """Is refused, and where the operator's people look is counted why."""
@@ -222,12 +220,12 @@ def test_an_operator_does_not_start_with_files_that_it_cannot_use(authority, fil
         tls.from_folder(folder, with_ca=False)()
 
 
-def test_a_picker_reads_its_authorities_anew_with_each_dial(authority, serve, tmp_path):
+def test_an_epp_reads_its_authorities_anew_with_each_dial(authority, serve, tmp_path):
     """The authority is replaced: the process finds the new one without a restart."""
     bundle = tmp_path / "bundle.crt"
     shutil.copy(authority.path, bundle)
     old = serve(authority.leaf("operator"))
-    picker = PickerProcess(tmp_path, POD, "chat", old.port, bundle)
+    epp = EPPProcess(tmp_path, POD, "chat", old.port, bundle)
     try:
         until(lambda: old.programmed(POOL), WAIT_SECONDS)
         new_authority = Authority(tmp_path / "new", "new")
@@ -235,14 +233,14 @@ def test_a_picker_reads_its_authorities_anew_with_each_dial(authority, serve, tm
         for file in new_authority.leaf("operator").iterdir():
             shutil.copy(file, folder / file.name)
         bundle.write_bytes(authority.path.read_bytes() + new_authority.path.read_bytes())
-        assert picker.connected
+        assert epp.connected
         drop(old)
         until(lambda: old.programmed(POOL), WAIT_SECONDS)
         bundle.write_bytes(new_authority.path.read_bytes())
         drop(old)
         until(lambda: old.programmed(POOL), WAIT_SECONDS)
     finally:
-        picker.end()
+        epp.end()
 
 
 def drop(driver: Driver) -> None:
@@ -260,7 +258,7 @@ def drop(driver: Driver) -> None:
 def test_a_rotated_token_is_read_anew_with_each_dial(authority, serve, tmp_path):
     """The kubelet replaces it every few minutes."""
     driver = serve(authority.leaf("operator"))
-    picker = PickerProcess(
+    epp = EPPProcess(
         tmp_path,
         SimpleNamespace(name="epp-0", namespace="default", uid="uid-0", token=lambda: BAD),
         "chat",
@@ -268,11 +266,11 @@ def test_a_rotated_token_is_read_anew_with_each_dial(authority, serve, tmp_path)
         authority.path,
     )
     try:
-        until(lambda: "UNAUTHENTICATED" in picker.log, WAIT_SECONDS)
-        picker.token_path.write_text(GOOD)
+        until(lambda: "UNAUTHENTICATED" in epp.log, WAIT_SECONDS)
+        epp.token_path.write_text(GOOD)
         until(lambda: driver.programmed(POOL), WAIT_SECONDS)
     finally:
-        picker.end()
+        epp.end()
 
 
 class HungReviews:
@@ -319,10 +317,10 @@ def test_a_flood_of_tokens_from_one_address_keeps_no_other_out(authority):
         driver.stop()
 
 
-# --- certificates of pickers
+# --- certificates of EPPs
 
 
-def test_a_picker_with_a_service_account_s_certificate(authority, serve, dial):
+def test_an_epp_with_a_service_account_s_certificate(authority, serve, dial):
     """No token is needed."""
     driver = serve(authority.leaf("operator"), mtls=True)
     leaf = authority.leaf("epp", uri=SPIFFE)
@@ -330,16 +328,16 @@ def test_a_picker_with_a_service_account_s_certificate(authority, serve, dial):
     assert dial(driver, authority.path, leaf=leaf, token=None).program().version.epoch == 5
 
 
-def test_a_real_picker_with_a_certificate(authority, serve, tmp_path):
+def test_a_real_epp_with_a_certificate(authority, serve, tmp_path):
     """It shows the one in --control-cert-path."""
     driver = serve(authority.leaf("operator"), mtls=True)
     leaf = authority.leaf("epp", uri=SPIFFE)
     flag = f"--control-cert-path={leaf}"
-    picker = PickerProcess(tmp_path, POD, "chat", driver.port, authority.path, flag)
+    epp = EPPProcess(tmp_path, POD, "chat", driver.port, authority.path, flag)
     try:
         until(lambda: driver.programmed(POOL), WAIT_SECONDS)
     finally:
-        picker.end()
+        epp.end()
 
 
 @pytest.mark.parametrize("wrong", ["none", "other authority", "expired"])
@@ -373,7 +371,7 @@ def test_a_good_certificate_of_somebody_else(authority, serve, dial, uri, reason
     assert refusals(reason) == before + 1
 
 
-def test_the_authority_of_pickers_can_be_replaced(authority, serve, dial, tmp_path):
+def test_the_authority_of_epps_can_be_replaced(authority, serve, dial, tmp_path):
     """Old and new ones are trusted for as long as both stand in the file."""
     folder = authority.leaf("operator")
     driver = serve(folder, mtls=True)

@@ -1,4 +1,4 @@
-"""A picker behind real Envoy: what clients and model servers see."""
+"""An EPP behind real Envoy: what clients and model servers see."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import replace
 import aiohttp
 import pytest
 from envoy_process import Envoy, ModelServer
-from ext_proc_peer import Picker, until
+from ext_proc_peer import EPPThread, until
 
 from forebay_control.plan import (
     DEFAULT_BANDS,
@@ -43,11 +43,11 @@ PLAN = Plan(
 
 
 class Stack:
-    """Model server, picker and an Envoy per body mode."""
+    """Model server, EPP and an Envoy per body mode."""
 
     def __init__(self, folder, transport: str) -> None:
         self.server = ModelServer()
-        self.picker = Picker(
+        self.epp = EPPThread(
             transport, plan=PLAN, endpoints=(self.server.address,), max_streams=10_000
         )
         self._folder = folder
@@ -58,7 +58,7 @@ class Stack:
         if name not in self._envoys:
             self._envoys[name] = Envoy(
                 self._folder,
-                self.picker.transport.port,
+                self.epp.transport.port,
                 **(MODES | {"buffered-partial": PARTIAL})[mode],
                 **options,
             )
@@ -67,7 +67,7 @@ class Stack:
     def stop(self) -> None:
         for envoy in self._envoys.values():
             envoy.stop()
-        self.picker.stop()
+        self.epp.stop()
         self.server.stop()
 
 
@@ -85,8 +85,8 @@ def stack(module_stack):
     module_stack.server.hold.set()
     yield module_stack
     module_stack.server.hold.set()
-    until(lambda: module_stack.picker.snapshot().in_flight == 0)
-    until(lambda: module_stack.picker.snapshot().requests == 0)
+    until(lambda: module_stack.epp.snapshot().in_flight == 0)
+    until(lambda: module_stack.epp.snapshot().requests == 0)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -110,7 +110,7 @@ def test_a_bodiless_request_is_routed_too(stack, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_models_are_listed_although_every_slot_is_taken(stack, mode):
-    """By the picker, without a server and without the queue; one of them by its name."""
+    """By the EPP, without a server and without the queue; one of them by its name."""
     envoy = stack.envoy(mode)
     stack.server.hold.clear()
     busy = threading.Thread(target=envoy.request, args=('{"model":"chat"}',))
@@ -270,7 +270,7 @@ def test_a_request_waits_for_a_slot_and_then_runs(stack, mode):
     stack.envoy(mode)
     for thread in threads:
         thread.start()
-    until(lambda: stack.picker.snapshot().requests == 1)
+    until(lambda: stack.epp.snapshot().requests == 1)
     until(lambda: len(stack.server.seen) == 1)
 
     stack.server.hold.set()
@@ -281,7 +281,7 @@ def test_a_request_waits_for_a_slot_and_then_runs(stack, mode):
 
 
 def test_a_buffering_proxy_is_asked_for_patience(stack):
-    """Its message timeout of 0.3 s runs while the request waits; the picker extends it."""
+    """Its message timeout of 0.3 s runs while the request waits; the EPP extends it."""
     envoy = stack.envoy("buffered", message_timeout="0.3s")
     stack.server.hold.clear()
     answers = []
@@ -292,7 +292,7 @@ def test_a_buffering_proxy_is_asked_for_patience(stack):
     first.start()
     until(lambda: len(stack.server.seen) == 1)
     second.start()
-    until(lambda: stack.picker.snapshot().requests == 1)
+    until(lambda: stack.epp.snapshot().requests == 1)
     waited_until = time.monotonic() + 0.6
     until(lambda: time.monotonic() > waited_until)
 
@@ -311,11 +311,11 @@ def test_a_client_that_leaves_while_queued_is_forgotten(stack):
     until(lambda: len(stack.server.seen) == 1)
     leaving = stack.envoy().connect()
     leaving.request("POST", "/v1/completions", '{"model":"chat"}')
-    until(lambda: stack.picker.snapshot().requests == 1)
+    until(lambda: stack.epp.snapshot().requests == 1)
 
     leaving.close()
 
-    until(lambda: stack.picker.snapshot().requests == 0)
+    until(lambda: stack.epp.snapshot().requests == 0)
     stack.server.hold.set()
     first.join(20)
     assert len(stack.server.seen) == 1
@@ -326,11 +326,11 @@ def test_a_client_that_leaves_while_answered_frees_its_slot(stack):
     stack.server.hold.clear()
     leaving = stack.envoy().connect()
     leaving.request("POST", "/v1/completions", '{"model":"chat"}')
-    until(lambda: stack.picker.snapshot().in_flight == 1)
+    until(lambda: stack.epp.snapshot().in_flight == 1)
 
     leaving.close()
 
-    until(lambda: stack.picker.snapshot().in_flight == 0)
+    until(lambda: stack.epp.snapshot().in_flight == 0)
 
 
 def test_a_subset_hint_that_matches_nothing_is_refused(stack):
@@ -360,13 +360,13 @@ def test_a_websocket_talks_to_a_server_and_holds_a_slot(stack, mode):
                 for word in ("one", "two " * 50_000):
                     await socket.send_str(word)
                     heard.append(await socket.receive_str(timeout=20))
-                held = stack.picker.snapshot().in_flight
+                held = stack.epp.snapshot().in_flight
         return heard, held
 
     heard, held = asyncio.run(talk())
 
     assert (heard, held) == (["one", "two " * 50_000], 1)
-    until(lambda: stack.picker.snapshot().in_flight == 0)
+    until(lambda: stack.epp.snapshot().in_flight == 0)
     assert envoy.request('{"model":"chat"}')[0] == 200
     assert [seen["path"] for seen in stack.server.seen] == ["/v1/realtime", "/v1/chat/completions"]
 
@@ -384,16 +384,16 @@ def test_a_websocket_whose_client_vanishes_frees_its_slot(stack):
             "sec-websocket-key": "AAAAAAAAAAAAAAAAAAAAAA==",
         },
     )
-    until(lambda: stack.picker.snapshot().in_flight == 1)
+    until(lambda: stack.epp.snapshot().in_flight == 1)
 
     connection.close()
 
-    until(lambda: stack.picker.snapshot().in_flight == 0)
+    until(lambda: stack.epp.snapshot().in_flight == 0)
 
 
 def test_a_local_reply_of_envoy_comes_as_envoy_gave_it(stack):
     """No upgrade but WebSocket's is allowed: Envoy says so itself, and not 500."""
-    envoy, traffic = stack.envoy(), stack.picker.loop.traffic
+    envoy, traffic = stack.envoy(), stack.epp.data_plane.traffic
     before = traffic.streams_opened
 
     status, _, _ = envoy.request(None, path="/x", connection="Upgrade", upgrade="other")
@@ -402,14 +402,14 @@ def test_a_local_reply_of_envoy_comes_as_envoy_gave_it(stack):
 
 
 def test_a_body_beyond_the_proxys_buffer_is_classified_by_its_beginning(stack):
-    """BUFFERED_PARTIAL: the picker sees a part, the server all of it."""
+    """BUFFERED_PARTIAL: the EPP sees a part, the server all of it."""
     envoy = stack.envoy("buffered-partial")
     text = json.dumps({"model": "chat", "prompt": "x" * 300_000})
 
     status, _, _ = envoy.request(text)
 
     assert (status, [seen["body"] for seen in stack.server.seen]) == (200, [text])
-    outcomes = stack.picker.loop.traffic.outcomes
+    outcomes = stack.epp.data_plane.traffic.outcomes
     assert outcomes["Critical", "chat", Outcome.DISPATCHED]
 
 

@@ -9,7 +9,7 @@ from contextlib import closing
 
 import pytest
 from envoy_process import Envoy
-from ext_proc_peer import Picker
+from ext_proc_peer import EPPThread
 from loop_thread import LoopThread
 
 from forebay_control.plan import Plan, SaturationMode, SaturationPlan
@@ -60,7 +60,7 @@ def server():
 
 @pytest.fixture
 def envoy(tmp_path, server):
-    epp = Picker("completion-queue", plan=PLAN, endpoints=(server.address,))
+    epp = EPPThread("completion-queue", plan=PLAN, endpoints=(server.address,))
     envoy = Envoy(tmp_path, epp.transport.port)
     yield envoy
     envoy.stop()

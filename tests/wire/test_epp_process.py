@@ -257,7 +257,7 @@ def test_a_plan_that_is_not_valid_leaves_the_last_good_one(start, text):
 
     process.plan_file.write_text(text)
 
-    # Written in place, not renamed: the picker may see the file more than once.
+    # Written in place, not renamed: the EPP may see the file more than once.
     refused = re.compile(r'forebay_plan_reloads_total\{result="refused"\} [1-9]')
     until(lambda: refused.search(process.page("/metrics")) is not None)
     assert process.state()["endpoints"][0]["address"] == "10.0.0.1:80"

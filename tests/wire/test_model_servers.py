@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 from control_driver import Driver
 from control_peers import POOL, snapshot
-from control_plane import PickerProcess
+from control_plane import EPPProcess
 from envoy_process import Envoy
 from ext_proc_peer import until
 from loop_thread import LoopThread
@@ -99,7 +99,7 @@ def program(load: Load, metrics: dict | None = None) -> pb.Snapshot:
 def test_limits_are_learned_from_every_kind_of_server(driver, tmp_path):
     """Known ones at once; the other one when a policy names its series, without a restart."""
     load = Load(ENGINES)
-    epp = PickerProcess(tmp_path, "epp-0", "chat", driver.port)
+    epp = EPPProcess(tmp_path, "epp-0", "chat", driver.port)
     with contextlib.ExitStack() as stack:
         stack.callback(epp.end)
         driver.put(POOL, program(load))

@@ -10,7 +10,7 @@ from contextlib import suppress
 import grpc
 import pytest
 from control_peers import POOL, Puppet, program, snapshot
-from control_plane import PickerProcess, Process
+from control_plane import EPPProcess, Process
 from ext_proc_peer import until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -32,62 +32,62 @@ def puppet():
 
 @pytest.fixture
 def start(tmp_path):
-    """Start the picker, also again; it ends with the test."""
-    started: list[PickerProcess] = []
+    """Start the EPP, also again; it ends with the test."""
+    started: list[EPPProcess] = []
 
-    def begin(port: int, *flags: str) -> PickerProcess:
+    def begin(port: int, *flags: str) -> EPPProcess:
         for before in started:
             assert not before.running
-        started.append(PickerProcess(tmp_path, "epp-0", "chat", port, None, *flags))
+        started.append(EPPProcess(tmp_path, "epp-0", "chat", port, None, *flags))
         return started[-1]
 
     yield begin
-    for picker in started:
-        picker.end()
+    for epp in started:
+        epp.end()
 
 
-def healthy(picker: PickerProcess) -> bool:
+def healthy(epp: EPPProcess) -> bool:
     """Whether the probe of a kubelet would succeed now."""
-    assert picker.running, picker.log[-3000:]
-    with grpc.insecure_channel(f"127.0.0.1:{picker.health}") as channel, suppress(grpc.RpcError):
+    assert epp.running, epp.log[-3000:]
+    with grpc.insecure_channel(f"127.0.0.1:{epp.health}") as channel, suppress(grpc.RpcError):
         check = health_pb2_grpc.HealthStub(channel).Check
         answer = check(health_pb2.HealthCheckRequest(), timeout=5)
         return answer.status == health_pb2.HealthCheckResponse.SERVING
     return False
 
 
-def until_healthy(picker: PickerProcess) -> None:
-    until(lambda: healthy(picker), WAIT_SECONDS)
+def until_healthy(epp: EPPProcess) -> None:
+    until(lambda: healthy(epp), WAIT_SECONDS)
 
 
 def ended(process: Process) -> int:
     return process.process.wait(WAIT_SECONDS)
 
 
-def programmed(start, puppet, *snapshots: pb.Snapshot, epoch: int = 5) -> PickerProcess:
-    """A picker that runs these, the last one in force."""
-    picker = start(puppet.port)
+def programmed(start, puppet, *snapshots: pb.Snapshot, epoch: int = 5) -> EPPProcess:
+    """An EPP that runs these, the last one in force."""
+    epp = start(puppet.port)
     puppet.next("hello", seconds=WAIT_SECONDS)
     for revision, made in enumerate(snapshots or (snapshot(),), start=1):
         answer = puppet.answer(program(made, epoch, revision, nonce=revision))
         assert isinstance(answer, pb.Ack), answer
-    until_healthy(picker)
-    return picker
+    until_healthy(epp)
+    return epp
 
 
 def test_a_first_program_is_put_into_force(start, puppet):
-    """Before it the picker is unready, after it what runs is what was sent."""
-    picker = start(puppet.port)
+    """Before it the EPP is unready, after it what runs is what was sent."""
+    epp = start(puppet.port)
     hello = puppet.next("hello", seconds=WAIT_SECONDS)
-    assert not healthy(picker)
+    assert not healthy(epp)
     sent = program(snapshot())
     ack = puppet.answer(sent)
 
     assert (hello.pool, hello.pod_name, hello.HasField("applied")) == (POOL, "epp-0", False)
     assert (ack.version, ack.sha256) == (sent.version, sent.sha256)
-    until_healthy(picker)
-    assert picker.version == (5, 1)
-    assert picker.program() == ("Live", sent.sha256.hex())
+    until_healthy(epp)
+    assert epp.version == (5, 1)
+    assert epp.program() == ("Live", sent.sha256.hex())
 
 
 def invalid() -> pb.Snapshot:
@@ -128,19 +128,19 @@ BAD = {  # those of epoch 6 last: it fences off the others
 
 def test_no_bad_program_changes_what_is_served(start, puppet):
     """T34: each is refused with its path, the one in force stays, and a good one is taken later."""
-    picker = programmed(start, puppet)
-    before = (picker.version, picker.program(), picker.queues()["bands"])
+    epp = programmed(start, puppet)
+    before = (epp.version, epp.program(), epp.queues()["bands"])
     for name, (bad, code, path) in BAD.items():
         nack = puppet.answer(bad)
         assert isinstance(nack, pb.Nack), name
         assert (nack.code, nack.errors[0].path, list(nack.applied)) == (code, path, []), name
         assert (nack.still_running.version.epoch, nack.still_running.version.revision) == (5, 1)
-        assert (picker.version, picker.program(), picker.queues()["bands"]) == before, name
-    assert healthy(picker)
-    assert picker.metric("forebay_programs_total", answer="nack") == len(BAD)
+        assert (epp.version, epp.program(), epp.queues()["bands"]) == before, name
+    assert healthy(epp)
+    assert epp.metric("forebay_programs_total", answer="nack") == len(BAD)
 
     assert isinstance(puppet.answer(program(snapshot(32.0), 7, 1)), pb.Ack)
-    assert picker.version == (7, 1)
+    assert epp.version == (7, 1)
 
 
 BAD_PLANS = {
@@ -150,75 +150,75 @@ BAD_PLANS = {
 }
 
 
-def addresses(picker: PickerProcess) -> list[str]:
-    return [endpoint["address"] for endpoint in picker.queues()["endpoints"]]
+def addresses(epp: EPPProcess) -> list[str]:
+    return [endpoint["address"] for endpoint in epp.queues()["endpoints"]]
 
 
 def test_no_bad_plan_holds_up_endpoints(start, puppet):
     """T34: the last good plan stays, and goes with the newest endpoints, after a restart too."""
-    picker = programmed(start, puppet, snapshot(30.0, POOL, "10.0.0.1:8000"))
-    good = picker.queues()["bands"]
+    epp = programmed(start, puppet, snapshot(30.0, POOL, "10.0.0.1:8000"))
+    good = epp.queues()["bands"]
     for number, (name, (made, code, path)) in enumerate(BAD_PLANS.items(), start=2):
         made.endpoints.endpoints.add(address=f"10.0.0.{number}:8000", uid=f"pod-{number}")
         nack = puppet.answer(program(made, 5, number, nonce=number))
         assert (nack.code, nack.errors[0].path) == (code, path), name
         assert list(nack.applied) == ["Endpoints"], name
-        assert addresses(picker) == [f"10.0.0.{number}:8000"], name
-        assert picker.queues()["bands"] == good, name
-        assert picker.program()[0] == "Live", name
-    picker.kill()
-    picker = start(puppet.port)
+        assert addresses(epp) == [f"10.0.0.{number}:8000"], name
+        assert epp.queues()["bands"] == good, name
+        assert epp.program()[0] == "Live", name
+    epp.kill()
+    epp = start(puppet.port)
     hello = puppet.next("hello", seconds=WAIT_SECONDS)
-    until_healthy(picker)
+    until_healthy(epp)
 
-    assert addresses(picker) == ["10.0.0.4:8000"]
-    assert picker.queues()["bands"] == good
+    assert addresses(epp) == ["10.0.0.4:8000"]
+    assert epp.queues()["bands"] == good
     assert (hello.applied.version.revision, hello.applied.sha256) == (4, bytes(32))
     assert set(hello.features) == features.NAMES
 
 
-def test_an_operator_of_release_0_1_programs_a_new_picker(start, puppet):
+def test_an_operator_of_release_0_1_programs_a_new_epp(start, puppet):
     """It sends no uids, takes an Ack by nonce and hash, and knows nothing of features."""
     sent = program(snapshot(30.0, POOL, "10.0.0.1:8000"))
-    picker = programmed(start, puppet, snapshot(30.0, POOL, "10.0.0.1:8000"))
+    epp = programmed(start, puppet, snapshot(30.0, POOL, "10.0.0.1:8000"))
 
-    assert picker.program() == ("Live", sent.sha256.hex())
-    assert addresses(picker) == ["10.0.0.1:8000"]
+    assert epp.program() == ("Live", sent.sha256.hex())
+    assert addresses(epp) == ["10.0.0.1:8000"]
 
 
 # --- a pool that is deleted
 
 
-def test_a_picker_of_a_deleted_pool_is_unready_until_it_is_created_again(start, puppet):
+def test_an_epp_of_a_deleted_pool_is_unready_until_it_is_created_again(start, puppet):
     """Also over a restart without any operator; what it is sent then brings it back."""
-    picker = programmed(start, puppet, snapshot(30.0, POOL, "10.0.0.1:8000"))
+    epp = programmed(start, puppet, snapshot(30.0, POOL, "10.0.0.1:8000"))
     gone = program(pb.Snapshot(deleted=True, pool_uid="uid-1"), 5, 2, nonce=2)
     assert isinstance(puppet.answer(gone), pb.Ack)
-    until(lambda: not healthy(picker), WAIT_SECONDS)
-    assert addresses(picker) == ["10.0.0.1:8000"]
+    until(lambda: not healthy(epp), WAIT_SECONDS)
+    assert addresses(epp) == ["10.0.0.1:8000"]
 
-    picker.kill()
-    picker = start(puppet.port)
+    epp.kill()
+    epp = start(puppet.port)
     hello = puppet.next("hello", seconds=WAIT_SECONDS)
-    until(lambda: picker.serving, WAIT_SECONDS)  # the process would, but for the pool
+    until(lambda: epp.serving, WAIT_SECONDS)  # the process would, but for the pool
     assert (hello.applied.version.revision, hello.applied.sha256) == (2, gone.sha256)
-    assert not healthy(picker)
+    assert not healthy(epp)
 
     again = snapshot(31.0, POOL, "10.0.0.2:8000")
     assert isinstance(puppet.answer(program(again, 5, 3)), pb.Ack)
-    until_healthy(picker)
-    assert addresses(picker) == ["10.0.0.2:8000"]
+    until_healthy(epp)
+    assert addresses(epp) == ["10.0.0.2:8000"]
 
 
 def test_a_message_that_is_larger_than_any_may_be_costs_the_stream_only(start, puppet):
-    """The picker dials again and says what it runs."""
-    picker = programmed(start, puppet)
+    """The EPP dials again and says what it runs."""
+    epp = programmed(start, puppet)
     puppet.send(program=program(b"\0" * (5 << 20), 6, 1))
     hello = puppet.next("hello", seconds=WAIT_SECONDS)
 
     assert (hello.applied.version.epoch, hello.applied.version.revision) == (5, 1)
     assert hello.highest_epoch == 5
-    assert healthy(picker)
+    assert healthy(epp)
 
 
 def test_the_same_program_again_is_acknowledged_again(start, puppet):
@@ -229,22 +229,22 @@ def test_the_same_program_again_is_acknowledged_again(start, puppet):
     assert isinstance(puppet.answer(again), pb.Ack)
 
 
-def test_a_picker_starts_on_its_last_program_without_any_operator(start, puppet):
+def test_an_epp_starts_on_its_last_program_without_any_operator(start, puppet):
     """And says so; it serves like that as long as it has to."""
-    picker = programmed(start, puppet, snapshot(), snapshot(31.0))
-    picker.kill()
-    picker = start(NOBODY)
+    epp = programmed(start, puppet, snapshot(), snapshot(31.0))
+    epp.kill()
+    epp = start(NOBODY)
 
-    until_healthy(picker)
-    assert picker.version == (5, 2)
-    assert picker.program() == ("File", program(snapshot(31.0)).sha256.hex())
-    assert not picker.connected
+    until_healthy(epp)
+    assert epp.version == (5, 2)
+    assert epp.program() == ("File", program(snapshot(31.0)).sha256.hex())
+    assert not epp.connected
 
 
-def test_a_restarted_picker_says_what_it_runs(start, puppet):
+def test_a_restarted_epp_says_what_it_runs(start, puppet):
     """The operator need not send it again; a lower epoch is refused as before."""
-    picker = programmed(start, puppet)
-    picker.kill()
+    epp = programmed(start, puppet)
+    epp.kill()
     start(puppet.port)
     hello = puppet.next("hello", seconds=WAIT_SECONDS)
 
@@ -252,30 +252,30 @@ def test_a_restarted_picker_says_what_it_runs(start, puppet):
     assert puppet.answer(program(snapshot(31.0), 4, 1)).code == "StaleEpoch"
 
 
-def test_a_picker_that_has_nothing_to_serve_stays_unready(start, puppet):
+def test_an_epp_that_has_nothing_to_serve_stays_unready(start, puppet):
     """It says so when the bootstrap timeout is over, and is ready as soon as there is a program."""
-    picker = start(puppet.port, "--bootstrap-timeout=1s")
-    until(lambda: "--bootstrap-timeout" in picker.log, WAIT_SECONDS)
-    assert not healthy(picker)
-    assert (picker.program()[0], picker.version) == ("Defaults", (0, 0))
+    epp = start(puppet.port, "--bootstrap-timeout=1s")
+    until(lambda: "--bootstrap-timeout" in epp.log, WAIT_SECONDS)
+    assert not healthy(epp)
+    assert (epp.program()[0], epp.version) == ("Defaults", (0, 0))
 
     puppet.next("hello", seconds=WAIT_SECONDS)
     puppet.answer(program(snapshot()))
-    until_healthy(picker)
+    until_healthy(epp)
 
 
-def test_a_picker_with_endpoints_but_no_plan_serves_defaults_after_a_while(start, puppet):
+def test_an_epp_with_endpoints_but_no_plan_serves_defaults_after_a_while(start, puppet):
     """The operator holds the plan back; the bootstrap timeout is its chance to come."""
     made = snapshot(30.0, POOL, "10.0.0.1:8000")
     made.ClearField("plan")
-    picker = start(puppet.port, "--bootstrap-timeout=15s")
+    epp = start(puppet.port, "--bootstrap-timeout=15s")
     puppet.next("hello", seconds=WAIT_SECONDS)
     ack = puppet.answer(program(made))
-    assert (ack.plan_sha256, healthy(picker)) == (b"", False)
+    assert (ack.plan_sha256, healthy(epp)) == (b"", False)
 
-    until_healthy(picker)
-    assert (picker.program()[0], addresses(picker)) == ("Defaults", ["10.0.0.1:8000"])
-    assert "built-in defaults" in picker.log
+    until_healthy(epp)
+    assert (epp.program()[0], addresses(epp)) == ("Defaults", ["10.0.0.1:8000"])
+    assert "built-in defaults" in epp.log
 
 
 DAMAGE = {
@@ -295,47 +295,47 @@ def resigned(data: bytes) -> bytes:
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_file_is_told_of_and_the_next_source_counts(start, puppet, damage):
-    """T35: the picker starts, is programmed by the operator, and mends the file."""
-    picker = programmed(start, puppet)
-    picker.kill()
-    file = picker.state / FILE
+    """T35: the EPP starts, is programmed by the operator, and mends the file."""
+    epp = programmed(start, puppet)
+    epp.kill()
+    file = epp.state / FILE
     damaged = DAMAGE[damage](file.read_bytes())
     assert damaged != file.read_bytes()
     file.write_bytes(damaged)
-    picker = start(puppet.port)
+    epp = start(puppet.port)
     hello = puppet.next("hello", seconds=WAIT_SECONDS)
     assert hello.applied.sha256 in (b"", bytes(32))  # nothing, or not all of any program
-    failures = picker.metric("forebay_last_good_failures_total")
+    failures = epp.metric("forebay_last_good_failures_total")
 
     assert isinstance(puppet.answer(program(snapshot(31.0), 5, 2)), pb.Ack)
-    until_healthy(picker)
+    until_healthy(epp)
     assert failures == 1
-    picker.kill()
-    picker = start(NOBODY)
-    until_healthy(picker)
-    assert picker.version == (5, 2)
+    epp.kill()
+    epp = start(NOBODY)
+    until_healthy(epp)
+    assert epp.version == (5, 2)
 
 
 def test_a_file_of_a_future_epoch_is_used_and_tells_the_operator(start, puppet):
     """T35: the operator has lost its Lease; what was in force stays until it has caught up."""
-    picker = programmed(start, puppet, epoch=900)
-    picker.kill()
-    picker = start(puppet.port)
+    epp = programmed(start, puppet, epoch=900)
+    epp.kill()
+    epp = start(puppet.port)
     hello = puppet.next("hello", seconds=WAIT_SECONDS)
 
     assert (hello.highest_epoch, hello.applied.version.epoch) == (900, 900)
     assert puppet.answer(program(snapshot(31.0), 5, 1)).highest_epoch == 900
     assert isinstance(puppet.answer(program(snapshot(31.0), 901, 1)), pb.Ack)
-    assert picker.version == (901, 1)
+    assert epp.version == (901, 1)
 
 
 def test_a_state_folder_that_cannot_be_written_costs_the_warm_start_only(start, puppet, tmp_path):
     """T35: a folder stands in the place of the file, which fails for root too."""
     (tmp_path / "epp-0" / "state" / FILE).mkdir(parents=True)
-    picker = programmed(start, puppet)
+    epp = programmed(start, puppet)
 
-    assert picker.version == (5, 1)
-    assert picker.metric("forebay_last_good_failures_total", reason="unwritable") >= 1
+    assert epp.version == (5, 1)
+    assert epp.metric("forebay_last_good_failures_total", reason="unwritable") >= 1
 
 
 def test_a_disk_that_hangs_costs_the_warm_start_only(start, puppet, tmp_path):
@@ -345,35 +345,35 @@ def test_a_disk_that_hangs_costs_the_warm_start_only(start, puppet, tmp_path):
     """
     (tmp_path / "epp-0" / "state").mkdir(parents=True)
     os.mkfifo(tmp_path / "epp-0" / "state" / f"{FILE}.new")
-    picker = programmed(start, puppet, snapshot(), snapshot(31.0))
+    epp = programmed(start, puppet, snapshot(), snapshot(31.0))
 
-    assert picker.version == (5, 2)
+    assert epp.version == (5, 2)
     assert puppet.next("stats", seconds=WAIT_SECONDS).endpoints == 0
-    assert picker.metric("forebay_last_good_failures_total", reason="slow") >= 1
-    assert picker.stop(WAIT_SECONDS) == 0
+    assert epp.metric("forebay_last_good_failures_total", reason="slow") >= 1
+    assert epp.stop(WAIT_SECONDS) == 0
 
 
-def test_a_plan_under_which_the_picker_crashes_is_set_aside(start, puppet):
+def test_a_plan_under_which_the_epp_crashes_is_set_aside(start, puppet):
     """The one before it is used, with the newest endpoints, and the operator hears why."""
     good, bad = snapshot(30.0, POOL, "10.0.0.1:8000"), snapshot(31.0, POOL, "10.0.0.2:8000")
-    picker = programmed(start, puppet, good, bad)
-    picker.kill()
+    epp = programmed(start, puppet, good, bad)
+    epp.kill()
     for _ in range(CRASHES - 1):
-        picker = start(NOBODY)
-        until_healthy(picker)
-        assert picker.version == (5, 2)
-        picker.kill()
-    picker = start(puppet.port)
+        epp = start(NOBODY)
+        until_healthy(epp)
+        assert epp.version == (5, 2)
+        epp.kill()
+    epp = start(puppet.port)
     hello = puppet.next("hello", seconds=WAIT_SECONDS)
-    until_healthy(picker)
+    until_healthy(epp)
     assert hello.applied.sha256 == bytes(32)
     assert hello.applied.plan_sha256 == plan_sha256(good)
-    assert addresses(picker) == ["10.0.0.2:8000"]
+    assert addresses(epp) == ["10.0.0.2:8000"]
 
     bad.endpoints.endpoints.add(address="10.0.0.3:8000")
     nack = puppet.answer(program(bad, 5, 3))
     assert (nack.code, "crashed" in nack.errors[0].message) == ("Internal", True)
-    assert addresses(picker) == ["10.0.0.2:8000", "10.0.0.3:8000"]
+    assert addresses(epp) == ["10.0.0.2:8000", "10.0.0.3:8000"]
     assert isinstance(puppet.answer(program(snapshot(32.0), 5, 4)), pb.Ack)
 
 
@@ -383,46 +383,46 @@ def plan_sha256(made: pb.Snapshot) -> bytes:
 
 def test_restarts_in_order_are_no_crashes(start, puppet):
     """However fast they come."""
-    picker = programmed(start, puppet)
+    epp = programmed(start, puppet)
     for _ in range(CRASHES + 1):
-        assert picker.stop(WAIT_SECONDS) == 0
-        picker = start(NOBODY)
-        until_healthy(picker)
-        assert picker.version == (5, 1)
+        assert epp.stop(WAIT_SECONDS) == 0
+        epp = start(NOBODY)
+        until_healthy(epp)
+        assert epp.version == (5, 1)
 
 
 # --- the end of a stream
 
 
-def test_a_picker_that_ends_says_goodbye(start, puppet):
+def test_an_epp_that_ends_says_goodbye(start, puppet):
     """The operator does not expect it any more."""
-    picker = programmed(start, puppet)
-    picker.process.send_signal(signal.SIGTERM)
+    epp = programmed(start, puppet)
+    epp.process.send_signal(signal.SIGTERM)
 
     assert puppet.next("bye", seconds=WAIT_SECONDS) == pb.Bye()
-    assert ended(picker) == 0
+    assert ended(epp) == 0
 
 
 def test_an_operator_that_closes_is_dialled_again(start, puppet):
     """After the time it asks for; what is in force stays."""
-    picker = programmed(start, puppet)
+    epp = programmed(start, puppet)
     puppet.send(close=pb.Close(retry_after_seconds=0.5))
 
     assert puppet.next("hello", seconds=WAIT_SECONDS).applied.version.epoch == 5
-    assert healthy(picker)
+    assert healthy(epp)
 
 
 def test_an_operator_that_is_gone_is_found_again(start, puppet):
-    """On its port, by the same picker, which serves all the time."""
-    picker = programmed(start, puppet)
+    """On its port, by the same EPP, which serves all the time."""
+    epp = programmed(start, puppet)
     puppet.stop()
-    until(lambda: not picker.connected, WAIT_SECONDS)
-    assert healthy(picker)
+    until(lambda: not epp.connected, WAIT_SECONDS)
+    assert healthy(epp)
     again = Puppet(puppet.port)
     try:
         assert again.next("hello", seconds=WAIT_SECONDS).applied.version.epoch == 5
-        until(lambda: picker.connected, WAIT_SECONDS)
-        assert "Traceback" not in picker.log
-        assert "Task was destroyed" not in picker.log
+        until(lambda: epp.connected, WAIT_SECONDS)
+        assert "Traceback" not in epp.log
+        assert "Task was destroyed" not in epp.log
     finally:
         again.stop()

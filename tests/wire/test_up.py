@@ -214,7 +214,7 @@ def test_the_summary_shows_the_plan(start, server):
     assert "warning" not in program.output
 
 
-def test_an_edit_reaches_the_running_picker(start, folder):
+def test_an_edit_reaches_the_running_epp(start, folder):
     """And what changed is printed."""
     program = start()
     assert program.request("unheard-of")[0] == 200
@@ -372,7 +372,7 @@ def test_no_request_fails_while_it_starts(folder, server):
     assert statuses == sorted(statuses, key=lambda status: status == 200)
 
 
-def test_without_a_proxy_the_picker_waits_for_one(start, server):
+def test_without_a_proxy_the_epp_waits_for_one(start, server):
     """For a gateway of one's own."""
     program = start("--no-proxy", "--no-secure-serving")
     with channel(f"127.0.0.1:{program.ports['grpc']}") as raw:

@@ -132,7 +132,7 @@ class ControlClient:
         self._left.set()
 
     async def leave(self, timeout_seconds: float) -> None:
-        """Say goodbye: this picker is not to be expected any more."""
+        """Say goodbye: this EPP is not to be expected any more."""
         self._leaving = True
         if self._stream is not None:
             self._stream.leave()

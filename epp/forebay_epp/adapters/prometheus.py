@@ -79,7 +79,7 @@ _ENDPOINT_GAUGES: tuple[tuple[str, str, Callable[[EndpointSnapshot], float]], ..
 
 @dataclass(frozen=True, slots=True)
 class ControlState:
-    """How it stands between this picker and its operator.
+    """How it stands between this EPP and its operator.
 
     Attributes:
         connected: whether there is a stream.

@@ -1,6 +1,7 @@
 """gRPC servers that carry exchanges: two ways to move the same bytes, and what both need.
 
-A transport owns the data-plane thread. What the bytes mean is codec/'s, what follows is loop's.
+A transport owns the data-plane thread. What the bytes mean is decided in codec/, what follows from
+it in data_plane.py.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Connections:
             ("grpc.max_receive_message_length", self.max_message_bytes),
             ("grpc.max_concurrent_streams", _UNLIMITED),
             # The core drops streams at random when 1,000 are not yet accepted, which a burst
-            # reaches; the loop has a cap that answers.
+            # reaches; the data plane has a cap that answers.
             ("grpc.server.max_pending_requests", _UNLIMITED),
             ("grpc.server.max_pending_requests_hard_limit", _UNLIMITED),
             ("grpc.keepalive_time_ms", _milliseconds(self.keepalive_seconds)),

@@ -15,7 +15,7 @@ import grpc.aio
 from forebay_epp.transport import PROCESS, health
 
 if TYPE_CHECKING:
-    from forebay_epp.loop import Exchange, FlowLoop
+    from forebay_epp.data_plane import DataPlane, Exchange
     from forebay_epp.transport import Connections
 
 
@@ -24,12 +24,12 @@ class AioTransport:
 
     def __init__(
         self,
-        loop: FlowLoop,
+        data_plane: DataPlane,
         address: str,
         credentials: grpc.ServerCredentials | None,
         connections: Connections,
     ) -> None:
-        self._loop = loop
+        self._data_plane = data_plane
         self._stopping = asyncio.Event()
         self._runner = asyncio.Runner()
         self._server = self._runner.run(self._bind(address, credentials, connections))
@@ -61,16 +61,16 @@ class AioTransport:
             self._runner.run(self._serve())
 
     async def _serve(self) -> None:
-        loop = self._loop
+        data_plane = self._data_plane
         while not self._stopping.is_set():
-            loop.tick()
-            await asyncio.sleep(loop.timeout(loop.clock()))
+            data_plane.tick()
+            await asyncio.sleep(data_plane.timeout(data_plane.clock()))
         await self._server.stop(grace=None)
 
     async def process(self, _: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         """Carry one exchange."""
         wake = asyncio.Event()
-        exchange = self._loop.open(wake.set, context.peer())
+        exchange = self._data_plane.open(wake.set, context.peer())
         reader = asyncio.create_task(self._read(exchange, context, wake))
         try:
             while True:
@@ -105,7 +105,7 @@ class AioTransport:
 
     async def check(self, _: bytes, __: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         """Answer a health check."""
-        return health.answer(serving=self._loop.serving)
+        return health.answer(serving=self._data_plane.serving)
 
 
 class _Handlers(grpc.GenericRpcHandler):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     import grpc
 
-    from forebay_epp.loop import FlowLoop
+    from forebay_epp.data_plane import DataPlane
     from forebay_epp.transport import Connections
 
 _QUEUE_SHUTDOWN = cygrpc.CompletionType.queue_shutdown
@@ -53,7 +53,7 @@ class CompletionQueueTransport:
     """An ext_proc server on a completion queue.
 
     Args:
-        loop: what the streams talk to.
+        data_plane: what the streams talk to.
         address: host:port to bind; port 0 picks one.
         credentials: TLS, or None for plaintext.
         connections: how long connections live, and what they may carry.
@@ -64,12 +64,12 @@ class CompletionQueueTransport:
 
     def __init__(
         self,
-        loop: FlowLoop,
+        data_plane: DataPlane,
         address: str,
         credentials: grpc.ServerCredentials | None,
         connections: Connections,
     ) -> None:
-        self._loop = loop
+        self._data_plane = data_plane
         self._queue = cygrpc.CompletionQueue()
         options = tuple((name.encode(), value) for name, value in connections.options())
         self._server = cygrpc.Server(options, False)  # no xDS
@@ -115,9 +115,9 @@ class CompletionQueueTransport:
 
     def _wake_overdue(self, served: threading.Event) -> None:
         """Have a poll return that waits although a tick is due, as long as there are polls."""
-        loop = self._loop
+        data_plane = self._data_plane
         while not served.wait(OVERDUE_SECONDS):
-            if loop.clock() - loop.due_at > OVERDUE_SECONDS:
+            if data_plane.clock() - data_plane.due_at > OVERDUE_SECONDS:
                 # The end of a server is an event that any thread can bring about.
                 server = cygrpc.Server((), False)
                 server.register_completion_queue(self._queue)
@@ -125,15 +125,15 @@ class CompletionQueueTransport:
                 server.shutdown(self._queue, _WAKE)
 
     def _serve(self) -> None:
-        queue, server, loop = self._queue, self._server, self._loop
-        clock, wall_clock, poll = loop.clock, time.time, queue.poll
+        queue, server, data_plane = self._queue, self._server, self._data_plane
+        clock, wall_clock, poll = data_plane.clock, time.time, queue.poll
         server.request_call(queue, queue, _CALL)
         while True:
             now = clock()
-            timeout = loop.timeout(now)
+            timeout = data_plane.timeout(now)
             if timeout <= 0.0:
-                loop.tick()
-                timeout = loop.timeout(now)
+                data_plane.tick()
+                timeout = data_plane.timeout(now)
             # Private: `event.tag` is whatever was given with the operation, None on timeout.
             event = poll(wall_clock() + timeout)
             tag = event.tag
@@ -151,9 +151,9 @@ class CompletionQueueTransport:
     def _accept(self, event: Any) -> None:
         method = event.call_details.method.decode("latin-1")
         if method == PROCESS:
-            _Stream(event.call, self._loop)
+            _Stream(event.call, self._data_plane)
         elif method == health.CHECK:
-            _check(event.call, serving=self._loop.serving)
+            _check(event.call, serving=self._data_plane.serving)
         else:
             _unimplemented(event.call, method)
 
@@ -171,14 +171,14 @@ class _Stream:
         "_sending",
     )
 
-    def __init__(self, call: Any, loop: FlowLoop) -> None:
+    def __init__(self, call: Any, data_plane: DataPlane) -> None:
         self._call = call
         self._answered = False
         self._half_closed = False
         self._over = False
         self._receiving = False
         self._sending = False
-        self._exchange = loop.open(self.pump, call.peer().decode())
+        self._exchange = data_plane.open(self.pump, call.peer().decode())
         call.start_server_batch(
             (cygrpc.ReceiveCloseOnServerOperation(_EMPTY_FLAGS),), self._on_close
         )

@@ -16,7 +16,7 @@ def _standard(**queue) -> list[dict]:
     return [{"criticality": "Standard", "queue": queue}]
 
 
-def test_an_edited_policy_takes_effect_in_the_running_picker(forebay, clients):
+def test_an_edited_policy_takes_effect_in_the_running_epp(forebay, clients):
     """A new limit and a new time to live are kept at once, by the same pod without a restart."""
     before = [pod["metadata"]["uid"] for pod in forebay.pods("endpoint-picker")]
     forebay.set_policy(saturation=ONE_EACH)

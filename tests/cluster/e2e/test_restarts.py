@@ -49,7 +49,7 @@ def test_a_rolling_restart_fails_no_request(forebay, clients, figure, deployment
     forebay.wait_programmed()
 
 
-def test_a_rolling_restart_of_several_pickers_fails_no_request(forebay, clients, figure):
+def test_a_rolling_restart_of_several_epps_fails_no_request(forebay, clients, figure):
     """Two replicas are replaced one after the other."""
     forebay.scale("chat-epp", 2)
     forebay.wait_programmed(2)

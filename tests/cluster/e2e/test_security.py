@@ -13,8 +13,8 @@ TOKEN = "/var/run/forebay/token"  # noqa: S105  # its path
 CA = "/etc/forebay/ca"
 
 
-def test_a_pickers_token_is_nothing_to_the_api(forebay):
-    """The only token in a picker's pod is for another audience: the API server refuses it."""
+def test_a_epps_token_is_nothing_to_the_api(forebay):
+    """The only token in an EPP's pod is for another audience: the API server refuses it."""
     (pod,) = forebay.pods("endpoint-picker")
     folder = "/var/run/secrets/kubernetes.io"
     code = f"import os; print(os.path.exists({folder!r}), open({TOKEN!r}).read())"
@@ -43,7 +43,7 @@ def elsewhere(forebay):
 
 
 def _intruder(says_namespace: str) -> dict:
-    """Return a picker that wants the pool of a namespace that it is not in."""
+    """Return an EPP that wants the pool of a namespace that it is not in."""
     manifest = pods.pod(
         "intruder",
         "epp",

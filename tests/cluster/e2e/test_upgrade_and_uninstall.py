@@ -11,7 +11,7 @@ TLS = ("secret", "forebay-control-tls")
 
 
 def test_an_upgrade_fails_no_request_and_keeps_the_certificate(forebay, clients, figure):
-    """New values reach operator and pickers; the control channel's CA stays; status counts on."""
+    """New values reach operator and EPPs; the control channel's CA stays; status counts on."""
     before = forebay.get(*TLS)["data"]
     with clients.trickle(CRITICAL) as trickle:
         trickle.wait_for(AROUND)

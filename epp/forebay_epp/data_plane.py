@@ -50,24 +50,26 @@ class Exchange:
     """
 
     __slots__ = (
-        *("_loop", "id", "on_output", "opened_at", "peer"),
+        *("_data_plane", "id", "on_output", "opened_at", "peer"),
         *("read_bytes", "reading", "refused", "request", "stream"),
     )
 
     def __init__(
         self,
-        loop: FlowLoop,
+        data_plane: DataPlane,
         exchange_id: int,
         on_output: Callable[[], None],
         peer: str,
         opened_at: float,
     ) -> None:
-        self._loop = loop
+        self._data_plane = data_plane
         self.id = exchange_id
         self.on_output = on_output
         self.peer = peer
         self.opened_at = opened_at
-        self.stream = ExtProcStream(loop.max_body_bytes, loop.controller.plan.default_model)
+        self.stream = ExtProcStream(
+            data_plane.max_body_bytes, data_plane.controller.plan.default_model
+        )
         self.request: Request | None = None
         self.reading = True
         self.refused = False
@@ -97,24 +99,24 @@ class Exchange:
         """Take a message."""
         event = self.stream.receive(data)
         if self.reading:
-            self._loop.read(self, event)
+            self._data_plane.read(self, event)
         elif event is not None:
-            self._loop.handle(self, event)
+            self._data_plane.handle(self, event)
 
     def half_close(self) -> None:
         """The peer will send nothing more."""
         event = self.stream.half_close()
         if self.ended:
-            self._loop.stop_reading(self)
+            self._data_plane.stop_reading(self)
         if event is not None:
-            self._loop.handle(self, event)
+            self._data_plane.handle(self, event)
 
     def close(self) -> None:
         """The stream is gone."""
         event = self.stream.reset()
-        self._loop.forget(self)
+        self._data_plane.forget(self)
         if event is not None:
-            self._loop.handle(self, event)
+            self._data_plane.handle(self, event)
 
 
 class _Unread:
@@ -137,11 +139,11 @@ class _Unread:
         return max(oldest, key=lambda e: e.read_bytes * (now - e.opened_at))
 
 
-class FlowLoop:
+class DataPlane:
     """Binds streams to the controller.
 
     Args:
-        controller: the pool's flow controller; from now on only this loop calls it.
+        controller: the pool's flow controller; from now on only the data plane calls it.
         traffic: counters to feed.
         max_streams: how many may be open. One more costs the slowest unread request of the
             connection that has most of them its stream; where there is none it is refused with 429.

@@ -9,7 +9,7 @@ import pytest
 from forebay_control.plan import LimitsPlan, Plan, SaturationMode, SaturationPlan
 from forebay_epp.core.controller import FlowController
 from forebay_epp.core.terms import Endpoint, Outcome
-from forebay_epp.loop import FlowLoop
+from forebay_epp.data_plane import DataPlane
 from forebay_epp.traffic import Traffic
 from forebay_extproc.v3 import external_processor_pb2 as pb
 
@@ -18,7 +18,7 @@ FITTING = 8
 
 
 class Site:
-    """A loop in virtual time that reads at most `FITTING` bodies of `BODY` bytes at once."""
+    """A data plane in virtual time that reads at most `FITTING` bodies of `BODY` bytes at once."""
 
     def __init__(self, max_streams=1000):
         plan = Plan(
@@ -28,11 +28,11 @@ class Site:
         self.now = 100.0
         self.controller = FlowController(plan, random.Random(1))
         self.controller.set_endpoints([Endpoint("10.0.0.1:8000")], self.now)
-        self.loop = FlowLoop(self.controller, Traffic(), max_streams, clock=lambda: self.now)
+        self.data_plane = DataPlane(self.controller, Traffic(), max_streams, clock=lambda: self.now)
 
     def open(self, peer="ipv4:10.0.0.1:1"):
         self.now += 0.001
-        return self.loop.open(lambda: None, peer)
+        return self.data_plane.open(lambda: None, peer)
 
     def begin(self, size_bytes=BODY - 1, peer="ipv4:10.0.0.1:1"):
         """Open a stream whose body has not ended after so many bytes."""
@@ -86,7 +86,7 @@ def test_unfinished_bodies_never_keep_an_honest_request_out():
     assert told == [slow[0]]
     assert all(exchange.outbox and not refused(exchange) for exchange in honest)
     assert site.controller.snapshot(site.now).in_flight == 3
-    assert site.loop.traffic.outcomes["", "", Outcome.REJECTED_QUEUE_FULL] == 1
+    assert site.data_plane.traffic.outcomes["", "", Outcome.REJECTED_QUEUE_FULL] == 1
 
 
 def test_the_connection_that_holds_most_pays():
@@ -159,8 +159,12 @@ def test_nothing_is_kept_of_connections(ending):
             speak(exchange, request_body=pb.HttpBody(end_of_stream=True))
     elif ending == "refuse":
         site.now += 31.0
-        site.loop.tick()
+        site.data_plane.tick()
     for exchange in exchanges:
         exchange.close()
 
-    assert (site.loop._read_bytes, site.loop._unread, site.loop.open_streams) == (0, {}, 0)
+    assert (site.data_plane._read_bytes, site.data_plane._unread, site.data_plane.open_streams) == (
+        0,
+        {},
+        0,
+    )

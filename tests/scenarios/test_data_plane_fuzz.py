@@ -1,6 +1,6 @@
-"""Random message sequences through the real loop in virtual time: nothing is lost, nothing is kept.
+"""Random messages through the real data plane in virtual time: nothing is lost, nothing is kept.
 
-Each run is one loop with a few streams. Most proxies keep to the protocol for a while; any of them
+Each run is one data plane with a few streams. Most proxies keep to the protocol for a while; any
 may send garbage, messages out of turn, half-close or reset, while plans, endpoints, scrapes and
 time change underneath. `FOREBAY_FUZZ_RUNS` says how many runs there are; the seed of a run that
 fails is in the error.
@@ -29,12 +29,12 @@ from forebay_control.plan import (
 )
 from forebay_epp.core.controller import FlowController
 from forebay_epp.core.terms import Endpoint, EndpointMetrics
-from forebay_epp.loop import FlowLoop
+from forebay_epp.data_plane import DataPlane
 from forebay_epp.traffic import Traffic
 from forebay_extproc.v3 import external_processor_pb2 as pb
 
 if TYPE_CHECKING:
-    from forebay_epp.loop import Exchange
+    from forebay_epp.data_plane import Exchange
 
 RUNS = int(os.environ.get("FOREBAY_FUZZ_RUNS", "2000"))
 SHARES = 4  # a failure names a quarter of the runs, and they can run side by side
@@ -150,13 +150,13 @@ def plan(random):
 
 
 class Run:
-    """One loop, its streams, and everything that happens to them."""
+    """One data plane, its streams, and everything that happens to them."""
 
     def __init__(self, seed):
         self.random = random = Random(seed)
         self.now = 100.0
         self.controller = Recording(plan(random), Random(seed))
-        self.loop = FlowLoop(self.controller, Traffic(), MAX_STREAMS, clock=lambda: self.now)
+        self.data_plane = DataPlane(self.controller, Traffic(), MAX_STREAMS, clock=lambda: self.now)
         self.proxies: list[Proxy] = []
         self.opened = 0
         self.set_endpoints()
@@ -171,9 +171,9 @@ class Run:
             act(doings, weights=[6, 30, 5, 4, 1, 1, 1])[0]()
             self.check()
         if self.random.random() < 0.3:
-            self.loop.drain()
+            self.data_plane.drain()
             self.speak()
-            self.loop.flush(self.now)
+            self.data_plane.flush(self.now)
             self.check()
         self.end()
 
@@ -183,7 +183,7 @@ class Run:
         if len(self.proxies) >= MAX_STREAMS + 2:
             return
         random = self.random
-        exchange = self.loop.open(lambda: None, random.choice(PEERS))
+        exchange = self.data_plane.open(lambda: None, random.choice(PEERS))
         self.opened += 1
         self.proxies.append(
             Proxy(
@@ -198,7 +198,7 @@ class Run:
 
     def time(self):
         self.now += self.random.choice([0.001, 0.02, 0.3, 2.5, 11.0, 40.0])
-        self.loop.tick()
+        self.data_plane.tick()
 
     def scrape(self):
         random = self.random
@@ -209,24 +209,26 @@ class Run:
             random.choice([None, 0.0, 0.5, 1.0]),
             self.now - random.choice([0.0, 0.1, 3.0]),
         )
-        self.loop.post(lambda now: self.controller.observe(metrics, now))
-        self.loop.tick()
+        self.data_plane.post(lambda now: self.controller.observe(metrics, now))
+        self.data_plane.tick()
 
     def scrape_failed(self):
         address, refused = self.random.choice(ADDRESSES), self.random.random() < 0.5
-        self.loop.post(lambda now: self.controller.scrape_failed(address, now, refused=refused))
-        self.loop.tick()
+        self.data_plane.post(
+            lambda now: self.controller.scrape_failed(address, now, refused=refused)
+        )
+        self.data_plane.tick()
 
     def set_endpoints(self):
         present = self.random.sample(ADDRESSES, self.random.choice([0, 1, 2, 3, 3]))
         endpoints = [Endpoint(address) for address in present]
-        self.loop.post(lambda now: self.controller.set_endpoints(endpoints, now))
-        self.loop.tick()
+        self.data_plane.post(lambda now: self.controller.set_endpoints(endpoints, now))
+        self.data_plane.tick()
 
     def replan(self):
         new = plan(self.random)
-        self.loop.post(lambda now: self.loop.reconfigure(new, now))
-        self.loop.tick()
+        self.data_plane.post(lambda now: self.data_plane.reconfigure(new, now))
+        self.data_plane.tick()
 
     def speak(self):
         if not self.proxies:
@@ -363,7 +365,7 @@ class Run:
         for proxy in self.proxies:
             proxy.take()
         state = self.controller.snapshot(self.now)
-        assert state.requests + state.in_flight == self.loop.unfinished
+        assert state.requests + state.in_flight == self.data_plane.unfinished
         assert state.requests == sum(band.requests for band in state.bands)
         assert state.size_bytes == sum(band.size_bytes for band in state.bands)
         for band in state.bands:
@@ -378,17 +380,21 @@ class Run:
         """When all streams are gone and time has passed, nothing is left of them."""
         for proxy in list(self.proxies):
             self.close(proxy)
-        self.loop.tick()
+        self.data_plane.tick()
         state = self.controller.snapshot(self.now)
         assert (state.requests, state.size_bytes, state.in_flight) == (0, 0, 0)
         assert all(endpoint.in_flight == 0 for endpoint in state.endpoints)
         assert self.controller.decided == self.controller.submitted
-        assert (self.loop.open_streams, self.loop.unfinished, self.loop._read_bytes) == (0, 0, 0)
-        assert not self.loop._unread
-        assert not self.loop._refused
-        assert not self.loop._silent
-        assert not self.loop._reading
-        traffic = self.loop.traffic
+        assert (
+            self.data_plane.open_streams,
+            self.data_plane.unfinished,
+            self.data_plane._read_bytes,
+        ) == (0, 0, 0)
+        assert not self.data_plane._unread
+        assert not self.data_plane._refused
+        assert not self.data_plane._silent
+        assert not self.data_plane._reading
+        traffic = self.data_plane.traffic
         assert (traffic.streams_opened, traffic.streams_open) == (self.opened, 0)
         assert sum(traffic.outcomes.values()) <= self.opened
 
