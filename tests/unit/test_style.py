@@ -22,6 +22,17 @@ TICS = re.compile(
 
 NEXT_SENTENCE = re.compile(r"[a-z0-9`)]\. [A-Z`*]")
 
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
+
+
+def headings(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    return {
+        re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", title)).lower().replace(" ", "-")
+        for _, line in prose(page.read_text())
+        for title in re.findall(r"^#+ (.*)", line)
+    }
+
 
 def prose(text: str) -> list[tuple[int, str]]:
     """Return the lines of a Markdown page that are neither code nor table, with their numbers."""
@@ -59,6 +70,18 @@ def test_a_line_has_one_sentence(page):
     found = [number for number, line in prose(page.read_text()) if NEXT_SENTENCE.search(line, 4)]
 
     assert not found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_links_lead_somewhere(page):
+    """To a file or folder of the repository, and to a heading that the page has."""
+    dead = []
+    for target, anchor in LINK.findall(page.read_text()):
+        goal = page.parent / target if target else page
+        if not goal.exists() or (anchor and anchor not in headings(goal)):
+            dead.append(f"{target}#{anchor}")
+
+    assert dead == []
 
 
 def test_code_and_tables_may_be_wide():
