@@ -12,7 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from local_cluster.needs import UserError
+from cluster.needs import UserError
 
 # Below Linux's range of ephemeral ports: no outgoing connection takes a component's port while
 # that component restarts.

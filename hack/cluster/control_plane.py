@@ -6,11 +6,11 @@ import contextlib
 import http.client
 from typing import TYPE_CHECKING
 
-from local_cluster.needs import require
-from local_cluster.processes import LOOPBACK, Process
+from cluster.needs import require
+from cluster.processes import LOOPBACK, Process
 
 if TYPE_CHECKING:
-    from local_cluster.cluster import Cluster
+    from cluster.state import Cluster
 
 ISSUER = "https://kubernetes.default.svc"
 SERVICE_RANGE = "10.96.0.0/16"  # without a node nobody has an address from it

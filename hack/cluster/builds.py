@@ -14,14 +14,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from local_cluster.files import locked
-from local_cluster.needs import UserError, require, say
+from cluster.files import locked
+from cluster.needs import UserError, require, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-HACK = Path(__file__).resolve().parents[1]
-KUBERNETES = HACK / "kubernetes"
+PROGRAMS = Path(__file__).with_name("programs")
+KUBERNETES = PROGRAMS / "kubernetes"
 KUBERNETES_NAMES = (
     "kube-apiserver",
     "kube-controller-manager",
@@ -29,7 +29,7 @@ KUBERNETES_NAMES = (
     "kube-proxy",
     "kubelet",
 )
-NODE = HACK / "node"
+NODE = PROGRAMS / "node"
 NODE_PROGRAMS = ("coredns", "pause")
 
 

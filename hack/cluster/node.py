@@ -18,14 +18,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from local_cluster import archives, builds
-from local_cluster.files import write_private
-from local_cluster.needs import UserError, require
-from local_cluster.processes import Process
+from cluster import archives, builds
+from cluster.files import write_private
+from cluster.needs import UserError, require
+from cluster.processes import Process
 
 if TYPE_CHECKING:
-    from local_cluster.cluster import Cluster
-    from local_cluster.network import Network
+    from cluster.network import Network
+    from cluster.state import Cluster
 
 NAME = "forebay-node"
 DNS_USER = "forebay-dns"

@@ -7,7 +7,7 @@ import fcntl
 import os
 from typing import TYPE_CHECKING
 
-from local_cluster.needs import UserError
+from cluster.needs import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,7 +11,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from local_cluster.needs import UserError, require
+from cluster.needs import UserError, require
 
 NUMBERS = range(16)
 

@@ -7,7 +7,7 @@ import secrets
 import subprocess
 from typing import TYPE_CHECKING
 
-from local_cluster.needs import UserError, require
+from cluster.needs import UserError, require
 
 if TYPE_CHECKING:
     from pathlib import Path

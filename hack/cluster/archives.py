@@ -9,7 +9,7 @@ from hashlib import sha256
 from io import BytesIO
 from typing import IO, TYPE_CHECKING
 
-from local_cluster.needs import UserError
+from cluster.needs import UserError
 
 if TYPE_CHECKING:
     from pathlib import Path
