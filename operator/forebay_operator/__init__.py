@@ -1,1 +1,1 @@
-"""The control plane: from resources to what an endpoint picker is told."""
+"""The control plane: from resources to what an EPP is told."""

@@ -1,4 +1,4 @@
-"""Puts an operator together: one asyncio loop, from sources over planning to pickers and statuses.
+"""Puts an operator together: one asyncio loop, from sources over planning to EPPs and statuses.
 
 In a cluster resources come from kopf's watches and one replica of several leads. With a folder of
 manifests it is folder.py's operator that runs.
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from forebay_operator.cluster.store import Entry
     from forebay_operator.settings import Settings
-    from forebay_operator.status.conditions import Transition
+    from forebay_operator.status.comparing import Transition
 
 FINISH_SECONDS = 5.0
 # An EndpointSlice may hold any address, those of other namespaces' pods too (CVE-2021-25740).
@@ -131,7 +131,7 @@ class ClusterOperator:
         self._told: set[asyncio.Task[None]] = set()
         self._control = ControlServer(
             self._trust(),
-            changed=self._pickers_changed,
+            changed=self._epps_changed,
             higher_epoch=self._higher_epoch,
         )
         self._deletions = Deletions(self._control, functools.partial(is_absent, self._cluster))
@@ -218,8 +218,8 @@ class ClusterOperator:
         self._told.add(task)
         task.add_done_callback(self._told.discard)
 
-    def _pickers_changed(self, pool: str) -> None:
-        self._reconciler.pickers_changed(pool)
+    def _epps_changed(self, pool: str) -> None:
+        self._reconciler.epps_changed(pool)
 
     def _higher_epoch(self, epoch: int, uid: str, namespace: str) -> None:
         self._elector.see_epoch(epoch, uid, namespace)

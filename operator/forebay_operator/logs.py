@@ -1,4 +1,4 @@
-"""Logs as one JSON object per line, with the names that the endpoint picker's logs have."""
+"""Logs as one JSON object per line, with the names that the EPP's logs have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From changed objects to programmed endpoint pickers and true statuses.
+"""From changed objects to programmed EPPs and true statuses.
 
 Two loops over one store: planning (what changed is planned again and handed to the control server)
 and reporting (statuses are computed and written when they differ). Level-triggered: nothing here
@@ -29,8 +29,9 @@ from forebay_operator.resources import (
     Pod,
     Service,
 )
-from forebay_operator.status import advice, conditions
-from forebay_operator.status.conditions import Attachment, PickerState, Subject, Transition
+from forebay_operator.status import advice, comparing, conditions
+from forebay_operator.status.comparing import Transition
+from forebay_operator.status.observed import CONTROLLER_NAME, Attachment, EPPState, Subject
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from forebay_operator.deletion import Deletions
     from forebay_operator.planning import Planned
     from forebay_operator.resources import AnyPool, Kind, Resource
-    from forebay_operator.status.conditions import Picker
+    from forebay_operator.status.observed import EPP
 
 QUIET_SECONDS = 0.05  # plan once nothing has changed for this long,
 MAX_DELAY_SECONDS = 0.5  # and after this long at the latest
@@ -92,14 +93,14 @@ class _Pending:
 
 
 class Reconciler:
-    """Keeps pickers and statuses in step with the store.
+    """Keeps EPPs and statuses in step with the store.
 
     Args:
         store: all objects; who changes it calls `touch`.
-        control: the pickers.
+        control: the EPPs.
         reporter: where statuses go.
         controller: the operator's name; pools are its own whose EPP Service carries it as label
-            forebay.dev/controller. None, without a cluster: all are, and their pickers are those
+            forebay.dev/controller. None, without a cluster: all are, and their EPPs are those
             that are connected, since there are neither Services nor pods.
         deletions: hears of pools that come and go.
         clock: monotonic seconds.
@@ -126,7 +127,7 @@ class Reconciler:
         self._reporter = reporter
         self._controller = controller
         self._standalone = controller is None
-        self._name = f"forebay.dev/{controller}" if controller else conditions.CONTROLLER_NAME
+        self._name = f"forebay.dev/{controller}" if controller else CONTROLLER_NAME
         self._clock = clock
         self._deletions = deletions
         self._planned: dict[str, tuple[AnyPool, Planned]] = {}
@@ -159,19 +160,19 @@ class Reconciler:
             self._touched_at = self._clock()
             self._wake.set()
 
-    def pickers_changed(self, pool: str) -> None:
-        """Look at the statuses that this pool's pickers are part of."""
+    def epps_changed(self, pool: str) -> None:
+        """Look at the statuses that this pool's EPPs are part of."""
         self._unreported.add(pool.partition("/")[0])
         self._report_wake.set()
 
     def expected(self, pool: str) -> Mapping[str, str] | None:
-        """Return the pickers a pool should have (name by pod uid), None for no such pool."""
+        """Return the EPPs a pool should have (name by pod uid), None for no such pool."""
         found = self._planned.get(pool)
         if found is None:
             return None
         return self._control.connected(pool) if self._standalone else found[1].pickers
 
-    def _pickers(self, pool: str) -> list[Picker]:
+    def _epps(self, pool: str) -> list[EPP]:
         """Return how the EPPs of a pool stand, without those that serve another pool."""
         expected = self.expected(pool) or {}
         found = self._planned.get(pool)
@@ -183,7 +184,7 @@ class Reconciler:
                 for uid in self._control.connected(f"{namespace}/{other}")
             } - self._control.connected(pool).keys()
             expected = {uid: name for uid, name in expected.items() if uid not in elsewhere}
-        return self._control.pickers(pool, expected)
+        return self._control.epps(pool, expected)
 
     def planned(self) -> list[tuple[AnyPool, Planned]]:
         """Return every pool and its plan, by name."""
@@ -223,7 +224,7 @@ class Reconciler:
         )
 
     def plan(self, namespace: str) -> None:
-        """Plan the pools of a namespace and program their pickers."""
+        """Plan the pools of a namespace and program their EPPs."""
         for _ in self._plan(namespace):
             pass
 
@@ -232,7 +233,7 @@ class Reconciler:
 
         What is not known must not be taken for absent: where it is not known yet which Services
         and pods there are, nothing is done; where it is not known which policies, models and
-        objectives there are, endpoint pickers keep their plan and take the endpoints.
+        objectives there are, EPPs keep their plan and take the endpoints.
         """
         unread = self.unread(namespace)
         if unread & _ENDPOINTS:
@@ -424,7 +425,7 @@ class Reconciler:
         return Attachment(
             pool=pool,
             group=resource_group(resource),
-            pickers=self._pickers(name),
+            epps=self._epps(name),
             refused=refused,
             service="" if self._standalone else resource.picker_service,
             notes=tuple(notes),
@@ -437,12 +438,12 @@ class Reconciler:
 
     def _look(self, namespace: str, now: float) -> None:
         """Find out which statuses of a namespace have to be written, and when."""
-        numbers: dict[str, list[Picker]] = {}
+        numbers: dict[str, list[EPP]] = {}
         for name, (pool, planned) in list(self._planned.items()):
             if name.partition("/")[0] == namespace:
-                pickers = numbers[name] = self._pickers(name)
+                epps = numbers[name] = self._epps(name)
                 problems = {p.reason: p.message for p in planned.problems if p.kind == _POOL}
-                problems |= conditions.pool_problems(pickers)
+                problems |= conditions.pool_problems(epps)
                 told = problems.keys() if planned.policy is None else problems.keys() - {"Stale"}
                 self._tell_of_pool(name, pool, problems, told)
         statuses = list(self.statuses(namespace))
@@ -452,7 +453,7 @@ class Reconciler:
             pending = self._pending.get(key)
             if pending is not None and pending.writing:
                 continue  # it is looked at again when that is done
-            difference = conditions.differs(status, entry.status, self._name)
+            difference = comparing.differs(status, entry.status, self._name)
             if not difference:
                 self._pending.pop(key, None)
                 continue
@@ -510,7 +511,7 @@ class Reconciler:
         if not meaning:
             written_at = self._written_at.setdefault((entry.kind, entry.metadata.uid), now)
             return max(0.0, written_at + NUMBERS_SECONDS - now)
-        if not conditions.unsettled(status):
+        if not comparing.unsettled(status):
             return SETTLE_SECONDS
         programmed = any(
             condition.get("type") == "Programmed"
@@ -550,7 +551,7 @@ class Reconciler:
         """Write one status; an error is tried again, ever more slowly."""
         key = (entry.kind, entry.metadata.uid)
         before = entry.status
-        stamped = conditions.with_times(pending.status, before, now_text(), self._name)
+        stamped = comparing.with_times(pending.status, before, now_text(), self._name)
         began_at = self._clock()
         try:
             written = await self._reporter.write(entry, stamped)
@@ -566,7 +567,7 @@ class Reconciler:
         else:
             self.touch(self._store.put(entry.kind, written, now, began_at))
         self._unreported.add(entry.metadata.namespace)
-        changes = conditions.transitions(pending.status, before)
+        changes = comparing.transitions(pending.status, before)
         if changes:
             await self._announce(entry, changes)
 
@@ -623,20 +624,20 @@ def _advice(pool: AnyPool, planned: Planned, resources: list[Resource]) -> tuple
 
 def _measure(
     namespace: str,
-    pickers: Mapping[str, list[Picker]],
+    epps: Mapping[str, list[EPP]],
     statuses: list[tuple[Entry, dict[str, Any]]],
 ) -> None:
     """Show how the EPPs of the pools of a namespace stand, and the conditions of its policies."""
-    metrics.DESIRED.show(namespace, {(pool,): len(found) for pool, found in pickers.items()})
+    metrics.DESIRED.show(namespace, {(pool,): len(found) for pool, found in epps.items()})
     metrics.CONNECTED.show(
         namespace,
-        {(pool,): sum(epp.connected for epp in found) for pool, found in pickers.items()},
+        {(pool,): sum(epp.connected for epp in found) for pool, found in epps.items()},
     )
     metrics.PROGRAMMED.show(
         namespace,
         {
-            (pool,): sum(epp.state is PickerState.PROGRAMMED for epp in found)
-            for pool, found in pickers.items()
+            (pool,): sum(epp.state is EPPState.PROGRAMMED for epp in found)
+            for pool, found in epps.items()
         },
     )
     metrics.CONDITIONS.show(
@@ -690,6 +691,6 @@ def _is_unread(entry: Entry, pool: str) -> bool:
         entry.kind.model is FlowControlPolicy
         and entry.resource is None
         and not entry.metadata.deletion_timestamp
-        and (entry.metadata.generation > 1 or conditions.was_in_force(entry.status))
+        and (entry.metadata.generation > 1 or comparing.was_in_force(entry.status))
         and any(name == pool for name, _ in _targets(entry))
     )

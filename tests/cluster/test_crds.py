@@ -9,8 +9,8 @@ from control_plane import model, policy, pool
 from forebay_control.v1 import control_pb2 as pb
 from forebay_operator import planning, resources
 from forebay_operator.resources import POLICY
-from forebay_operator.status import conditions
-from forebay_operator.status.conditions import Attachment, Picker, PickerState, Subject
+from forebay_operator.status import comparing, conditions
+from forebay_operator.status.observed import EPP, Attachment, EPPState, Subject
 
 WHEN = "2026-01-01T00:00:00Z"
 
@@ -141,19 +141,19 @@ def status_of_a_policy(somewhere) -> dict:
     for number, name in enumerate(planning.PRIORITIES):
         band = stats.bands.add(band=name, requests=number + 5, bytes=1 << 50, oldest_seconds=1.5)
         band.dispatched = band.rejected = band.evicted = 1 << 40
-    pickers = [
-        Picker("epp-0", PickerState.PROGRAMMED, True, {"uid": 1}, stats=stats),
-        Picker("epp-1", PickerState.REJECTED, True, {}, error="Invalid: no"),
-        Picker("epp-2", PickerState.STALE),
+    epps = [
+        EPP("epp-0", EPPState.PROGRAMMED, True, {"uid": 1}, stats=stats),
+        EPP("epp-1", EPPState.REJECTED, True, {}, error="Invalid: no"),
+        EPP("epp-2", EPPState.STALE),
     ]
     group = "inference.networking.k8s.io"
     attachments = [
-        Attachment("chat", group, pickers[:1], service="epp", endpoints=4, notes=("note",)),
+        Attachment("chat", group, epps[:1], service="epp", endpoints=4, notes=("note",)),
         Attachment("other", group, None),
-        Attachment("third", group, pickers, refused=("Conflicted", "older")),
+        Attachment("third", group, epps, refused=("Conflicted", "older")),
     ]
     subject = Subject("uid", somewhere.name, 1)
-    return conditions.with_times(conditions.policy_status(subject, attachments), {}, WHEN)
+    return comparing.with_times(conditions.policy_status(subject, attachments), {}, WHEN)
 
 
 def test_the_status_of_a_model_is_kept_whole(somewhere):
@@ -162,7 +162,7 @@ def test_the_status_of_a_model_is_kept_whole(somewhere):
     somewhere.create(manifest)
     subject, group = Subject("uid", somewhere.name, 1), "inference.networking.k8s.io"
     status = conditions.model_status(subject, Attachment("chat", group, []))
-    manifest["status"] = conditions.with_times(status, {}, WHEN)
+    manifest["status"] = comparing.with_times(status, {}, WHEN)
     del manifest["spec"]
 
     stored = somewhere.apply(manifest, "/status")

@@ -9,7 +9,7 @@ from loop_thread import LoopThread
 
 from forebay_operator.channel.server import ControlServer
 from forebay_operator.channel.trust import believe
-from forebay_operator.status.conditions import PickerState
+from forebay_operator.status.observed import EPPState
 
 if TYPE_CHECKING:
     from forebay_control.v1 import control_pb2 as pb
@@ -50,12 +50,12 @@ class Driver:
 
     def epps(self, pool: str) -> list:
         """The EPPs that are connected, and how they stand."""
-        return self.ask(lambda server: server.pickers(pool, server.connected(pool)))
+        return self.ask(lambda server: server.epps(pool, server.connected(pool)))
 
     def programmed(self, pool: str) -> bool:
         """Whether an EPP is connected and all of them run what was said last."""
         found = self.epps(pool)
-        return bool(found) and all(epp.state is PickerState.PROGRAMMED for epp in found)
+        return bool(found) and all(epp.state is EPPState.PROGRAMMED for epp in found)
 
     def put(self, pool: str, snapshot: pb.Snapshot) -> None:
         """Have the pool's EPPs run this, and wait until they do."""

@@ -9,7 +9,7 @@ from forebay_operator.channel.trust import believe
 from forebay_operator.cluster.store import Store
 from forebay_operator.reconcile import Reconciler
 from forebay_operator.resources import KINDS, MODEL, POLICY
-from forebay_operator.status import conditions
+from forebay_operator.status import comparing
 
 POOL = next(kind for kind in KINDS if kind.api_version == "inference.networking.k8s.io/v1")
 SERVICE = next(kind for kind in KINDS if kind.kind == "Service")
@@ -99,18 +99,18 @@ def test_a_policy_for_another_controllers_pool_is_left_alone(world):
 
 def test_what_was_written_is_withdrawn_when_the_pool_goes_to_another(world):
     """The list of ancestors holds the other's entries only."""
-    status = conditions.with_times(world.policy(OURS), {}, "2026-01-01T00:00:00Z", "forebay.dev/x")
+    status = comparing.with_times(world.policy(OURS), {}, "2026-01-01T00:00:00Z", "forebay.dev/x")
     theirs = {**status["ancestors"][0], "controllerName": "forebay.dev/other"}
     world.pool(OURS, THEIRS)
 
     desired = world.policy(OURS, status={"ancestors": [*status["ancestors"], theirs]})
 
-    assert conditions.differs(desired, {"ancestors": status["ancestors"]}, "forebay.dev/forebay")
-    written = conditions.with_times(
+    assert comparing.differs(desired, {"ancestors": status["ancestors"]}, "forebay.dev/forebay")
+    written = comparing.with_times(
         desired, {"ancestors": [*status["ancestors"], theirs]}, "", "forebay.dev/forebay"
     )
     assert written == {"ancestors": [theirs]}
-    assert conditions.differs(desired, written, "forebay.dev/forebay") == ""
+    assert comparing.differs(desired, written, "forebay.dev/forebay") == ""
 
 
 def test_the_controller_of_the_first_pool_writes_what_is_said_of_all(world):
@@ -127,4 +127,4 @@ def test_the_controller_of_the_first_pool_writes_what_is_said_of_all(world):
         "conditions": [],
     }
     observed = {**first, "ancestors": [*second["ancestors"], theirs]}
-    assert conditions.differs(second, observed, "forebay.dev/forebay") == ""
+    assert comparing.differs(second, observed, "forebay.dev/forebay") == ""

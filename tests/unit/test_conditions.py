@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forebay_control.v1 import control_pb2 as pb
-from forebay_operator.status import conditions
-from forebay_operator.status.conditions import Attachment, Picker, PickerState, Subject, Transition
+from forebay_operator.status import comparing, conditions, numbers
+from forebay_operator.status.comparing import Transition
+from forebay_operator.status.observed import EPP, Attachment, EPPState, Subject
 
 GROUP = "inference.networking.k8s.io"
 SUBJECT = Subject("u", "default", generation=3)
@@ -18,17 +19,17 @@ INVALID = Subject("u", "default", 3, problems=[("spec.limits.maxRequests", "must
 HELD_BACK = Subject("u", "default", 3, INVALID.problems, valid_generation=2)
 
 
-def picker(name="epp-0", generation=3, state=PickerState.PROGRAMMED, **more):
-    return Picker(name, state, connected=True, generations={"u": generation}, **more)
+def epp(name="epp-0", generation=3, state=EPPState.PROGRAMMED, **more):
+    return EPP(name, state, connected=True, generations={"u": generation}, **more)
 
 
-def at(*pickers, pool="chat", endpoints=1, **more):
+def at(*epps, pool="chat", endpoints=1, **more):
     more.setdefault("service", "epp")
-    return Attachment(pool, GROUP, list(pickers), endpoints=endpoints, **more)
+    return Attachment(pool, GROUP, list(epps), endpoints=endpoints, **more)
 
 
 ABSENT = Attachment("chat", GROUP, None)
-REFUSED = at(picker(), refused=("Conflicted", "FlowControlPolicy old is older"))
+REFUSED = at(epp(), refused=("Conflicted", "FlowControlPolicy old is older"))
 
 
 def told(subject, *attachments):
@@ -46,32 +47,32 @@ def message(which, subject, *attachments):
 @pytest.mark.parametrize(
     ("which", "subject", "attachments", "status", "reason", "words"),
     [
-        ("Accepted", SUBJECT, [at(picker())], "True", "Accepted", ""),
+        ("Accepted", SUBJECT, [at(epp())], "True", "Accepted", ""),
         ("Accepted", SUBJECT, [ABSENT], "False", "TargetNotFound", "see ResolvedRefs"),
         ("Accepted", INVALID, [at()], "False", "Invalid", "spec.limits.maxRequests: must be"),
         ("Accepted", HELD_BACK, [at()], "False", "Invalid", "Generation 2, the last valid one"),
         ("Accepted", SUBJECT, [REFUSED], "False", "Conflicted", "old is older"),
-        ("Accepted", SUBJECT, [at(picker()), REFUSED], "False", "Conflicted", "old is older"),
+        ("Accepted", SUBJECT, [at(epp()), REFUSED], "False", "Conflicted", "old is older"),
         ("ResolvedRefs", SUBJECT, [at()], "True", "ResolvedRefs", ""),
         ("ResolvedRefs", SUBJECT, [ABSENT], "False", "TargetNotFound", "no InferencePool chat"),
         ("ResolvedRefs", SUBJECT, [at(pool="b"), ABSENT], "False", "TargetNotFound", "chat"),
         ("ResolvedRefs", INVALID, [], "Unknown", "Invalid", "see Accepted"),
-        ("Programmed", SUBJECT, [at(picker())], "True", "Programmed", "every endpoint picker"),
-        ("Programmed", INVALID, [at(picker())], "False", "Invalid", "see Accepted"),
+        ("Programmed", SUBJECT, [at(epp())], "True", "Programmed", "every endpoint picker"),
+        ("Programmed", INVALID, [at(epp())], "False", "Invalid", "see Accepted"),
         ("Programmed", SUBJECT, [REFUSED], "False", "Conflicted", "see Accepted"),
         ("Programmed", SUBJECT, [ABSENT], "False", "TargetNotFound", "does not exist"),
         (
-            *("Programmed", SUBJECT, [at(picker(), pool="b"), ABSENT]),
+            *("Programmed", SUBJECT, [at(epp(), pool="b"), ABSENT]),
             *("False", "TargetNotFound", "InferencePool chat: has no effect"),
         ),
-        ("Programmed", SUBJECT, [at(picker(generation=2))], "False", "Pending", "epp-0"),
+        ("Programmed", SUBJECT, [at(epp(generation=2))], "False", "Pending", "epp-0"),
         (
-            *("Programmed", SUBJECT, [at(picker(generation=2), too_large="has 2 MiB")]),
+            *("Programmed", SUBJECT, [at(epp(generation=2), too_large="has 2 MiB")]),
             *("False", "TooLarge", "has 2 MiB"),
         ),
-        ("Programmed", SUBJECT, [at(picker(), too_large="has 2 MiB")], "True", "Programmed", ""),
+        ("Programmed", SUBJECT, [at(epp(), too_large="has 2 MiB")], "True", "Programmed", ""),
         (
-            *("Programmed", SUBJECT, [at(picker(unsupported=("plan.metrics",)))]),
+            *("Programmed", SUBJECT, [at(epp(unsupported=("plan.metrics",)))]),
             *("False", "UnsupportedByEndpointPicker", "does not know plan.metrics: update it"),
         ),
         ("Programmed", SUBJECT, [at()], "False", "NoEndpointPickers", "Service epp"),
@@ -81,16 +82,16 @@ def message(which, subject, *attachments):
             *("False", "NoEndpointPickers", "InferencePool code names Service epp, too"),
         ),
         ("Programmed", SUBJECT, [at(service="")], "False", "NoEndpointPickers", "is connected"),
-        ("Programmed", SUBJECT, [at(picker()), at(pool="b")], "False", "NoEndpointPickers", "b"),
+        ("Programmed", SUBJECT, [at(epp()), at(pool="b")], "False", "NoEndpointPickers", "b"),
         ("Programmed", SUBJECT, [at(held_by="old")], "Unknown", "PlanHeld", "old is not valid"),
-        ("Degraded", SUBJECT, [at(picker())], "False", "AsExpected", ""),
-        ("Degraded", HELD_BACK, [at(picker())], "True", "LastValidInForce", "generation 2"),
-        ("Degraded", INVALID, [at(picker())], "False", "AsExpected", ""),
+        ("Degraded", SUBJECT, [at(epp())], "False", "AsExpected", ""),
+        ("Degraded", HELD_BACK, [at(epp())], "True", "LastValidInForce", "generation 2"),
+        ("Degraded", INVALID, [at(epp())], "False", "AsExpected", ""),
         ("Degraded", INVALID, [at(held_by="p")], "True", "PlanHeld", "keep the plan they have"),
         (
             "Degraded",
             SUBJECT,
-            [at(picker(), notes=("no room",))],
+            [at(epp(), notes=("no room",))],
             "True",
             "PoolDegraded",
             "no room",
@@ -108,45 +109,43 @@ def test_each_condition_says_why(which, subject, attachments, status, reason, wo
 @pytest.mark.parametrize(
     ("state", "reason", "degraded"),
     [
-        (PickerState.REJECTED, "Rejected", "EndpointPickersReject"),
-        (PickerState.STALE, "Stale", "EndpointPickersStale"),
+        (EPPState.REJECTED, "Rejected", "EndpointPickersReject"),
+        (EPPState.STALE, "Stale", "EndpointPickersStale"),
     ],
 )
 def test_a_picker_that_does_not_follow_is_named(state, reason, degraded):
     """Among others that do; what it said is part of the message."""
-    bad = picker("epp-1", 2, state, error="Invalid: spec.bands[0]: no such band")
-    found = told(SUBJECT, at(picker(), bad))
+    bad = epp("epp-1", 2, state, error="Invalid: spec.bands[0]: no such band")
+    found = told(SUBJECT, at(epp(), bad))
     assert found["Programmed"] == ("False", reason)
     assert found["Degraded"] == ("True", degraded)
-    assert "epp-1" in message("Programmed", SUBJECT, at(picker(), bad))
+    assert "epp-1" in message("Programmed", SUBJECT, at(epp(), bad))
     assert ("spec.bands[0]" in message("Programmed", SUBJECT, at(bad))) == (reason == "Rejected")
 
 
 def test_a_picker_of_another_release_is_a_reason_of_its_own():
     """Only where all that refuse do so for that."""
-    old = picker("old", 2, PickerState.REJECTED, error="Unsupported: plan.x: not known here")
-    bad = picker("bad", 2, PickerState.REJECTED, error="Invalid: plan.y: no")
+    old = epp("old", 2, EPPState.REJECTED, error="Unsupported: plan.x: not known here")
+    bad = epp("bad", 2, EPPState.REJECTED, error="Invalid: plan.y: no")
     assert told(SUBJECT, at(old))["Programmed"] == ("False", "UnsupportedByEndpointPicker")
     assert told(SUBJECT, at(old, bad))["Programmed"] == ("False", "Rejected")
 
 
 def test_a_long_list_of_pickers_is_cut():
     """Names of five, and how many more; no message is longer than an Event takes."""
-    many = [picker(f"epp-{i}", 2, PickerState.STALE) for i in range(40)]
+    many = [epp(f"epp-{i}", 2, EPPState.STALE) for i in range(40)]
     text = message("Programmed", SUBJECT, at(*many))
     assert "epp-4 and 35 more" in text
-    loud = [
-        picker(f"epp-{i}", 2, PickerState.REJECTED, error="Invalid: " + "x" * 900) for i in "ab"
-    ]
+    loud = [epp(f"epp-{i}", 2, EPPState.REJECTED, error="Invalid: " + "x" * 900) for i in "ab"]
     assert len(message("Programmed", SUBJECT, at(*loud))) == 1024
 
 
 def test_the_least_generation_counts():
-    """ProgrammedGeneration is what every picker runs; nothing, while one runs none of it."""
+    """ProgrammedGeneration is what every EPP runs; nothing, while one runs none of it."""
 
     def least(*generations):
-        pickers = [picker(str(i), g) for i, g in enumerate(generations)]
-        return conditions.policy_status(SUBJECT, [at(*pickers)]).get("programmedGeneration")
+        epps = [epp(str(i), g) for i, g in enumerate(generations)]
+        return conditions.policy_status(SUBJECT, [at(*epps)]).get("programmedGeneration")
 
     assert least(3, 2, 3) == 2
     assert least(3) == 3
@@ -156,13 +155,13 @@ def test_the_least_generation_counts():
 
 def test_pickers_are_counted():
     """Over all pools where the policy counts."""
-    pickers = [
-        picker("a"),
-        Picker("b", PickerState.STALE),
-        picker("c", 2, PickerState.REJECTED),
-        picker("d", 2, PickerState.PENDING),
+    epps = [
+        epp("a"),
+        EPP("b", EPPState.STALE),
+        epp("c", 2, EPPState.REJECTED),
+        epp("d", 2, EPPState.PENDING),
     ]
-    status = conditions.policy_status(SUBJECT, [at(*pickers), REFUSED, at(picker("e"), pool="b")])
+    status = conditions.policy_status(SUBJECT, [at(*epps), REFUSED, at(epp("e"), pool="b")])
     assert status["endpointPickers"] == {
         "desired": 5,
         "connected": 4,
@@ -175,7 +174,7 @@ def test_pickers_are_counted():
 
 def test_ancestors_are_the_pools_as_gep_713_has_them():
     """One per target, each with its own verdict."""
-    status = conditions.policy_status(SUBJECT, [at(picker()), REFUSED, ABSENT])
+    status = conditions.policy_status(SUBJECT, [at(epp()), REFUSED, ABSENT])
     assert [a["conditions"][0]["reason"] for a in status["ancestors"]] == [
         "Accepted",
         "Conflicted",
@@ -191,19 +190,19 @@ def test_ancestors_are_the_pools_as_gep_713_has_them():
 
 
 ABSENT_B = Attachment("b", GROUP, None)
-STALE = picker("epp-1", 2, PickerState.STALE)
+STALE = epp("epp-1", 2, EPPState.STALE)
 
 
 @pytest.mark.parametrize(
     "attachments",
     [
-        [at(picker())],
+        [at(epp())],
         [ABSENT],
         [REFUSED],
-        [at(picker()), ABSENT_B],
-        [REFUSED, at(picker(), pool="b")],
-        [at(STALE), at(picker(), pool="b"), Attachment("c", GROUP, None)],
-        [at(held_by="old"), at(picker(), pool="b")],
+        [at(epp()), ABSENT_B],
+        [REFUSED, at(epp(), pool="b")],
+        [at(STALE), at(epp(), pool="b"), Attachment("c", GROUP, None)],
+        [at(held_by="old"), at(epp(), pool="b")],
     ],
 )
 @pytest.mark.parametrize("subject", [SUBJECT, INVALID, HELD_BACK])
@@ -238,10 +237,10 @@ def test_the_summary_is_the_worst_of_the_ancestors(subject, attachments):
 
 def test_a_policy_that_loses_at_one_pool_is_not_told_to_be_programmed():
     """Where it is in force is said by that pool's conditions."""
-    status = conditions.policy_status(SUBJECT, [REFUSED, at(picker(), pool="b")])
+    status = conditions.policy_status(SUBJECT, [REFUSED, at(epp(), pool="b")])
     b = {c["type"]: c["status"] for c in status["ancestors"][1]["conditions"]}
 
-    assert told(SUBJECT, REFUSED, at(picker(), pool="b"))["Programmed"] == ("False", "Conflicted")
+    assert told(SUBJECT, REFUSED, at(epp(), pool="b"))["Programmed"] == ("False", "Conflicted")
     assert b == {
         "Accepted": "True",
         "ResolvedRefs": "True",
@@ -255,13 +254,13 @@ def test_a_policy_that_loses_at_one_pool_is_not_told_to_be_programmed():
 )
 def test_a_pool_with_most_endpoints_out_is_degraded(out, degraded):
     """More than half, over what its two EPPs report; one that lies counts as one."""
-    pickers = [
-        picker(str(number), stats=pb.Stats(endpoints=4, endpoints_out=count))
+    epps = [
+        epp(str(number), stats=pb.Stats(endpoints=4, endpoints_out=count))
         for number, count in enumerate(out)
     ]
 
     reason = "EndpointsFailing" if degraded else "AsExpected"
-    assert told(SUBJECT, at(*pickers, endpoints=4))["Degraded"] == (str(degraded), reason)
+    assert told(SUBJECT, at(*epps, endpoints=4))["Degraded"] == (str(degraded), reason)
 
 
 def model(subject, attachment):
@@ -271,9 +270,9 @@ def model(subject, attachment):
 
 def test_models_have_their_conditions():
     """Accepted and Programmed."""
-    in_use = at(picker(), refused=("ModelNameInUse", "modelName x is that of InferenceModel y"))
+    in_use = at(epp(), refused=("ModelNameInUse", "modelName x is that of InferenceModel y"))
     yes, invalid = ("True", "Accepted"), ("False", "Invalid")
-    assert model(SUBJECT, at(picker())) == {"Accepted": yes, "Programmed": ("True", "Programmed")}
+    assert model(SUBJECT, at(epp())) == {"Accepted": yes, "Programmed": ("True", "Programmed")}
     assert model(SUBJECT, in_use) == dict.fromkeys(
         ("Accepted", "Programmed"), ("False", "ModelNameInUse")
     )
@@ -284,37 +283,37 @@ def test_models_have_their_conditions():
 
 
 @pytest.mark.parametrize(
-    "pickers",
+    "epps",
     [
-        [picker(), picker("epp-1")],
-        [picker(), Picker("new", PickerState.PENDING)],
-        [picker(), Picker("unheard", PickerState.STALE)],
-        [picker(), picker("epp-1", state=PickerState.STALE)],
-        [picker(), picker("epp-1", state=PickerState.REJECTED, error="Invalid: x: no")],
+        [epp(), epp("epp-1")],
+        [epp(), EPP("new", EPPState.PENDING)],
+        [epp(), EPP("unheard", EPPState.STALE)],
+        [epp(), epp("epp-1", state=EPPState.STALE)],
+        [epp(), epp("epp-1", state=EPPState.REJECTED, error="Invalid: x: no")],
     ],
 )
-def test_endpoint_pickers_that_come_and_go_are_no_news_about_a_model(pickers):
+def test_endpoint_pickers_that_come_and_go_are_no_news_about_a_model(epps):
     """As long as all that serve run it; a pool has thousands of models."""
-    written = conditions.with_times(conditions.model_status(SUBJECT, at(picker())), {}, "T1")
+    written = comparing.with_times(conditions.model_status(SUBJECT, at(epp())), {}, "T1")
 
-    assert conditions.differs(conditions.model_status(SUBJECT, at(*pickers)), written) == ""
+    assert comparing.differs(conditions.model_status(SUBJECT, at(*epps)), written) == ""
 
 
 @pytest.mark.parametrize(
     ("behind", "reason"),
     [
-        (picker("e", 2, PickerState.PENDING), "Pending"),
-        (picker("e", 2, PickerState.STALE), "Stale"),
-        (picker("e", 2, PickerState.REJECTED, error="Invalid: x: no"), "Rejected"),
+        (epp("e", 2, EPPState.PENDING), "Pending"),
+        (epp("e", 2, EPPState.STALE), "Stale"),
+        (epp("e", 2, EPPState.REJECTED, error="Invalid: x: no"), "Rejected"),
         (
-            picker("e", 2, PickerState.REJECTED, error="Unsupported: x: no"),
+            epp("e", 2, EPPState.REJECTED, error="Unsupported: x: no"),
             "UnsupportedByEndpointPicker",
         ),
     ],
 )
 def test_a_model_that_some_serve_otherwise_is_not_programmed(behind, reason):
     """An EPP still serves an older generation of it."""
-    assert model(SUBJECT, at(picker(), behind))["Programmed"] == ("False", reason)
+    assert model(SUBJECT, at(epp(), behind))["Programmed"] == ("False", reason)
 
 
 def test_a_model_is_only_told_of_what_concerns_it():
@@ -323,9 +322,9 @@ def test_a_model_is_only_told_of_what_concerns_it():
     policys = {"unsupported": ("plan.metrics",)}
     mine = {"unsupported": ("plan.models[3].weight",)}
 
-    assert model(SUBJECT, at(picker(**policys)))["Programmed"] == ("True", "Programmed")
-    assert model(SUBJECT, at(picker(generation=2, **policys)))["Programmed"] == unsupported
-    assert model(SUBJECT, at(picker(**mine)))["Programmed"] == unsupported
+    assert model(SUBJECT, at(epp(**policys)))["Programmed"] == ("True", "Programmed")
+    assert model(SUBJECT, at(epp(generation=2, **policys)))["Programmed"] == unsupported
+    assert model(SUBJECT, at(epp(**mine)))["Programmed"] == unsupported
 
 
 # --- times
@@ -333,19 +332,19 @@ def test_a_model_is_only_told_of_what_concerns_it():
 
 def test_times_move_only_when_the_status_flips():
     """A new reason or message is no transition; ancestors' conditions have theirs."""
-    first = conditions.with_times(
-        conditions.policy_status(SUBJECT, [at(picker(generation=2))]), {}, "T1"
+    first = comparing.with_times(
+        conditions.policy_status(SUBJECT, [at(epp(generation=2))]), {}, "T1"
     )
     assert {c["lastTransitionTime"] for c in first["conditions"]} == {"T1"}
     assert first["ancestors"][0]["conditions"][0]["lastTransitionTime"] == "T1"
 
-    stale = conditions.policy_status(SUBJECT, [at(picker(generation=2, state=PickerState.STALE))])
-    second = conditions.with_times(stale, first, "T2")
+    stale = conditions.policy_status(SUBJECT, [at(epp(generation=2, state=EPPState.STALE))])
+    second = comparing.with_times(stale, first, "T2")
     times = {c["type"]: c["lastTransitionTime"] for c in second["conditions"]}
     assert times == {"Accepted": "T1", "ResolvedRefs": "T1", "Programmed": "T1", "Degraded": "T2"}
 
     refused = conditions.policy_status(SUBJECT, [REFUSED])
-    third = conditions.with_times(refused, second, "T3")
+    third = comparing.with_times(refused, second, "T3")
     assert third["ancestors"][0]["conditions"][0]["lastTransitionTime"] == "T3"
 
 
@@ -354,8 +353,8 @@ def test_times_move_only_when_the_status_flips():
 
 def status(**more):
     """A status as it is read back after it has been written."""
-    found = conditions.policy_status(SUBJECT, [at(picker(stats=stats()), **more)])
-    return conditions.with_times(found, {}, "T1")
+    found = conditions.policy_status(SUBJECT, [at(epp(stats=stats()), **more)])
+    return comparing.with_times(found, {}, "T1")
 
 
 def stats(requests=7, saturation=0.5, **more):
@@ -364,12 +363,12 @@ def stats(requests=7, saturation=0.5, **more):
 
 
 def desired(**more):
-    return conditions.policy_status(SUBJECT, [at(picker(stats=stats(**more)))])
+    return conditions.policy_status(SUBJECT, [at(epp(stats=stats(**more)))])
 
 
 def test_a_status_that_was_written_does_not_differ():
     """Times aside; or each write would lead to the next."""
-    assert conditions.differs(desired(), status()) == ""
+    assert comparing.differs(desired(), status()) == ""
 
 
 def test_other_writers_conditions_are_theirs():
@@ -379,41 +378,41 @@ def test_other_writers_conditions_are_theirs():
     other = copy.deepcopy(observed["ancestors"][0])
     other["controllerName"] = "example.com/other"
     observed["ancestors"].append(other)
-    assert conditions.differs(desired(), observed) == ""
+    assert comparing.differs(desired(), observed) == ""
 
 
 def test_numbers_are_told_from_meaning():
     """Queues and saturation are numbers; counts, conditions and generations mean something."""
-    assert conditions.differs(desired(requests=8), status()) == "numbers"
-    assert conditions.differs(desired(saturation=0.9), status()) == "numbers"
+    assert comparing.differs(desired(requests=8), status()) == "numbers"
+    assert comparing.differs(desired(saturation=0.9), status()) == "numbers"
     for name in ("programmedGeneration", "endpointPickers", "conditions", "ancestors"):
         observed = status()
         del observed[name]
-        assert conditions.differs(desired(), observed) == "meaning", name
+        assert comparing.differs(desired(), observed) == "meaning", name
     for field in ("status", "reason", "message", "observedGeneration"):
         observed = status()
         observed["conditions"][0][field] = "other"
-        assert conditions.differs(desired(), observed) == "meaning", field
-    assert conditions.differs(desired(), {}) == "meaning"
+        assert comparing.differs(desired(), observed) == "meaning", field
+    assert comparing.differs(desired(), {}) == "meaning"
 
 
 def test_transitions_are_new_statuses_and_reasons():
     """Not new messages: people are told once."""
     observed = status()
     observed["conditions"][0]["message"] = "other"
-    assert conditions.transitions(desired(), observed) == []
+    assert comparing.transitions(desired(), observed) == []
     observed["conditions"][2]["reason"] = "Pending"
     observed["conditions"][2]["status"] = "False"
     text = "every endpoint picker runs it"
-    assert conditions.transitions(desired(), observed) == [
+    assert comparing.transitions(desired(), observed) == [
         Transition("Programmed", "True", "Programmed", text, before="False")
     ]
 
 
 def test_what_repeats_a_refusal_is_no_transition():
     """A policy that loses to another is told of once, not in each condition."""
-    refused = at(picker(), refused=("Conflicted", "an older one is there"), notes=("no endpoints",))
-    changes = conditions.transitions(conditions.policy_status(SUBJECT, [refused]), {})
+    refused = at(epp(), refused=("Conflicted", "an older one is there"), notes=("no endpoints",))
+    changes = comparing.transitions(conditions.policy_status(SUBJECT, [refused]), {})
     assert [(c.type, c.reason) for c in changes if c.bad] == [("Accepted", "Conflicted")]
 
 
@@ -423,16 +422,16 @@ def test_what_repeats_a_refusal_is_no_transition():
 @given(st.integers(0, 10**12))
 def test_two_digits_are_kept(value):
     """Of any number: it is never more than the exact one, and less by under a tenth."""
-    kept = conditions.quantised(value)
+    kept = numbers.quantised(value)
     assert value * 0.9 <= kept <= value
     assert len(str(kept).rstrip("0")) <= 2
-    assert conditions.quantised(kept) == kept
+    assert numbers.quantised(kept) == kept
 
 
 def test_the_numbers_of_an_endpoint_picker_that_is_away_do_not_count():
     """What it said last is not what waits now."""
-    gone = picker("gone", state=PickerState.STALE, stats=stats(requests=50, saturation=2.0))
-    found = conditions.policy_status(SUBJECT, [at(picker(stats=stats()), gone)])
+    gone = epp("gone", state=EPPState.STALE, stats=stats(requests=50, saturation=2.0))
+    found = conditions.policy_status(SUBJECT, [at(epp(stats=stats()), gone)])
 
     assert (found["queued"], found["saturation"]) == (7, "0.50")
 
@@ -440,8 +439,8 @@ def test_the_numbers_of_an_endpoint_picker_that_is_away_do_not_count():
 def test_bands_that_one_endpoint_picker_makes_up_give_way():
     """The schema takes 64; those that more EPPs report are kept."""
     liar = pb.Stats(bands=[pb.BandStats(band=f"a{number}") for number in range(64)])
-    honest = [picker(name, stats=stats()) for name in ("x", "y")]
-    found = conditions.policy_status(SUBJECT, [at(*honest, picker("liar", stats=liar))])
+    honest = [epp(name, stats=stats()) for name in ("x", "y")]
+    found = conditions.policy_status(SUBJECT, [at(*honest, epp("liar", stats=liar))])
 
     bands = [queue["band"] for queue in found["pools"][0]["queues"]]
     assert (len(bands), bands[0]) == (64, "Standard")
@@ -462,8 +461,8 @@ def test_pickers_reports_are_added_up():
             ],
         ),
     ]
-    pickers = [picker(str(i), stats=report) for i, report in enumerate(reports)]
-    found = conditions.policy_status(SUBJECT, [at(*pickers, picker("silent"), endpoints=4)])
+    epps = [epp(str(i), stats=report) for i, report in enumerate(reports)]
+    found = conditions.policy_status(SUBJECT, [at(*epps, epp("silent"), endpoints=4)])
     assert (found["queued"], found["saturation"]) == (130, "1.25")
     (pool,) = found["pools"]
     assert (pool["endpoints"], [q["band"] for q in pool["queues"]]) == (4, ["Critical", "Standard"])

@@ -17,8 +17,8 @@ from forebay_operator.cluster.api import ApiError
 from forebay_operator.cluster.store import Store
 from forebay_operator.reconcile import Reconciler
 from forebay_operator.resources import KINDS, MODEL, POLICY
-from forebay_operator.status import conditions
-from forebay_operator.status.conditions import Picker, PickerState
+from forebay_operator.status import comparing
+from forebay_operator.status.observed import EPP, EPPState
 
 POOL = next(kind for kind in KINDS if kind.api_version == "inference.networking.k8s.io/v1")
 
@@ -32,13 +32,13 @@ class Clock:
 
 
 class Pickers(ControlServer):
-    """A control server of which the test says what its pickers report: nobody connects here."""
+    """A control server of which the test says what its EPPs report: nobody connects here."""
 
     def __init__(self, clock):
         super().__init__(believe, lambda _: None, lambda _: None, clock)
         self.programs = {}
         self.programmed = asyncio.Event()
-        self.state, self.generation, self.stats = PickerState.PROGRAMMED, None, None
+        self.state, self.generation, self.stats = EPPState.PROGRAMMED, None, None
 
     def program(self, pool, snapshot):
         self.programs.setdefault(pool, []).append(snapshot)
@@ -48,12 +48,12 @@ class Pickers(ControlServer):
     def connected(self, _pool):
         return {"epp-uid": "epp-0"}
 
-    def pickers(self, pool, _expected):
+    def epps(self, pool, _expected):
         latest = self.programs[pool][-1]
         generations = {source.uid: source.generation for source in latest.sources}
         if self.generation is not None:
             generations = dict.fromkeys(generations, self.generation)
-        return [Picker("epp-0", self.state, True, generations, stats=self.stats)]
+        return [EPP("epp-0", self.state, True, generations, stats=self.stats)]
 
 
 class Written:
@@ -142,7 +142,7 @@ async def test_a_status_is_written_once(world):
     ((name, status),) = await world.after(1)
     assert (name, reason(status)) == ("p", "Programmed")
     for _ in range(10):
-        world.reconciler.pickers_changed("default/chat")
+        world.reconciler.epps_changed("default/chat")
         assert await world.after(10) == []
 
 
@@ -158,30 +158,30 @@ async def test_who_does_not_lead_writes_nothing(world):
 
 async def test_what_is_about_to_change_is_waited_for(world):
     """A new policy may be Pending for 2 s, one that was in force for 15 s, before that is told."""
-    world.control.state, world.control.generation = PickerState.PENDING, 0
+    world.control.state, world.control.generation = EPPState.PENDING, 0
     world.put(POLICY, policy())
     assert await world.after(1.9) == []
     ((_, status),) = await world.after(1)
     assert reason(status) == "Pending"
-    world.control.state, world.control.generation = PickerState.PROGRAMMED, None
+    world.control.state, world.control.generation = EPPState.PROGRAMMED, None
     ((_, status),) = await world.after(6)
     assert reason(status) == "Programmed"
 
-    world.control.state, world.control.generation = PickerState.PENDING, 0
-    world.reconciler.pickers_changed("default/chat")
+    world.control.state, world.control.generation = EPPState.PENDING, 0
+    world.reconciler.epps_changed("default/chat")
     assert await world.after(14) == []
-    world.control.state, world.control.generation = PickerState.PROGRAMMED, None
-    world.reconciler.pickers_changed("default/chat")
+    world.control.state, world.control.generation = EPPState.PROGRAMMED, None
+    world.reconciler.epps_changed("default/chat")
     assert await world.after(10) == []
 
 
 async def test_acknowledgements_settle_before_one_write(world):
     """The write says how it ended."""
-    world.control.state, world.control.generation = PickerState.PENDING, 0
+    world.control.state, world.control.generation = EPPState.PENDING, 0
     world.put(POLICY, policy())
     await world.after(0.2)
-    world.control.state, world.control.generation = PickerState.PROGRAMMED, None
-    world.reconciler.pickers_changed("default/chat")
+    world.control.state, world.control.generation = EPPState.PROGRAMMED, None
+    world.reconciler.epps_changed("default/chat")
     statuses = await world.after(5)
     assert [reason(status) for _, status in statuses] == ["Programmed"]
 
@@ -202,14 +202,14 @@ async def test_numbers_are_written_every_30_seconds_at_most(world):
 
 
 async def test_meaning_does_not_wait_for_numbers(world):
-    """A picker that refuses is told at once, although numbers were written a moment ago."""
+    """An EPP that refuses is told at once, although numbers were written a moment ago."""
     world.put(POLICY, policy())
     world.control.stats = pb.Stats(bands=[pb.BandStats(band="B", requests=1)])
     await world.after(1)
     world.control.stats = pb.Stats(bands=[pb.BandStats(band="B", requests=2)])
     assert await world.after(5) == []
-    world.control.state = PickerState.REJECTED
-    world.reconciler.pickers_changed("default/chat")
+    world.control.state = EPPState.REJECTED
+    world.reconciler.epps_changed("default/chat")
     ((_, status),) = await world.after(1)
     assert reason(status) == "Rejected"
 
@@ -253,18 +253,18 @@ async def test_endpoint_pickers_that_come_and_go_write_nothing_into_models(world
         world.put(MODEL, manifest(MODEL, f"m-{number}", spec))
     assert len(await world.after(1)) == 21
 
-    def epp(name, state=PickerState.PROGRAMMED, **more):
+    def epp(name, state=EPPState.PROGRAMMED, **more):
         latest = world.control.programs["default/chat"][-1]
-        return Picker(name, state, True, {s.uid: s.generation for s in latest.sources}, **more)
+        return EPP(name, state, True, {s.uid: s.generation for s in latest.sources}, **more)
 
-    for pickers, events in (
-        ([epp("epp-0"), Picker("epp-1", PickerState.PENDING)], 0),
+    for epps, events in (
+        ([epp("epp-0"), EPP("epp-1", EPPState.PENDING)], 0),
         ([epp("epp-0"), epp("epp-1")], 0),
-        ([epp("epp-0"), epp("epp-1", PickerState.STALE)], 1),
+        ([epp("epp-0"), epp("epp-1", EPPState.STALE)], 1),
         ([epp("epp-0")], 0),
     ):
         world.written.announced.clear()
-        world.control.pickers = lambda *_, pickers=pickers: pickers
+        world.control.epps = lambda *_, epps=epps: epps
         assert {name for name, _ in await world.after(40)} == {"p"}
         bad = [entry for entry in world.written.announced if entry[2:] == ("False", "Stale")]
         assert len(bad) == events
@@ -323,8 +323,8 @@ async def test_metrics_tell_how_endpoint_pickers_and_policies_stand(world):
     assert len(shown) == 4
     assert shown["default", "p", "Programmed", "True"] == 1
 
-    world.control.state = PickerState.STALE
-    world.reconciler.pickers_changed("default/chat")
+    world.control.state = EPPState.STALE
+    world.reconciler.epps_changed("default/chat")
     await world.after(1)
     assert series("forebay_pool_endpoint_pickers_programmed") == {("default/chat",): 0}
     shown = series("forebay_policy_condition")
@@ -468,13 +468,13 @@ async def test_an_invalid_generation_does_not_replace_a_valid_one(world):
     ],
 )
 async def test_a_plan_is_held_for_what_may_be_in_force(world, generation, status, held):
-    """After a restart nobody knows the last valid generation; pickers do."""
+    """After a restart nobody knows the last valid generation; EPPs do."""
     world.put(POLICY, policy(generation=generation, status=status, **BAD))
     snapshot = world.control.programs["default/chat"][-1]
     assert snapshot.HasField("plan") is not held
     ((_, told),) = await world.after(1)
     assert reason(told, "Degraded") == ("PlanHeld" if held else "PoolDegraded")
-    assert conditions.was_in_force(told) is held
+    assert comparing.was_in_force(told) is held
 
 
 async def test_a_model_that_was_never_valid_is_told(world):
@@ -508,7 +508,7 @@ async def test_one_pool_that_cannot_be_planned_stops_no_other(world, monkeypatch
 
 
 async def test_a_pool_that_is_gone_is_forgotten_but_not_programmed_away(world):
-    """Its pickers keep their program: nothing is sent."""
+    """Its EPPs keep their program: nothing is sent."""
     world.put(POLICY, policy())
     sent = len(world.control.programs["default/chat"])
     world.reconciler.touch(world.store.remove(POOL, "chat-uid", world.clock()))

@@ -1,4 +1,4 @@
-"""How the pickers of a pool stand, in virtual time."""
+"""How the EPPs of a pool stand, in virtual time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from forebay_control.features import NAMES
 from forebay_control.v1 import control_pb2 as pb
 from forebay_operator.channel.rollout import MAX_VARIANTS, REMEMBERED_PROGRAMS, Rollout
 from forebay_operator.channel.session import Session
-from forebay_operator.status.conditions import PickerState
+from forebay_operator.status.observed import EPPState
 
 EXPECTED = {"uid-0": "epp-0"}
 
@@ -28,9 +28,9 @@ def wanting(generation: int = 1) -> Rollout:
     return rollout
 
 
-def state(rollout, session=None, now=0.0, leading_since=0.0) -> PickerState:
+def state(rollout, session=None, now=0.0, leading_since=0.0) -> EPPState:
     sessions = {"uid-0": session} if session else {}
-    return rollout.pickers(EXPECTED, sessions, leading_since, now)[0].state
+    return rollout.epps(EXPECTED, sessions, leading_since, now)[0].state
 
 
 def test_the_same_snapshot_is_no_news():
@@ -45,10 +45,10 @@ def test_the_same_snapshot_is_no_news():
 def test_a_picker_is_pending_until_it_acknowledges():
     """What was sent does not count."""
     rollout, session = wanting(), Session(0.0)
-    assert state(rollout, session) is PickerState.PENDING
+    assert state(rollout, session) is EPPState.PENDING
 
     rollout.acknowledged("uid-0", rollout.desired_for(), 1.0)
-    assert state(rollout, session) is PickerState.PROGRAMMED
+    assert state(rollout, session) is EPPState.PROGRAMMED
 
 
 def test_a_picker_is_pending_again_when_something_else_is_wanted():
@@ -57,20 +57,20 @@ def test_a_picker_is_pending_again_when_something_else_is_wanted():
     rollout.acknowledged("uid-0", rollout.desired_for(), 1.0)
     rollout.want(snapshot(2), 2)
 
-    [picker] = rollout.pickers(EXPECTED, {"uid-0": session}, 0.0, 2.0)
-    assert (picker.state, picker.generations) == (PickerState.PENDING, {"policy": 1})
+    [epp] = rollout.epps(EXPECTED, {"uid-0": session}, 0.0, 2.0)
+    assert (epp.state, epp.generations) == (EPPState.PENDING, {"policy": 1})
 
 
 def test_a_refusal_shows_until_something_else_is_wanted():
-    """With what the picker said."""
+    """With what the EPP said."""
     rollout, session = wanting(1), Session(0.0)
     program = session.offer(rollout.desired_for(), 1, 0.0)
     session.on_nack(pb.Nack(nonce=program.nonce, code="Invalid"), 0.0)
 
-    [picker] = rollout.pickers(EXPECTED, {"uid-0": session}, 0.0, 2.0)
-    assert (picker.state, picker.error) == (PickerState.REJECTED, "Invalid: ")
+    [epp] = rollout.epps(EXPECTED, {"uid-0": session}, 0.0, 2.0)
+    assert (epp.state, epp.error) == (EPPState.REJECTED, "Invalid: ")
     rollout.want(snapshot(2), 2)
-    assert state(rollout, session) is PickerState.PENDING
+    assert state(rollout, session) is EPPState.PENDING
 
 
 def test_a_picker_without_a_stream_is_stale_after_half_a_minute():
@@ -79,8 +79,8 @@ def test_a_picker_without_a_stream_is_stale_after_half_a_minute():
     rollout.acknowledged("uid-0", rollout.desired_for(), 0.0)
     rollout.left("uid-0", 10.0)
 
-    assert state(rollout, now=40.0) is PickerState.PROGRAMMED
-    assert state(rollout, now=40.1) is PickerState.STALE
+    assert state(rollout, now=40.0) is EPPState.PROGRAMMED
+    assert state(rollout, now=40.1) is EPPState.STALE
 
 
 def test_a_new_leader_gives_pickers_time_to_dial():
@@ -89,8 +89,8 @@ def test_a_new_leader_gives_pickers_time_to_dial():
     rollout.left("uid-0", 0.0)
     state(rollout, now=0.0)
 
-    assert state(rollout, now=120.0, leading_since=100.0) is PickerState.PENDING
-    assert state(rollout, now=131.0, leading_since=100.0) is PickerState.STALE
+    assert state(rollout, now=120.0, leading_since=100.0) is EPPState.PENDING
+    assert state(rollout, now=131.0, leading_since=100.0) is EPPState.STALE
 
 
 def test_an_older_stream_that_ends_does_not_age_the_picker():
@@ -100,19 +100,19 @@ def test_an_older_stream_that_ends_does_not_age_the_picker():
     rollout.left("uid-0", 100.0)
     rollout.left("uid-0", 50.0)
 
-    assert state(rollout, now=120.0) is PickerState.PROGRAMMED
+    assert state(rollout, now=120.0) is EPPState.PROGRAMMED
 
 
 def test_a_hello_tells_what_the_picker_runs():
     """Known programs have their generations; one of another leader has none."""
     rollout = wanting()
     rollout.runs("uid-0", applied(rollout.desired_for().sha256), NAMES, 0.0)
-    [known] = rollout.pickers(EXPECTED, {}, 0.0, 0.0)
+    [known] = rollout.epps(EXPECTED, {}, 0.0, 0.0)
     rollout.runs("uid-0", applied(b"?" * 32), NAMES, 0.0)
-    [unknown] = rollout.pickers(EXPECTED, {}, 0.0, 0.0)
+    [unknown] = rollout.epps(EXPECTED, {}, 0.0, 0.0)
 
-    assert (known.state, known.generations) == (PickerState.PROGRAMMED, {"policy": 1})
-    assert (unknown.state, unknown.generations) == (PickerState.PENDING, {})
+    assert (known.state, known.generations) == (EPPState.PROGRAMMED, {"policy": 1})
+    assert (unknown.state, unknown.generations) == (EPPState.PENDING, {})
 
 
 def test_what_is_wanted_now_is_never_forgotten():
@@ -125,7 +125,7 @@ def test_what_is_wanted_now_is_never_forgotten():
     rollout.want(snapshot(1000), 101)
     rollout.runs("uid-0", applied(wanted), NAMES, 0.0)
 
-    assert rollout.pickers(EXPECTED, {}, 0.0, 0.0)[0].generations == {"policy": 0}
+    assert rollout.epps(EXPECTED, {}, 0.0, 0.0)[0].generations == {"policy": 0}
 
 
 def test_pickers_that_are_gone_are_forgotten():
@@ -139,12 +139,12 @@ def test_pickers_that_are_gone_are_forgotten():
 
 
 def test_nothing_is_wanted_of_a_pool_that_is_gone():
-    """Its pickers keep what they have."""
+    """Its EPPs keep what they have."""
     rollout = wanting()
     rollout.give_up()
 
     assert not rollout.wants
-    assert state(rollout, Session(0.0)) is PickerState.PENDING
+    assert state(rollout, Session(0.0)) is EPPState.PENDING
 
 
 # --- EPPs of other releases, and plans that are not sent
@@ -167,8 +167,8 @@ def test_each_release_is_sent_what_it_knows():
 
     session = Session(0.0, None, frozenset())
     rollout.acknowledged("uid-0", old, 1.0)
-    assert state(rollout, session) is PickerState.PROGRAMMED
-    assert state(rollout, Session(0.0)) is PickerState.PENDING
+    assert state(rollout, session) is EPPState.PROGRAMMED
+    assert state(rollout, Session(0.0)) is EPPState.PENDING
 
 
 def test_an_epp_of_another_release_that_is_away_counts_by_what_it_knows():
@@ -178,7 +178,7 @@ def test_an_epp_of_another_release_that_is_away_counts_by_what_it_knows():
     old = rollout.desired_for(frozenset())
     rollout.runs("uid-0", applied(old.sha256), frozenset(), 0.0)
 
-    assert state(rollout) is PickerState.PROGRAMMED
+    assert state(rollout) is EPPState.PROGRAMMED
 
 
 def test_what_is_left_out_of_the_plan_is_told():
@@ -188,8 +188,8 @@ def test_what_is_left_out_of_the_plan_is_told():
     made.plan.metrics.path = "/load"
     rollout.want(made, 1)
 
-    [picker] = rollout.pickers(EXPECTED, {"uid-0": Session(0.0, None, frozenset())}, 0.0, 0.0)
-    assert picker.unsupported == ("plan.metrics",)
+    [epp] = rollout.epps(EXPECTED, {"uid-0": Session(0.0, None, frozenset())}, 0.0, 0.0)
+    assert epp.unsupported == ("plan.metrics",)
 
 
 def test_release_0_1_is_sent_nothing_about_a_deleted_pool():
@@ -208,13 +208,13 @@ def test_endpoints_without_a_plan_leave_the_plan_that_was_acknowledged():
     held = pb.Snapshot(endpoints=pb.Endpoints())
     rollout.want(held, 2)
     rollout.acknowledged("uid-0", rollout.desired_for(), 1.0)
-    [before] = rollout.pickers(EXPECTED, {}, 0.0, 1.0)
+    [before] = rollout.epps(EXPECTED, {}, 0.0, 1.0)
 
     plan_sha256 = hashlib.sha256(snapshot().plan.SerializeToString(deterministic=True)).digest()
     rollout.runs("uid-0", applied(rollout.desired_for().sha256, plan_sha256), NAMES, 2.0)
-    [dialled] = rollout.pickers(EXPECTED, {}, 0.0, 2.0)
+    [dialled] = rollout.epps(EXPECTED, {}, 0.0, 2.0)
     rollout.runs("uid-0", None, NAMES, 3.0)
-    [restarted] = rollout.pickers(EXPECTED, {}, 0.0, 3.0)
+    [restarted] = rollout.epps(EXPECTED, {}, 0.0, 3.0)
 
     assert before.generations == dialled.generations == {"policy": 1}
     assert restarted.generations == {}

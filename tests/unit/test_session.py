@@ -1,4 +1,4 @@
-"""One picker's control stream in virtual time: what is sent when, and what answers lead to."""
+"""One EPP's control stream in virtual time: what is sent when, and what answers lead to."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_sent_is_not_acknowledged():
 
 
 def test_a_program_unanswered_three_times_ends_the_stream():
-    """The picker dials again, or is stale."""
+    """The EPP dials again, or is stale."""
     session = Session(0.0)
     sent = [session.offer(A, 5, now) for now in (0.0, 10.0, 20.0)]
 
@@ -316,7 +316,7 @@ class Stream(RuleBasedStateMachine):
         assert self.versions == sorted(self.versions)
 
     def teardown(self):
-        """A picker that answers from now on ends up with what is desired."""
+        """An EPP that answers from now on ends up with what is desired."""
         self.now += 300.0
         for _ in range(2):  # the one that is under way, then the one that is desired
             if not self.ended:

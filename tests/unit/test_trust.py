@@ -170,7 +170,7 @@ def test_a_pod_that_is_not_one_of_the_pool_s_pickers_yet(pools, reason):
 
 
 def test_a_review_is_good_for_the_token_s_life_and_ten_minutes_at_most():
-    """An outage of the API server does not cut pickers off."""
+    """An outage of the API server does not cut EPPs off."""
     reviews = FakeReviews()
     trust, long, short = reviews.trust(), token(3600), token(30)
     ask(trust, bearer=long)

@@ -20,7 +20,7 @@ from forebay_control.v1 import control_pb2 as pb
 from forebay_operator import metrics
 from forebay_operator.channel import admission, server, session
 from forebay_operator.channel.admission import RefusedError
-from forebay_operator.status.conditions import PickerState
+from forebay_operator.status.observed import EPPState
 
 
 @pytest.fixture
@@ -112,8 +112,8 @@ def test_each_epp_is_sent_what_its_release_knows(driver, dial):
     expected = {"uid-0": "epp-0", "uid-1": "epp-1"}
     until(
         lambda: (
-            [p.state for p in driver.ask(lambda server: server.pickers(POOL, expected))]
-            == [PickerState.PROGRAMMED] * 2
+            [p.state for p in driver.ask(lambda server: server.epps(POOL, expected))]
+            == [EPPState.PROGRAMMED] * 2
         )
     )
 
@@ -139,7 +139,7 @@ def test_a_part_that_was_taken_is_told(driver, dial):
     driver.program(POOL, snapshot(31.0))
     sent = peer.program()
     peer.send(nack=pb.Nack(nonce=sent.nonce, code="Invalid", applied=["Endpoints"]))
-    until(lambda: driver.epps(POOL)[0].state is PickerState.REJECTED)
+    until(lambda: driver.epps(POOL)[0].state is EPPState.REJECTED)
 
     driver.program(POOL, snapshot())  # what it had acknowledged, but does not run as a whole
     assert known(peer.program()) == snapshot()
@@ -153,7 +153,7 @@ def test_a_nack_shows_with_its_paths(driver, dial):
     errors = [pb.FieldError(path="plan.bands[0].fairness", message="is not known")]
     peer.send(nack=pb.Nack(nonce=sent.nonce, code="Unsupported", errors=errors))
 
-    until(lambda: driver.epps(POOL)[0].state is PickerState.REJECTED)
+    until(lambda: driver.epps(POOL)[0].state is EPPState.REJECTED)
     assert driver.epps(POOL)[0].error == "Unsupported: plan.bands[0].fairness: is not known"
 
 
@@ -201,7 +201,7 @@ def test_a_leader_in_doubt_keeps_streams_and_programs_nobody(driver, dial):
 
     driver.ask(age)
     woken = wakes(driver, 0.5)
-    assert (streams(driver), driver.epps(POOL)[0].state) == (1, PickerState.PENDING)
+    assert (streams(driver), driver.epps(POOL)[0].state) == (1, EPPState.PENDING)
     assert woken < 10
     driver.ask(lambda server: server.lead(5))
     assert peer.program().version.revision == 1

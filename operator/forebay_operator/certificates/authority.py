@@ -1,7 +1,7 @@
 """What certificates the control channel should have, decided from those there are and the time.
 
 The operator is its own certificate authority (CA). A leaf lasts 90 days and a CA three years; each
-is replaced when two thirds of that are over. Endpoint pickers learn CAs from a ConfigMap, so a new
+is replaced when two thirds of that are over. EPPs learn CAs from a ConfigMap, so a new
 CA is published for a week before the first leaf that it has signed is served, and the old one for a
 week after. The last thing that an old CA signs is a leaf which outlasts the first of these weeks;
 then its key is forgotten.
@@ -71,7 +71,7 @@ def renew(
 
     Args:
         found: what there is.
-        published: the CA bundles that endpoint pickers can see.
+        published: the CA bundles that EPPs can see.
         server_name: the DNS name that the leaf has to carry.
         now: the time of day.
     """
@@ -139,7 +139,7 @@ def _pair(certificate: x509.Certificate, key_pem: bytes) -> _Pair | None:
 def _leaf(
     found: Mapping[str, bytes], authorities: Collection[x509.Certificate], server_name: str
 ) -> _Pair | None:
-    """Read the leaf if endpoint pickers could accept it."""
+    """Read the leaf if EPPs could accept it."""
     chain = _bundle(found.get(LEAF, b""))
     leaf = _pair(chain[0], found.get(LEAF_KEY, b"")) if chain else None
     if leaf is None or not any(_signed(leaf, ca) for ca in authorities):

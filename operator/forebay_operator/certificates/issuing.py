@@ -60,7 +60,7 @@ class Issuer:
     Args:
         cluster: the API.
         places: where it is kept.
-        server_name: the DNS name by which endpoint pickers know the operator.
+        server_name: the DNS name by which EPPs know the operator.
         denials: told of the ConfigMaps in which the CAs cannot be published.
         time_of_day: seconds since 1970.
     """

@@ -31,7 +31,7 @@ MAX_FEATURES = 64
 
 
 class RefusedError(Exception):
-    """A picker that may not connect; `reason` is a metric label, the text is for its log."""
+    """An EPP that may not connect; `reason` is a metric label, the text is for its log."""
 
     def __init__(self, code: grpc.StatusCode, reason: str, message: str) -> None:
         super().__init__(message)
@@ -97,7 +97,7 @@ class Admission:
         """Return the uid of the pod that a Hello comes from.
 
         Raises:
-            RefusedError: it is not that of one of the pool's endpoint pickers.
+            RefusedError: it is not that of one of the pool's EPPs.
         """
         metadata = dict(context.invocation_metadata() or ())
         caller = Caller(metadata, context.auth_context(), address_of(context.peer()))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from forebay_control import features
 from forebay_control.v1 import control_pb2 as pb
 from forebay_operator.channel.session import Desired
-from forebay_operator.status.conditions import Picker, PickerState
+from forebay_operator.status.observed import EPP, EPPState
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -32,7 +32,7 @@ MAX_VARIANTS = 8  # of a snapshot: EPPs of a pool are of one or two releases
 
 @dataclass(slots=True)
 class _Record:
-    """What is known of one picker."""
+    """What is known of one EPP."""
 
     heard_at: float
     sha256: bytes = b""
@@ -53,7 +53,7 @@ class Rollout:
         self._records: dict[str, _Record] = {}
 
     def want(self, snapshot: pb.Snapshot, revision: int) -> bool:
-        """Say what the pickers should run; return whether that is news."""
+        """Say what the EPPs should run; return whether that is news."""
         sha256 = _hash(snapshot)
         if self._snapshot is not None and self._sha256 == sha256:
             return False
@@ -122,28 +122,28 @@ class Rollout:
             record.generations = desired.generations
 
     def reported(self, uid: str, stats: pb.Stats, now: float) -> None:
-        """Note a picker's report."""
+        """Note an EPP's report."""
         self._record(uid, now).stats = stats
 
     def left(self, uid: str, heard_at: float) -> None:
-        """Note that a stream has ended over which a picker was last heard at this moment."""
+        """Note that a stream has ended over which an EPP was last heard at this moment."""
         record = self._records.get(uid)
         if record is not None:
             record.heard_at = max(record.heard_at, heard_at)
 
     def retain(self, uids: Collection[str]) -> None:
-        """Forget all other pickers."""
+        """Forget all other EPPs."""
         for uid in self._records.keys() - set(uids):
             del self._records[uid]
 
-    def pickers(
+    def epps(
         self,
         expected: Mapping[str, str],
         sessions: Mapping[str, Session],
         leading_since: float,
         now: float,
-    ) -> list[Picker]:
-        """Say how the expected pickers (name by pod uid) stand, in order of their names."""
+    ) -> list[EPP]:
+        """Say how the expected EPPs (name by pod uid) stand, in order of their names."""
         return [
             self._picker(uid, name, sessions.get(uid), leading_since, now)
             for uid, name in sorted(expected.items(), key=lambda item: item[1])
@@ -151,20 +151,20 @@ class Rollout:
 
     def _picker(
         self, uid: str, name: str, session: Session | None, leading_since: float, now: float
-    ) -> Picker:
+    ) -> EPP:
         record = self._record(uid, now)
         desired = self.desired_for(session.features if session else record.features)
         wanted = desired.sha256 if desired else b""
         heard_at = session.heard_at if session else max(record.heard_at, leading_since)
         if session is not None and session.nacked == wanted and wanted:
-            state = PickerState.REJECTED
+            state = EPPState.REJECTED
         elif now - heard_at > SILENCE_SECONDS:
-            state = PickerState.STALE
+            state = EPPState.STALE
         elif wanted and record.sha256 == wanted:
-            state = PickerState.PROGRAMMED
+            state = EPPState.PROGRAMMED
         else:
-            state = PickerState.PENDING
-        return Picker(
+            state = EPPState.PENDING
+        return EPP(
             name=name,
             state=state,
             connected=session is not None,

@@ -1,7 +1,7 @@
-"""The control gRPC server: endpoint pickers dial, get the program of their pool and answer.
+"""The control gRPC server: EPPs dial, get the program of their pool and answer.
 
-A version is (epoch, revision); pickers refuse what is not newer, so of two leaders only the younger
-one counts. Everything here runs on one asyncio loop. When a picker is sent what is session.py's
+A version is (epoch, revision); EPPs refuse what is not newer, so of two leaders only the younger
+one counts. Everything here runs on one asyncio loop. When an EPP is sent what is session.py's
 business, how a pool stands rollout.py's, who may connect that of admission.py and trust.py.
 """
 
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
     from forebay_operator.channel.admission import Authorize
     from forebay_operator.channel.session import Desired
-    from forebay_operator.status.conditions import Picker
+    from forebay_operator.status.observed import EPP
 
 PING_SECONDS = 10.0
-WRITE_SECONDS = 10.0  # until a picker has read what is sent to it
+WRITE_SECONDS = 10.0  # until an EPP has read what is sent to it
 MAX_MESSAGE_BYTES = 4 << 20
 MAX_RECEIVED_BYTES = 1 << 20
 MAX_CONNECTIONS = 500  # 0.1 MB each with TLS, of somebody unknown too
@@ -70,11 +70,11 @@ class _Stream:
 
 
 class ControlServer(rpc.ControlServicer):
-    """Serves the pickers of all pools.
+    """Serves the EPPs of all pools.
 
     Args:
         authorize: says which pod a Hello comes from (its uid), or raises RefusedError.
-        changed: called with a pool whose pickers have changed in a way that statuses show.
+        changed: called with a pool whose EPPs have changed in a way that statuses show.
         higher_epoch: called with an epoch that an EPP claims to have seen, with the uid and the
             namespace of its pod; ours has to be above it.
         clock: monotonic seconds.
@@ -109,7 +109,7 @@ class ControlServer(rpc.ControlServicer):
         """Take, keep or give up leadership.
 
         Args:
-            epoch: of our leadership; None sends every picker to another replica.
+            epoch: of our leadership; None sends every EPP to another replica.
             quiet: leadership is in doubt: keep the streams but program nobody.
             hint: who leads instead, for people.
         """
@@ -125,7 +125,7 @@ class ControlServer(rpc.ControlServicer):
             stream.wake.set()
 
     def program(self, pool: str, snapshot: pb.Snapshot) -> bool:
-        """Say what the pickers of a pool should run; return whether that is news."""
+        """Say what the EPPs of a pool should run; return whether that is news."""
         # One counter for all pools: it also grows over a pool that is deleted and made again.
         if not self._rollouts[pool].want(snapshot, self._revision + 1):
             return False
@@ -136,7 +136,7 @@ class ControlServer(rpc.ControlServicer):
         return True
 
     def forget(self, pool: str) -> None:
-        """Stop programming a pool that is gone; its pickers keep what they have."""
+        """Stop programming a pool that is gone; its EPPs keep what they have."""
         self._rollouts[pool].give_up()
         if pool not in self._streams:
             del self._rollouts[pool]
@@ -148,20 +148,20 @@ class ControlServer(rpc.ControlServicer):
             self._end(stream, pb.FromOperator(close=pb.Close(retry_after_seconds=after)))
 
     def retain(self, pool: str, expected: Collection[str]) -> None:
-        """Forget all pickers of a pool that are neither expected (pod uids) nor connected."""
+        """Forget all EPPs of a pool that are neither expected (pod uids) nor connected."""
         connected = [stream.pod_uid for stream in self._streams.get(pool, ())]
         self._rollouts[pool].retain({*expected, *connected})
 
     def connected(self, pool: str) -> dict[str, str]:
-        """Return the pickers that have a stream: name by pod uid."""
+        """Return the EPPs that have a stream: name by pod uid."""
         return {stream.pod_uid: stream.pod_name for stream in self._streams.get(pool, ())}
 
-    def pickers(self, pool: str, expected: Mapping[str, str]) -> list[Picker]:
-        """Say how the expected pickers (name by pod uid) of a pool stand."""
+    def epps(self, pool: str, expected: Mapping[str, str]) -> list[EPP]:
+        """Say how the expected EPPs (name by pod uid) of a pool stand."""
         self.retain(pool, expected.keys())
         streams = self._streams.get(pool, ())
         sessions = {stream.pod_uid: stream.session for stream in streams}
-        return self._rollouts[pool].pickers(expected, sessions, self._leading_since, self._clock())
+        return self._rollouts[pool].epps(expected, sessions, self._leading_since, self._clock())
 
     # --- the server
 
@@ -198,7 +198,7 @@ class ControlServer(rpc.ControlServicer):
         return int(port)
 
     async def stop(self) -> None:
-        """Ask every picker to dial again soon, at moments of their own, and close."""
+        """Ask every EPP to dial again soon, at moments of their own, and close."""
         self._closing = True
         for stream in self._all():
             after = random.uniform(0, CLOSE_SECONDS)  # noqa: S311  # spreads load, hides nothing
@@ -258,7 +258,7 @@ class ControlServer(rpc.ControlServicer):
             _log.warning("control stream refused: %s", text, extra={"reason": error.reason})
 
     def _admit(self, hello: pb.Hello, uid: str) -> _Stream:
-        """Register a picker; from here on it is told of every change."""
+        """Register an EPP; from here on it is told of every change."""
         now = self._clock()
         applied = hello.applied if hello.HasField("applied") else None
         known = features.NAMES & set(hello.features)
@@ -313,7 +313,7 @@ class ControlServer(rpc.ControlServicer):
 
     async def _write(self, stream: _Stream, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """Send what there is to send until the stream ends."""
-        ping_at = self._clock()  # the first tells the picker at once that it is served
+        ping_at = self._clock()  # the first tells the EPP at once that it is served
         while True:
             now = self._clock()
             self._offer(stream, now)
@@ -364,13 +364,13 @@ class ControlServer(rpc.ControlServicer):
             await asyncio.wait_for(stream.wake.wait(), max(0.01, until - now))
 
     def _desired(self, stream: _Stream) -> Desired | None:
-        """Return what a picker should run, if it is ours to say now."""
+        """Return what an EPP should run, if it is ours to say now."""
         if self._epoch is None or self._quiet or stream.ended:
             return None
         return self._rollouts[stream.pool].desired_for(stream.session.features)
 
     def _offer(self, stream: _Stream, now: float) -> None:
-        """Put the program into the outbox if this picker should get it now."""
+        """Put the program into the outbox if this EPP should get it now."""
         desired = self._desired(stream)
         if desired is None or self._epoch is None:
             return
@@ -389,7 +389,7 @@ class ControlServer(rpc.ControlServicer):
     # --- reading
 
     async def _read(self, stream: _Stream, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        """Take what the picker says until it stops."""
+        """Take what the EPP says until it stops."""
         try:
             while True:
                 message = await context.read()
@@ -406,7 +406,7 @@ class ControlServer(rpc.ControlServicer):
             self._end(stream, refusal=not_a_message())
         except (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.BaseError):
             _log.debug("control stream broke", extra={"pod": stream.pod_name})
-        except Exception:  # whatever a picker sends must end its own stream only
+        except Exception:  # whatever an EPP sends must end its own stream only
             _log.exception("control stream failed", extra={"pod": stream.pod_name})
         self._end(stream)
 

@@ -1,6 +1,6 @@
-"""One endpoint picker's control stream as a state machine: what it is sent, what it answers.
+"""One EPP's control stream as a state machine: what it is sent, what it answers.
 
-What is wanted is compared with what the picker has *acknowledged*, never with what was sent: a
+What is wanted is compared with what the EPP has *acknowledged*, never with what was sent: a
 program that got lost or was refused is not taken for running (NGINX Gateway Fabric issue 5330). At
 most one program is under way. Pure: the moment is an argument, in monotonic seconds. Streams and
 pools are server.py's business.
@@ -31,9 +31,9 @@ MAX_BURST = 250
 MAX_NAME = 253
 MAX_BAND_NAME = 63  # the schema's
 MAX_STATS_BANDS = 64
-MAX_COUNT = 1 << 50  # sums of what pickers report stay numbers that an API server takes
+MAX_COUNT = 1 << 50  # sums of what EPPs report stay numbers that an API server takes
 MAX_ERROR = 200
-# The picker has seen a higher version, or this one with other content: not the program's fault.
+# The EPP has seen a higher version, or this one with other content: not the program's fault.
 _NOT_OURS = ("StaleEpoch", "HashConflict")
 
 
@@ -70,7 +70,7 @@ class Desired:
 
 
 class Session:
-    """What has been sent to a picker and what it has answered.
+    """What has been sent to an EPP and what it has answered.
 
     Args:
         now: the moment its Hello came.
@@ -151,7 +151,7 @@ class Session:
     def led_anew(self) -> None:
         """Note that the epoch is another: a program whose version was refused gets a new one.
 
-        Once only: a picker that refuses every version must not be sent one after the other.
+        Once only: an EPP that refuses every version must not be sent one after the other.
         """
         if self._stale and self._refusals <= 1:
             self.nacked, self.error = b"", ""

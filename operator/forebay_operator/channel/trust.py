@@ -1,8 +1,8 @@
-"""Whether a control stream comes from an endpoint picker (EPP) of the pool it names.
+"""Whether a control stream comes from an EPP (EPP) of the pool it names.
 
 In a cluster an EPP shows a projected service account token, bound to its pod and to our audience;
 the API server says whose it is (TokenReview), and the pod has to be one behind the pool's endpoint
-picker Service. What the token says of itself is checked first, so that hardly anything forged
+EPP Service. What the token says of itself is checked first, so that hardly anything forged
 reaches the API server. With certificates instead, the service account stands in the certificate's
 URI (spiffe://<trust domain>/ns/<namespace>/sa/<name>) and the pod is taken from the Hello. Either
 has to come from the address of its pod, so that a stolen one is worth nothing elsewhere. Without

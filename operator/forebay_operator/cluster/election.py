@@ -1,7 +1,7 @@
 """Who leads: a Lease, and an epoch that grows with each leadership.
 
 The Lease alone does not keep an old leader from acting (it may have been asleep while its lease
-ran out), so every leadership has an epoch and endpoint pickers refuse a lower one. The epoch is an
+ran out), so every leadership has an epoch and EPPs refuse a lower one. The epoch is an
 annotation on the Lease, written by the same compare-and-swap that takes it. `leaseTransitions`
 would not do: it does not grow when a container restarts under its old name, and starts again when
 the Lease is deleted. A new epoch is at least the time of day in seconds, so that it is above those
@@ -10,7 +10,7 @@ grow by one. Lease times are monotonic; other machines' clocks are never compare
 
 Lease: 15 s; a leader that could not renew for 10 s is quiet; it tries every 2 s (client-go's).
 
-A leader takes a new epoch when an endpoint picker (EPP) has seen one above its own, because that
+A leader takes a new epoch when an EPP (EPP) has seen one above its own, because that
 EPP would refuse every program. Each new epoch makes every EPP be programmed again, so `Claims`
 limits what an EPP can claim: one that lies causes one new epoch, not one after the other.
 """

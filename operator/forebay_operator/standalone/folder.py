@@ -1,7 +1,7 @@
 """An operator whose objects come from a folder of manifests instead of a cluster.
 
 The store, planning, the control server and the conditions are those of the cluster operator. There
-is nobody to elect, and a pool's endpoint pickers are those that are connected. Statuses are told to
+is nobody to elect, and a pool's EPPs are those that are connected. Statuses are told to
 people instead of written.
 """
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from forebay_operator.cluster.store import Entry
     from forebay_operator.resources import Kind, Resource
     from forebay_operator.standalone.sources import Manifests
-    from forebay_operator.status.conditions import Transition
+    from forebay_operator.status.comparing import Transition
 
 MAX_CHANGES = 20
 _SLICE = BY_NAME["discovery.k8s.io/v1", "EndpointSlice"]
@@ -169,7 +169,7 @@ class FolderOperator:
         self._store = Store()
         self._folder = Folder(self._store, pool, endpoints)
         self._control = ControlServer(
-            believe, changed=self._pickers_changed, higher_epoch=self._lead_from
+            believe, changed=self._epps_changed, higher_epoch=self._lead_from
         )
         self._deletions = Deletions(self._control, self._is_absent)
         self._reconciler = Reconciler(
@@ -184,8 +184,8 @@ class FolderOperator:
         """Say whether the folder has no such pool; not while a file cannot be read."""
         return None if self._errors else f"{namespace}/{name}" not in self._snapshots
 
-    def _pickers_changed(self, pool: str) -> None:
-        self._reconciler.pickers_changed(pool)
+    def _epps_changed(self, pool: str) -> None:
+        self._reconciler.epps_changed(pool)
 
     def _lead_from(self, seen: int, _uid: str, _namespace: str) -> None:
         if seen < MAX_EPOCH:
@@ -215,7 +215,7 @@ class FolderOperator:
         return await self._control.serve(join(control_host, control_port), None)
 
     async def run(self) -> None:
-        """Follow the folder and the pickers, for ever.
+        """Follow the folder and the EPPs, for ever.
 
         Raises:
             OSError: the folder cannot be watched.
@@ -230,13 +230,13 @@ class FolderOperator:
             deleting.cancel()
 
     async def stop(self) -> None:
-        """Let the pickers go and close the ports."""
+        """Let the EPPs go and close the ports."""
         await self._control.stop()
         if self._runner is not None:
             await self._runner.cleanup()
 
     def planned(self, pool: str) -> pb.Snapshot:
-        """Return what a pool's pickers are to run."""
+        """Return what a pool's EPPs are to run."""
         return self._snapshots[pool]
 
     # --- objects

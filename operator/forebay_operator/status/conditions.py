@@ -3,116 +3,29 @@
 Statuses follow the Kubernetes API conventions and GEP-713: observedGeneration on each condition, a
 False one says why and what to do, lastTransitionTime moves only when the status flips. Numbers are
 quantised, so that a status is written again only when something has changed that a person would
-care about; exact values are the endpoint pickers' metrics. When and where a status is written is
+care about; exact values are the EPPs' metrics. When and where a status is written is
 reconcile.py's business.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any
+
+from forebay_operator.status import numbers
+from forebay_operator.status.observed import CONTROLLER_NAME, EPPState
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from forebay_control.v1 import control_pb2 as pb
+    from forebay_operator.status.observed import EPP, Attachment, Subject
 
-CONTROLLER_NAME = "forebay.dev/operator"
 NOT_CLAIMED = "PoolNotClaimed"
-MAX_ANCESTORS = 16  # the schema's
-MAX_BANDS = 64  # the schema's
 PLAN_HELD = "PlanHeld"
 MAX_NAMED = 5
 MAX_MESSAGE = 1024
-_TOLD_BY_PROGRAMMED = ("EndpointPickersStale", "EndpointPickersReject")
 _GOOD = 2  # rank of a condition that needs nothing done
 
 _Verdict = tuple[str, str, str]  # a condition's status, reason and message
-
-
-class PickerState(StrEnum):
-    """Where an endpoint picker stands with the program it should run."""
-
-    PROGRAMMED = "Programmed"
-    PENDING = "Pending"
-    REJECTED = "Rejected"
-    STALE = "Stale"
-
-
-@dataclass(frozen=True, slots=True)
-class Picker:
-    """One endpoint picker as the operator sees it.
-
-    Attributes:
-        name: its pod.
-        connected: whether it has a stream.
-        generations: uid -> generation of the objects in the program it has acknowledged.
-        error: what it said when it refused, for people; the first word is the code.
-        unsupported: what of the plan it is not sent since it does not know it, as field paths.
-        stats: what it reported last.
-    """
-
-    name: str
-    state: PickerState
-    connected: bool = False
-    generations: Mapping[str, int] = field(default_factory=dict)
-    error: str = ""
-    unsupported: tuple[str, ...] = ()
-    stats: pb.Stats | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Attachment:
-    """One pool a policy or model is for, and how it fares there.
-
-    `refused` is the reason and message why it does not count there, if it does not. `pickers` is
-    None where the pool does not exist. `service` is the one behind which they should be; None:
-    the pool names none; "": there are no Services. `held_by` is the invalid policy for whose sake
-    the pool's endpoint pickers keep the plan they have. `too_large` says so of the plan, which is
-    then not sent. `shared_with` are other pools that name the same Service. `advice` is what is
-    valid there and surely not meant.
-    """
-
-    pool: str
-    group: str
-    pickers: Sequence[Picker] | None
-    refused: tuple[str, str] | None = None
-    service: str | None = None
-    notes: tuple[str, ...] = ()
-    endpoints: int = 0
-    held_by: str = ""
-    too_large: str = ""
-    shared_with: tuple[str, ...] = ()
-    advice: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """The object a status is for. `problems`: its latest generation is not valid."""
-
-    uid: str
-    namespace: str
-    generation: int
-    problems: Sequence[tuple[str, str]] = ()
-    valid_generation: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Transition:
-    """A condition whose status or reason is new. `before` is the status it had, "" for none."""
-
-    type: str
-    status: str
-    reason: str
-    message: str
-    before: str = ""
-
-    @property
-    def bad(self) -> bool:
-        """Whether somebody has to do something: of Degraded it is True that is bad."""
-        return (self.status == "True") == (self.type == "Degraded")
 
 
 def policy_status(
@@ -130,16 +43,16 @@ def policy_status(
         controller_name: whose status it is.
         summary: whether the parts about all pools together are this controller's to write.
     """
-    live = [a for a in attachments if a.pickers is not None and a.refused is None]
-    pickers = [picker for attachment in live for picker in attachment.pickers or ()]
+    live = [a for a in attachments if a.epps is not None and a.refused is None]
+    epps = [epp for attachment in live for epp in attachment.epps or ()]
     verdicts = [_verdicts(subject, attachment) for attachment in attachments]
     found = _summary(attachments, verdicts) if attachments else _verdicts(subject, None)
     counts = {
-        "desired": len(pickers),
-        "connected": sum(picker.connected for picker in pickers),
-        "programmed": sum(_programs(subject, picker) for picker in pickers),
-        "rejected": sum(picker.state is PickerState.REJECTED for picker in pickers),
-        "stale": sum(picker.state is PickerState.STALE for picker in pickers),
+        "desired": len(epps),
+        "connected": sum(epp.connected for epp in epps),
+        "programmed": sum(_programs(subject, epp) for epp in epps),
+        "rejected": sum(epp.state is EPPState.REJECTED for epp in epps),
+        "stale": sum(epp.state is EPPState.STALE for epp in epps),
     }
     status: dict[str, Any] = {
         "conditions": _observed(subject, found),
@@ -148,11 +61,11 @@ def policy_status(
             for attachment, conditions in zip(attachments, verdicts, strict=True)
         ],
         "endpointPickers": {**counts, "ready": f"{counts['programmed']}/{counts['desired']}"},
-        "pools": [_pool(attachment) for attachment in live],
+        "pools": [numbers.of_pool(attachment) for attachment in live],
     }
     if attachments:
         status["poolNames"] = ",".join(a.pool for a in attachments)[:MAX_MESSAGE]
-    generations = [picker.generations.get(subject.uid, 0) for picker in pickers]
+    generations = [epp.generations.get(subject.uid, 0) for epp in epps]
     if generations and min(generations) > 0:
         status["programmedGeneration"] = min(generations)
     if live:
@@ -172,7 +85,7 @@ def model_status(subject: Subject, attachment: Attachment) -> dict[str, Any]:
         accepted = _condition("Accepted", "False", "Invalid", _fix(subject))
     elif attachment.refused is not None:
         accepted = _condition("Accepted", "False", *attachment.refused)
-    elif attachment.pickers is None:
+    elif attachment.epps is None:
         message = f"waits for InferencePool {attachment.pool}, which does not exist"
         accepted = _condition("Accepted", "Unknown", "Pending", message)
     else:
@@ -181,122 +94,23 @@ def model_status(subject: Subject, attachment: Attachment) -> dict[str, Any]:
     return {"conditions": _observed(subject, [accepted, programmed])}
 
 
-def pool_problems(pickers: Sequence[Picker]) -> dict[str, str]:
+def pool_problems(epps: Sequence[EPP]) -> dict[str, str]:
     """Return what is wrong with a pool's EPPs, whether it has a policy or not: text by reason."""
     found: dict[str, str] = {}
-    older = [picker for picker in pickers if picker.unsupported]
+    older = [epp for epp in epps if epp.unsupported]
     if older:
         found["UnsupportedByEndpointPicker"] = _older(older)
-    rejected = [picker for picker in pickers if picker.state is PickerState.REJECTED]
+    rejected = [epp for epp in epps if epp.state is EPPState.REJECTED]
     if rejected:
-        named = "; ".join(f"{picker.name}: {picker.error}" for picker in rejected[:MAX_NAMED])
-        found["Rejected"] = f"{len(rejected)} of {len(pickers)} endpoint pickers refuse: {named}"
-    stale = [picker.name for picker in pickers if picker.state is PickerState.STALE]
+        named = "; ".join(f"{epp.name}: {epp.error}" for epp in rejected[:MAX_NAMED])
+        found["Rejected"] = f"{len(rejected)} of {len(epps)} endpoint pickers refuse: {named}"
+    stale = [epp.name for epp in epps if epp.state is EPPState.STALE]
     if stale:
         found["Stale"] = (
             f"no connection from {_listed(stale)}; they keep the last program they had: look at "
             "their logs and at the network between them and the operator"
         )
     return found
-
-
-def was_in_force(status: Mapping[str, Any]) -> bool:
-    """Say whether a policy's status shows that endpoint pickers have run some generation of it."""
-    return bool(status.get("programmedGeneration")) or any(
-        condition.get("reason") == PLAN_HELD for condition in status.get("conditions") or ()
-    )
-
-
-def with_times(
-    status: dict[str, Any],
-    before: Mapping[str, Any],
-    now: str,
-    controller_name: str = CONTROLLER_NAME,
-) -> dict[str, Any]:
-    """Give each condition its lastTransitionTime: `now` only where its status has flipped.
-
-    The list of ancestors is written as a whole, so those of other controllers are kept in it.
-    """
-    times = _times(before.get("conditions"))
-    old_ancestors = {
-        _key(ancestor): _times(ancestor.get("conditions"))
-        for ancestor in before.get("ancestors") or ()
-        if isinstance(ancestor, dict)
-    }
-    stamped = dict(status)
-    if "conditions" in status:
-        stamped["conditions"] = _stamped(status["conditions"], times, now)
-    if "ancestors" in status:
-        stamped["ancestors"] = [
-            {
-                **ancestor,
-                "conditions": _stamped(
-                    ancestor["conditions"], old_ancestors.get(_key(ancestor), {}), now
-                ),
-            }
-            for ancestor in status["ancestors"]
-        ]
-        others = [
-            ancestor
-            for ancestor in before.get("ancestors") or ()
-            if isinstance(ancestor, dict) and ancestor.get("controllerName") != controller_name
-        ]
-        stamped["ancestors"] = [*stamped["ancestors"], *others][:MAX_ANCESTORS]
-    return stamped
-
-
-def differs(
-    desired: Mapping[str, Any],
-    observed: Mapping[str, Any],
-    controller_name: str = CONTROLLER_NAME,
-) -> str:
-    """Compare, times aside: "" the same, "numbers" only live numbers moved, "meaning" more.
-
-    Only what we write is looked at: what other writers add is theirs.
-    """
-    if _meaning(desired, desired, controller_name) != _meaning(observed, desired, controller_name):
-        return "meaning"
-    mine = {pool["name"] for pool in desired.get("pools") or ()}
-    pools = [pool for pool in observed.get("pools") or () if pool.get("name") in mine]
-    if pools != (desired.get("pools") or []):
-        return "numbers"
-    numbers = ("queued", "saturation")
-    if "conditions" in desired and any(desired.get(n) != observed.get(n) for n in numbers):
-        return "numbers"
-    return ""
-
-
-def transitions(desired: Mapping[str, Any], observed: Mapping[str, Any]) -> list[Transition]:
-    """Return what has become of each condition whose status or reason is new.
-
-    One that only repeats what another says is left out.
-    """
-    before = {
-        condition.get("type"): (condition.get("status"), condition.get("reason"))
-        for condition in observed.get("conditions") or ()
-    }
-    refused = {
-        c["reason"]
-        for c in desired.get("conditions") or ()
-        if c["type"] == "Accepted" and c["status"] == "False"
-    }
-    return [
-        Transition(
-            c["type"], c["status"], c["reason"], c["message"], before.get(c["type"], ("",))[0] or ""
-        )
-        for c in desired.get("conditions") or ()
-        if before.get(c["type"]) != (c["status"], c["reason"])
-        and (c["type"] == "Accepted" or c["reason"] not in refused)
-        and c["reason"] not in _TOLD_BY_PROGRAMMED
-    ]
-
-
-def unsettled(status: Mapping[str, Any]) -> bool:
-    """Say whether the status is one that acknowledgements are about to change."""
-    return any(
-        condition["type"] == "Programmed" and condition["reason"] == "Pending"
-        for condition in status.get("conditions") or ()
-    )
 
 
 # --- conditions
@@ -368,7 +182,7 @@ def _accepted(subject: Subject, attachment: Attachment | None) -> _Verdict:
         return "False", "Invalid", _fix(subject)
     if attachment is not None and attachment.refused is not None:
         return "False", *attachment.refused
-    if attachment is None or attachment.pickers is None:
+    if attachment is None or attachment.epps is None:
         return "False", "TargetNotFound", "its pool does not exist: see ResolvedRefs"
     more = len(attachment.advice) - MAX_NAMED
     advice = "; ".join(attachment.advice[:MAX_NAMED]) + (f"; and {more} more" if more > 0 else "")
@@ -378,7 +192,7 @@ def _accepted(subject: Subject, attachment: Attachment | None) -> _Verdict:
 def _resolved(attachment: Attachment | None) -> _Verdict:
     if attachment is None:
         return "Unknown", "Invalid", "no target is named: see Accepted"
-    if attachment.pickers is None:
+    if attachment.epps is None:
         message = (
             f"there is no InferencePool {attachment.pool} in this namespace; "
             "it counts as soon as it is created"
@@ -387,9 +201,9 @@ def _resolved(attachment: Attachment | None) -> _Verdict:
     return "True", "ResolvedRefs", ""
 
 
-def _programs(subject: Subject, picker: Picker) -> bool:
-    """Say whether a picker runs the latest generation."""
-    return picker.generations.get(subject.uid) == subject.generation
+def _programs(subject: Subject, epp: EPP) -> bool:
+    """Say whether an EPP runs the latest generation."""
+    return epp.generations.get(subject.uid) == subject.generation
 
 
 def _without_effect(subject: Subject, attachment: Attachment | None) -> _Verdict | None:
@@ -398,7 +212,7 @@ def _without_effect(subject: Subject, attachment: Attachment | None) -> _Verdict
         return "False", "Invalid", "the latest generation is not valid: see Accepted"
     if attachment is not None and attachment.refused is not None:
         return "False", attachment.refused[0], "has no effect: see Accepted"
-    if attachment is None or attachment.pickers is None:
+    if attachment is None or attachment.epps is None:
         return "False", "TargetNotFound", "has no effect while its pool does not exist"
     if attachment.held_by:
         message = (
@@ -406,8 +220,8 @@ def _without_effect(subject: Subject, attachment: Attachment | None) -> _Verdict
             "pickers keep the plan they have, and the operator does not know which that is"
         )
         return "Unknown", PLAN_HELD, message
-    if not attachment.pickers:
-        return "False", "NoEndpointPickers", _no_pickers(attachment)
+    if not attachment.epps:
+        return "False", "NoEndpointPickers", _no_epps(attachment)
     return None
 
 
@@ -416,13 +230,13 @@ def _programmed(subject: Subject, attachment: Attachment | None) -> _Verdict:
     verdict = _without_effect(subject, attachment)
     if verdict is not None or attachment is None:
         return verdict or ("False", "Invalid", "")
-    pickers = attachment.pickers or ()
-    problems = pool_problems(pickers)
+    epps = attachment.epps or ()
+    problems = pool_problems(epps)
     for reason in ("Rejected", "Stale", "UnsupportedByEndpointPicker"):
         if reason in problems:
             text = problems[reason]
-            return "False", _unsupported(pickers) if reason == "Rejected" else reason, text
-    behind = [picker.name for picker in pickers if not _programs(subject, picker)]
+            return "False", _unsupported(epps) if reason == "Rejected" else reason, text
+    behind = [epp.name for epp in epps if not _programs(subject, epp)]
     if not behind:
         return "True", "Programmed", "every endpoint picker runs it"
     if attachment.too_large:
@@ -439,51 +253,51 @@ def _model_programmed(subject: Subject, attachment: Attachment) -> _Verdict:
     verdict = _without_effect(subject, attachment)
     if verdict is not None:
         return verdict
-    pickers = attachment.pickers or ()
-    serving = [picker for picker in pickers if picker.generations] or pickers
+    epps = attachment.epps or ()
+    serving = [epp for epp in epps if epp.generations] or epps
     older = [
-        picker
-        for picker in serving
-        if any(path.startswith("plan.models") for path in picker.unsupported)
-        or (picker.unsupported and not _programs(subject, picker))
+        epp
+        for epp in serving
+        if any(path.startswith("plan.models") for path in epp.unsupported)
+        or (epp.unsupported and not _programs(subject, epp))
     ]
     if older:
         text = f"an endpoint picker is {_age_of(older)}"
         return "False", "UnsupportedByEndpointPicker", text
-    behind = [picker for picker in serving if not _programs(subject, picker)]
+    behind = [epp for epp in serving if not _programs(subject, epp)]
     if not behind:
         return "True", "Programmed", "every endpoint picker that serves runs it"
-    rejected = [picker for picker in behind if picker.state is PickerState.REJECTED]
+    rejected = [epp for epp in behind if epp.state is EPPState.REJECTED]
     if rejected:
-        error = min(picker.error for picker in rejected)
+        error = min(epp.error for epp in rejected)
         return "False", _unsupported(rejected), f"an endpoint picker refuses the plan: {error}"
-    if any(picker.state is PickerState.STALE for picker in behind):
+    if any(epp.state is EPPState.STALE for epp in behind):
         return "False", "Stale", "an endpoint picker that runs an older plan cannot be reached"
     if attachment.too_large:
         return "False", "TooLarge", attachment.too_large
     return "False", "Pending", "waits for endpoint pickers to acknowledge"
 
 
-def _unsupported(rejected: Sequence[Picker]) -> str:
+def _unsupported(rejected: Sequence[EPP]) -> str:
     """Return the reason of EPPs that refuse: another one where all do not know a field."""
-    errors = [picker.error for picker in rejected if picker.state is PickerState.REJECTED]
+    errors = [epp.error for epp in rejected if epp.state is EPPState.REJECTED]
     if all(error.startswith("Unsupported") for error in errors):
         return "UnsupportedByEndpointPicker"
     return "Rejected"
 
 
-def _older(pickers: Sequence[Picker]) -> str:
-    return f"{_listed([picker.name for picker in pickers])}: {_age_of(pickers)}"
+def _older(epps: Sequence[EPP]) -> str:
+    return f"{_listed([epp.name for epp in epps])}: {_age_of(epps)}"
 
 
-def _age_of(pickers: Sequence[Picker]) -> str:
-    paths = sorted({path for picker in pickers for path in picker.unsupported})
+def _age_of(epps: Sequence[EPP]) -> str:
+    paths = sorted({path for epp in epps for path in epp.unsupported})
     return (
         f"of an older release, which does not know {_listed(paths)}: update it, or leave that out"
     )
 
 
-def _no_pickers(attachment: Attachment) -> str:
+def _no_epps(attachment: Attachment) -> str:
     if attachment.service == "":
         return "no endpoint picker is connected"
     if attachment.service is None:
@@ -504,7 +318,7 @@ def _no_pickers(attachment: Attachment) -> str:
 
 
 def _degraded(subject: Subject, attachment: Attachment | None) -> _Verdict:
-    if attachment is None or attachment.pickers is None or attachment.refused is not None:
+    if attachment is None or attachment.epps is None or attachment.refused is not None:
         return "False", "AsExpected", ""
     if subject.problems and subject.valid_generation is not None:
         message = f"generation {subject.valid_generation} is in force, not the latest"
@@ -512,14 +326,14 @@ def _degraded(subject: Subject, attachment: Attachment | None) -> _Verdict:
     if subject.problems and attachment.held_by:
         message = "endpoint pickers keep the plan they have; the operator knows no valid generation"
         return "True", PLAN_HELD, message
-    stale = [p.name for p in attachment.pickers if p.state is PickerState.STALE]
+    stale = [p.name for p in attachment.epps if p.state is EPPState.STALE]
     if stale:
         message = f"{_listed(stale)} cannot be reached and may run an older program"
         return "True", "EndpointPickersStale", message
-    rejected = [p.name for p in attachment.pickers if p.state is PickerState.REJECTED]
+    rejected = [p.name for p in attachment.epps if p.state is EPPState.REJECTED]
     if rejected:
         return "True", "EndpointPickersReject", f"{_listed(rejected)} run an older program"
-    if _failing(attachment.pickers):
+    if _failing(attachment.epps):
         message = (
             f"more than half of the endpoints of InferencePool {attachment.pool} get no requests "
             "since they cannot be reached or answer with errors: look at the model servers"
@@ -530,9 +344,9 @@ def _degraded(subject: Subject, attachment: Attachment | None) -> _Verdict:
     return "False", "AsExpected", ""
 
 
-def _failing(pickers: Sequence[Picker]) -> bool:
+def _failing(epps: Sequence[EPP]) -> bool:
     """Say whether more than half of a pool's endpoints are out, by all EPPs' reports together."""
-    reports = _reports(pickers)
+    reports = numbers.reports(epps)
     out = sum(min(report.endpoints_out, report.endpoints) for report in reports)
     return 2 * out > sum(report.endpoints for report in reports)
 
@@ -558,121 +372,3 @@ def _ancestor(
 def _listed(names: Sequence[str]) -> str:
     more = len(names) - MAX_NAMED
     return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-# --- numbers
-
-
-def _pool(attachment: Attachment) -> dict[str, Any]:
-    """Add up what the pool's endpoint pickers report.
-
-    A band that few report gives way where there are more than the schema takes.
-    """
-    reports = _reports(attachment.pickers or ())
-    bands: dict[str, dict[str, Any]] = {}
-    for report in reports:
-        for band in report.bands:
-            sums = bands.setdefault(
-                band.band,
-                {
-                    "band": band.band,
-                    "requests": 0,
-                    "bytes": 0,
-                    "oldestSeconds": 0.0,
-                    "dispatched": 0,
-                    "rejected": 0,
-                    "evicted": 0,
-                },
-            )
-            for name in ("requests", "bytes", "dispatched", "rejected", "evicted"):
-                sums[name] += getattr(band, name)
-            sums["oldestSeconds"] = max(sums["oldestSeconds"], band.oldest_seconds)
-    named = Counter(band.band for report in reports for band in report.bands)
-    kept = sorted(bands, key=lambda name: (-named[name], name))[:MAX_BANDS]
-    for sums in bands.values():
-        for name in ("requests", "bytes", "dispatched", "rejected", "evicted"):
-            sums[name] = quantised(sums[name])
-        sums["oldestSeconds"] = quantised(round(sums["oldestSeconds"]))
-    saturation = max((report.saturation for report in reports), default=0.0)
-    return {
-        "name": attachment.pool,
-        "saturation": f"{min(round(saturation * 20) / 20, 99.0):.2f}",
-        "endpoints": attachment.endpoints,
-        "queues": [bands[name] for name in sorted(kept)],
-    }
-
-
-def _reports(pickers: Sequence[Picker]) -> list[pb.Stats]:
-    """Return what EPPs report; what one that cannot be reached said last is no longer so."""
-    return [
-        picker.stats
-        for picker in pickers
-        if picker.stats is not None and picker.state is not PickerState.STALE
-    ]
-
-
-def quantised(value: int) -> int:
-    """Keep two digits: 7, 42, 130, 5,300."""
-    step = 1
-    while value // step >= 100:
-        step *= 10
-    return value // step * step
-
-
-# --- comparing
-
-
-def _times(conditions: Iterable[Any] | None) -> dict[str, tuple[str, str]]:
-    return {
-        condition["type"]: (condition.get("status", ""), condition.get("lastTransitionTime", ""))
-        for condition in conditions or ()
-        if isinstance(condition, dict) and "type" in condition
-    }
-
-
-def _stamped(
-    conditions: list[dict[str, Any]], times: dict[str, tuple[str, str]], now: str
-) -> list[dict[str, Any]]:
-    stamped = []
-    for condition in conditions:
-        status, since = times.get(condition["type"], ("", ""))
-        same = status == condition["status"] and since
-        stamped.append({**condition, "lastTransitionTime": since if same else now})
-    return stamped
-
-
-def _key(ancestor: Mapping[str, Any]) -> str:
-    reference = ancestor.get("ancestorRef") or {}
-    return f"{reference.get('group')}/{reference.get('name')}/{ancestor.get('controllerName')}"
-
-
-def _meaning(status: Mapping[str, Any], like: Mapping[str, Any], controller_name: str) -> Any:
-    """Return what of a status people act on, only the parts that `like` has too."""
-    types = {c["type"] for c in like.get("conditions") or ()}
-    mine = {pool["name"] for pool in like.get("pools") or ()}
-    conditions = {
-        c.get("type"): (
-            c.get("status"),
-            c.get("reason"),
-            c.get("message"),
-            c.get("observedGeneration"),
-        )
-        for c in status.get("conditions") or ()
-        if c.get("type") in types
-    }
-    ancestors = {
-        _key(a): [
-            (c.get("type"), c.get("status"), c.get("reason"), c.get("message"))
-            for c in a.get("conditions") or ()
-        ]
-        for a in status.get("ancestors") or ()
-        if a.get("controllerName") == controller_name
-    }
-    return (
-        conditions,
-        ancestors,
-        status.get("programmedGeneration") if types else None,
-        status.get("endpointPickers") if types else None,
-        status.get("poolNames") if types else None,
-        sorted(p["name"] for p in status.get("pools") or () if p.get("name") in mine),
-    )

@@ -1,0 +1,72 @@
+"""The live numbers of a pool in `.status`, quantised. Pure.
+
+A status is written again only when something has changed that a person would care about; exact
+values are the EPPs' metrics.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from forebay_operator.status.observed import EPPState
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from forebay_control.v1 import control_pb2 as pb
+    from forebay_operator.status.observed import EPP, Attachment
+
+MAX_BANDS = 64  # the schema's
+
+
+def of_pool(attachment: Attachment) -> dict[str, Any]:
+    """Add up what the pool's EPPs report.
+
+    A band that few report gives way where there are more than the schema takes.
+    """
+    found = reports(attachment.epps or ())
+    bands: dict[str, dict[str, Any]] = {}
+    for report in found:
+        for band in report.bands:
+            sums = bands.setdefault(
+                band.band,
+                {
+                    "band": band.band,
+                    "requests": 0,
+                    "bytes": 0,
+                    "oldestSeconds": 0.0,
+                    "dispatched": 0,
+                    "rejected": 0,
+                    "evicted": 0,
+                },
+            )
+            for name in ("requests", "bytes", "dispatched", "rejected", "evicted"):
+                sums[name] += getattr(band, name)
+            sums["oldestSeconds"] = max(sums["oldestSeconds"], band.oldest_seconds)
+    named = Counter(band.band for report in found for band in report.bands)
+    kept = sorted(bands, key=lambda name: (-named[name], name))[:MAX_BANDS]
+    for sums in bands.values():
+        for name in ("requests", "bytes", "dispatched", "rejected", "evicted"):
+            sums[name] = quantised(sums[name])
+        sums["oldestSeconds"] = quantised(round(sums["oldestSeconds"]))
+    saturation = max((report.saturation for report in found), default=0.0)
+    return {
+        "name": attachment.pool,
+        "saturation": f"{min(round(saturation * 20) / 20, 99.0):.2f}",
+        "endpoints": attachment.endpoints,
+        "queues": [bands[name] for name in sorted(kept)],
+    }
+
+
+def reports(epps: Sequence[EPP]) -> list[pb.Stats]:
+    """Return what EPPs report; what one that cannot be reached said last is no longer so."""
+    return [epp.stats for epp in epps if epp.stats is not None and epp.state is not EPPState.STALE]
+
+
+def quantised(value: int) -> int:
+    """Keep two digits: 7, 42, 130, 5,300."""
+    step = 1
+    while value // step >= 100:
+        step *= 10
+    return value // step * step
