@@ -16,7 +16,7 @@ import pod_tokens
 import pytest
 from control_driver import Driver
 from control_peers import POOL, Peer, snapshot
-from control_plane import AUDIENCE, LOOPBACK, NAME, Authority, Forwarder
+from control_plane import AUDIENCE, LOOPBACK, NAME, Authority, EPPProcess, Forwarder
 from cryptography import x509
 from ext_proc_peer import until
 
@@ -125,9 +125,7 @@ def test_an_epp_refuses_an_operator_that_is_not_the_one(authority, serve, tmp_pa
     }[wrong]()
     shutil.rmtree(tmp_path / "tls", ignore_errors=True)
     driver = serve(leaf)
-    epp = PickerProcess(
-        tmp_path, POD, "chat", driver.port, authority.path, "--bootstrap-timeout=1s"
-    )
+    epp = EPPProcess(tmp_path, POD, "chat", driver.port, authority.path, "--bootstrap-timeout=1s")
     try:
         until(lambda: "no control connection" in epp.log, WAIT_SECONDS)
         until(lambda: "--bootstrap-timeout" in epp.log, WAIT_SECONDS)
@@ -227,7 +225,7 @@ def test_an_epp_reads_its_authorities_anew_with_each_dial(authority, serve, tmp_
     bundle = tmp_path / "bundle.crt"
     shutil.copy(authority.path, bundle)
     old = serve(authority.leaf("operator"))
-    epp = PickerProcess(tmp_path, POD, "chat", old.port, bundle)
+    epp = EPPProcess(tmp_path, POD, "chat", old.port, bundle)
     try:
         until(lambda: old.programmed(POOL), WAIT_SECONDS)
         new_authority = Authority(tmp_path / "new", "new")
@@ -260,7 +258,7 @@ def drop(driver: Driver) -> None:
 def test_a_rotated_token_is_read_anew_with_each_dial(authority, serve, tmp_path):
     """The kubelet replaces it every few minutes."""
     driver = serve(authority.leaf("operator"))
-    epp = PickerProcess(
+    epp = EPPProcess(
         tmp_path,
         SimpleNamespace(name="epp-0", namespace="default", uid="uid-0", token=lambda: BAD),
         "chat",
@@ -335,7 +333,7 @@ def test_a_real_epp_with_a_certificate(authority, serve, tmp_path):
     driver = serve(authority.leaf("operator"), mtls=True)
     leaf = authority.leaf("epp", uri=SPIFFE)
     flag = f"--control-cert-path={leaf}"
-    epp = PickerProcess(tmp_path, POD, "chat", driver.port, authority.path, flag)
+    epp = EPPProcess(tmp_path, POD, "chat", driver.port, authority.path, flag)
     try:
         until(lambda: driver.programmed(POOL), WAIT_SECONDS)
     finally:
