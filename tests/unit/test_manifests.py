@@ -77,11 +77,11 @@ def test_sizes_are_quantities(text, size):
             "spec.bands[0].fairness.policy",
             "is not one of FCFS, RoundRobin",
         ),
-        ("limts: {}", "spec.limts", "known are bands, limits, modelServerMetrics, models"),
+        ("limts: {}", "spec.limts", "known fields are bands, limits, modelServerMetrics, models"),
         (
             "bands: [{criticality: Critical, queue: {maxRequest: 1}}]",
             "spec.bands[0].queue.maxRequest",
-            "known are maxBytes, maxRequests, perFlow, ttl",
+            "known fields are maxBytes, maxRequests, perFlow, ttl",
         ),
         ("limits: {maxRequests: 0}", "spec.limits.maxRequests", "greater than or equal to 1"),
         ("limits: {maxRequests: many}", "spec.limits.maxRequests", "whole number"),
@@ -97,12 +97,12 @@ def test_sizes_are_quantities(text, size):
         (
             "bands: [{criticality: Critical}, {criticality: Critical}]",
             "spec.bands[1]",
-            "Critical is listed twice",
+            "Critical is duplicated",
         ),
         (
             "models: [{name: a, criticality: Critical}, {name: a, criticality: Standard}]",
             "spec.models[1]",
-            "a is listed twice",
+            "a is duplicated",
         ),
     ],
 )

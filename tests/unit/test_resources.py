@@ -132,7 +132,7 @@ def test_a_wrong_value_is_shown_in_short(value, shown):
     with pytest.raises(resources.ResourceError) as error:
         resources.parse(policy(noEndpoints={"ttl": value}))
 
-    assert f", is {shown}" in error.value.problems[0][1]
+    assert f", not {shown}" in error.value.problems[0][1]
 
 
 def test_the_first_problems_are_told_and_how_many_more_there_are():

@@ -88,7 +88,7 @@ def test_aliases_that_multiply_stay_small(tmp_path):
 
     found = errors(tmp_path, "\n".join([*lines, spec, "spec: {targetRefs: *a8, bands: *a8}"]))
 
-    assert "spec.targetRefs[0]: must be an object, is a list" in found
+    assert "spec.targetRefs[0]: must be an object, not a list" in found
     assert len(found) < 5000
 
 

@@ -2,8 +2,8 @@
 
 Our own kind is strict: an unknown field is an error that names the allowed ones. Foreign kinds are
 read leniently, since their owners add fields. Description, bounds, default and rules stand with
-their field, and crdschema.py makes the schemas from them. How an error is worded is messages.py's
-business, what a resource leads to is planning.py's.
+their field, and crdschema.py makes the schemas from them. Wording of errors belongs in messages.py,
+what a resource leads to in planning.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ Resource = (
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of object that is read, where its API is, and the class that reads it.
+    """A kind of object that is read, its API, and the class that reads it.
 
-    `required`: without its CRD nothing works. `ours_to_report`: its status is written.
-    `in_files`: it means something in a folder of manifests too. `label`: only objects that have it
-    mean something.
+    `required`: the operator needs its CRD. `ours_to_report`: the operator writes its status.
+    `in_files`: it also counts in a folder of manifests. `label`: only objects with this label
+    count.
     """
 
     group: str
@@ -91,7 +91,7 @@ class Kind:
 
     @property
     def api_version(self) -> str:
-        """As manifests write it."""
+        """The apiVersion of a manifest."""
         return f"{self.group}/{self.version}" if self.group else self.version
 
 

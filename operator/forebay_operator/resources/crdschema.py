@@ -1,8 +1,8 @@
 """From the models in resources/ to CustomResourceDefinitions. Pure.
 
 The schemas are structural: no references, a type everywhere. Unknown fields are pruned, and refused
-where the client asks for strict validation, as kubectl does. Which fields there are, what they mean
-and what holds for them does not belong here.
+where the client asks for strict validation, as kubectl does. Fields, their
+meaning and their rules do not belong here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from forebay_operator.resources import Kind
 
 HEADER = "# Made by hack/generate from operator/forebay_operator/resources.\n"
-# A title says the name again; that there are no other fields is the client's to ask for.
+# A title repeats the name; strict validation is up to the client.
 _LEFT_OUT = ("title", "$defs", "additionalProperties")
 _API_VERSION = "The version of the schema this object follows."
 _KIND = "The kind of this object."
@@ -30,7 +30,7 @@ _KIND = "The kind of this object."
 
 @dataclass(frozen=True, slots=True)
 class _Names:
-    """What a kind's definition says beside its schema; columns are (name, type, path)."""
+    """A kind's definition besides its schema; columns are (name, type, path)."""
 
     short: tuple[str, ...] = ()
     categories: tuple[str, ...] = ()
@@ -149,10 +149,10 @@ def schema(kind: Kind) -> dict[str, Any]:
 
 
 class _Generator(GenerateJsonSchema):
-    """JSON schema in which null is no value, and a choice is an enum even if it is one."""
+    """A JSON schema without null, in which even a single choice is an enum."""
 
     def nullable_schema(self, schema: core_schema.NullableSchema) -> dict[str, Any]:
-        """Leave null out: the API server takes it for unset."""
+        """Leave null out: the API server treats it as unset."""
         return self.generate_inner(schema["schema"])
 
     def literal_schema(self, schema: core_schema.LiteralSchema) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class _Generator(GenerateJsonSchema):
 
 
 def _structural(node: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    """Put in what is referred to, and say what OpenAPI 3.0 says otherwise."""
+    """Inline references, and convert to OpenAPI 3.0."""
     node = dict(node)
     if "$ref" in node:
         referred = definitions[node.pop("$ref").rpartition("/")[2]]
@@ -185,7 +185,7 @@ def _structural(node: dict[str, Any], definitions: dict[str, Any]) -> dict[str, 
 
 
 def _default(node: dict[str, Any], value: Any) -> dict[str, Any]:
-    """Return the default as it is written in YAML; an empty one of an object fills in its own."""
+    """Return the default as written in YAML; an object's is empty, so that its fields' apply."""
     if value is None or value == []:
         return {}
     if "properties" in node:
@@ -206,8 +206,8 @@ def _quantity(size_bytes: int) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what is there twice twice."""
+    """Emits no YAML anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002  # as in the parent
-        """Use no anchors: kubectl reads them, people do not like to."""
+        """Write repeated values out: kubectl reads anchors, but they are hard on people."""
         return True

@@ -1,6 +1,6 @@
-"""What fields are made of: durations, sizes and names, rules, and parts of objects.
+"""The building blocks of fields: durations, sizes, names and rules.
 
-Which fields an object has is the business of the modules beside this one.
+The fields of each kind belong in the modules beside this one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAX_COUNT = 1_000_000
 MAX_BYTES = 1 << 40
 
 _SUBDOMAIN = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
-_URL_PATH = r'/[!-"$-&(-~]*'  # printable but "#" and, for the rule's own sake, \x27
+_URL_PATH = r'/[!-"$-&(-~]*'  # printable, except "#" and \x27, which would end the rule's string
 _METRIC = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
 _LABEL = r"[a-zA-Z_][a-zA-Z0-9_]*"
 # A string of PromQL in either kind of quotes (\x27 is the single one) and the escapes of a page.
@@ -61,33 +61,33 @@ FACTORS = {
 
 
 class _Check:
-    """What annotates a field with more than types and bounds, for each reader of the field."""
+    """A check beyond types and bounds, for the API server and for Python."""
 
     __slots__ = ()
 
     @property
     def schema(self) -> dict[str, Any]:
-        """What the API server is told."""
+        """The check as part of the CRD's schema."""
         raise NotImplementedError
 
     def checked(self, value: Any) -> Any:
         """Return the value of a field.
 
         Raises:
-            ValueError: it is not as it must be.
+            ValueError: the check fails.
         """
         raise NotImplementedError
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> core_schema.CoreSchema:
-        """Check after everything else has been."""
+        """Run this check last."""
         return core_schema.no_info_after_validator_function(self.checked, handler(source))
 
     def __get_pydantic_json_schema__(
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        """Put it into the field's schema."""
+        """Add the check to the field's schema."""
         return {**handler(schema), **self.schema}
 
 
@@ -96,10 +96,10 @@ class Rule(_Check):
     """A rule, once in CEL and once in Python.
 
     Attributes:
-        message: what must be; the same from both.
+        message: what must hold; the same from both.
         cel: for the API server, over `self`.
-        holds: the same in Python; None where reading the field checks it, or where only the API
-            server can tell because it compares with the object before.
+        holds: the same in Python; None if reading the field checks it, or if only the API
+            server can check it, because it compares with the previous object.
     """
 
     message: str
@@ -130,14 +130,14 @@ class Unique(_Check):
         return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": list(self.keys)}
 
     def checked(self, value: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return the entries; the error says which one is there for the second time."""
+        """Return the entries; the error names the first duplicate."""
         seen = set()
         for index, entry in enumerate(value):
             key = tuple(getattr(entry, name) for name in self.keys)
             if key in seen:
                 what = " ".join(map(str, key))
                 raise PydanticCustomError(
-                    "duplicate", "{what} is listed twice", {"what": what, "index": index}
+                    "duplicate", "{what} is duplicated", {"what": what, "index": index}
                 )
             seen.add(key)
         return value
@@ -167,7 +167,7 @@ def _seconds(value: object) -> object:
         seconds = sum(Decimal(number or 0) * unit for number, unit in parts)
         if 0 < seconds <= MAX_SECONDS:
             return float(seconds)
-    raise ValueError(f"{DURATION.message}, is {messages.shown(value)}")
+    raise ValueError(f"{DURATION.message}, not {messages.shown(value)}")
 
 
 def _whole(value: object) -> object:
@@ -182,7 +182,7 @@ def _bytes(value: object) -> object:
     if match:
         size = int(match[1]) * FACTORS[match[2] or ""]
     if not 1 <= size <= MAX_BYTES:
-        raise ValueError(f"{SIZE.message}, is {messages.shown(value)}")
+        raise ValueError(f"{SIZE.message}, not {messages.shown(value)}")
     return size
 
 
@@ -202,7 +202,7 @@ def _unquoted(text: str) -> str:
 
 
 T = TypeVar("T")
-# Part of the schema, and thrown away when read: whatever is in it, the object counts.
+# Part of the schema, but ignored when read: an invalid value does not invalidate the object.
 Unread = Annotated[T | None, BeforeValidator(_nothing)]
 
 Criticality = Literal["Critical", "Standard", "Sheddable"]
@@ -235,7 +235,8 @@ ObjectName = Annotated[
     str,
     Field(min_length=1, max_length=253),
     Rule(
-        'must be of small letters, digits, "-" and ".", with a letter or digit at both ends',
+        'must contain only lowercase letters, digits, "-" and ".", '
+        "with a letter or digit at both ends",
         f"self.matches(r'^{_SUBDOMAIN}$')",
         re.compile(_SUBDOMAIN).fullmatch,
     ),
@@ -276,7 +277,8 @@ Series = Annotated[
     str,
     Field(min_length=1, max_length=512),
     Rule(
-        """must be a metric's name, with labels if any: requests{state="running"}; = only""",
+        "must be a metric's name, "
+        """optionally with labels compared by =: requests{state="running"}""",
         f"self.matches(r'^{_SERIES}$')",
         re.compile(_SERIES).fullmatch,
     ),
@@ -297,19 +299,19 @@ class Part(BaseModel):
 
 
 class Foreign(Part):
-    """A part of a kind that somebody else owns."""
+    """A part of a kind that another project owns; unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
 
 class Own(Part):
-    """A part of a kind that is ours."""
+    """A part of forebay's own kind; unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class Metadata(Foreign):
-    """What identifies an object. `uid` and `generation` are the API server's."""
+    """What identifies an object. The API server sets `uid` and `generation`."""
 
     name: ObjectName
     namespace: Namespace = "default"

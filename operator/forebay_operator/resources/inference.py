@@ -1,6 +1,6 @@
 """Pools, models and objectives: kinds of the Gateway API Inference Extension.
 
-They are read leniently. Their schemas are compatible with the ones of their owners.
+They are read leniently, and their schemas are compatible with the upstream ones.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class _ParentReference(Foreign):
     name: Name
     """The parent's name."""
     namespace: Namespace | None = None
-    """The parent's namespace; the pool's own where unset."""
+    """The parent's namespace; the pool's own by default."""
 
 
 class _Parent(Foreign):
-    """What one Gateway makes of the pool."""
+    """The state of the pool at one Gateway."""
 
     parent_ref: _ParentReference
     controller_name: ControllerName | None = None
@@ -56,7 +56,7 @@ class _Parent(Foreign):
 
 
 class _PoolStatus(Foreign):
-    """What gateways make of the pool."""
+    """The state of the pool at each Gateway."""
 
     parents: Annotated[tuple[_Parent, ...], Field(max_length=32, json_schema_extra=ATOMIC)] = ()
     """One entry for each Gateway, written by its controller."""
@@ -66,7 +66,7 @@ class _PoolSelector(Foreign):
     """The pods that are the pool's members."""
 
     match_labels: Labels = Field(min_length=1)
-    """Labels a pod must have, all of them."""
+    """Labels that a pod must have, all of them."""
 
 
 class _PortNumber(Foreign):
@@ -82,7 +82,7 @@ FailureMode = Annotated[
 
 
 class _PickerReference(Foreign):
-    """Whom a gateway asks for an endpoint."""
+    """The endpoint picker that gateways ask for an endpoint."""
 
     group: Group = ""
     """The API group of the endpoint picker; empty for a Service."""
@@ -96,7 +96,7 @@ class _PickerReference(Foreign):
 
 
 class _PoolSpec(Foreign):
-    """What the pool consists of."""
+    """The members of the pool and how to reach them."""
 
     selector: _PoolSelector
     target_ports: Annotated[
@@ -113,7 +113,7 @@ class _PoolSpec(Foreign):
         Unread[Literal["http", "kubernetes.io/h2c"]],
         Field(json_schema_extra={"default": "http"}),
     ] = None
-    """What the members speak."""
+    """The protocol that the members speak."""
     endpoint_picker_ref: (
         Annotated[
             _PickerReference,
@@ -152,7 +152,7 @@ class InferencePool(Foreign):
 
 
 class _ExtensionReference(Foreign):
-    """Whom a gateway asks for an endpoint."""
+    """The endpoint picker that gateways ask for an endpoint."""
 
     group: Group = ""
     """The API group of the endpoint picker; empty for a Service."""
@@ -161,23 +161,23 @@ class _ExtensionReference(Foreign):
     name: Name
     """The name of the endpoint picker."""
     port_number: Unread[Port] = None
-    """The port of the endpoint picker; 9002 where unset."""
+    """The port of the endpoint picker; 9002 by default."""
     failure_mode: FailureMode = None
     """What a gateway does when the endpoint picker fails."""
 
 
 class _OldPoolSpec(Foreign):
-    """What the pool consists of."""
+    """The members of the pool and how to reach them."""
 
     selector: Labels = Field(min_length=1)
-    """Labels a pod must have, all of them."""
+    """Labels that a pod must have, all of them."""
     target_port_number: Port
     """The port on which each member serves."""
     extension_ref: _ExtensionReference
 
 
 class _OldPoolStatus(Foreign):
-    """What gateways make of the pool."""
+    """The state of the pool at each Gateway."""
 
     parent: Annotated[
         tuple[_Parent, ...],
@@ -233,7 +233,7 @@ class _TargetModel(Foreign):
     """A model on the servers."""
 
     name: Name
-    """What the servers call it."""
+    """The name by which the servers know it."""
     weight: Annotated[int, Field(ge=1, le=1_000_000, strict=True), WHOLE] | None = None
     """Its share of the requests, in proportion to the other weights."""
 
@@ -250,12 +250,12 @@ class PoolReference(Foreign):
 
 
 class _ModelSpec(Foreign):
-    """Which requests it is for, and what they matter."""
+    """Which requests it applies to, and how important they are."""
 
     model_name: Annotated[ModelName, Rule("modelName is immutable", "self == oldSelf")]
     """The model that requests name."""
     criticality: Criticality | None = None
-    """Which queue its requests join; Standard where unset."""
+    """The band that its requests join; Standard by default."""
     pool_ref: PoolReference
     target_models: Annotated[
         tuple[_TargetModel, ...],
@@ -266,7 +266,7 @@ class _ModelSpec(Foreign):
             lambda targets: len({target.weight is None for target in targets}) < 2,
         ),
     ] = ()
-    """What requests are turned into; the model itself where empty."""
+    """The models that requests are rewritten to; by default the name stays."""
 
 
 class InferenceModel(Foreign):
@@ -285,11 +285,11 @@ class _ObjectivePoolReference(PoolReference):
 
 
 class _ObjectiveSpec(Foreign):
-    """What requests that name it matter."""
+    """How important the requests that name it are."""
 
     pool_ref: _ObjectivePoolReference
     priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1, strict=True), WHOLE] | None = None
-    """Higher is served first; 0 where unset, and below 0 may be shed."""
+    """Higher is served first; 0 by default, and below 0 may be shed."""
 
 
 class InferenceObjective(Foreign):

@@ -1,4 +1,4 @@
-"""Pods, Services and EndpointSlices: the kinds of Kubernetes itself, as far as they are read."""
+"""Pods, Services and EndpointSlices, with the fields that are read."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Pod(Foreign):
 
     @property
     def ready(self) -> bool:
-        """Whether it takes requests: Ready, and not about to go."""
+        """Whether it takes requests: Ready and not terminating."""
         return not self.metadata.deletion_timestamp and any(
             condition.type == "Ready" and condition.status == "True"
             for condition in self.status.conditions
@@ -62,7 +62,7 @@ class Pod(Foreign):
 
     @property
     def running(self) -> bool:
-        """Whether its containers run and it is not about to go."""
+        """Whether it is Running and not terminating."""
         return not self.metadata.deletion_timestamp and self.status.phase == "Running"
 
 
@@ -100,7 +100,7 @@ class _SlicePort(Foreign):
 
 
 class EndpointSlice(Foreign):
-    """discovery.k8s.io/v1: the servers of a pool where there are no pods to select.
+    """discovery.k8s.io/v1: servers of a pool that are not pods.
 
     The pool is named by the label `forebay.dev/inference-pool`. The slice's ports count; without
     any, each address serves on the pool's.

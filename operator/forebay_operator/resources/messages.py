@@ -1,6 +1,6 @@
-"""What is wrong with a manifest, in the words of somebody who writes YAML.
+"""Describes what is wrong with a manifest, for the author of the YAML.
 
-Which fields there are does not belong here: the models beside it declare them.
+Declaring fields does not belong here: the models beside this module do.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def problems(kind: type[BaseModel], error: ValidationError) -> list[tuple[str, s
 
 
 def _place(detail: Any) -> tuple[int | str, ...]:
-    """Return the path to what is wrong, of a list to the entry that is there twice."""
+    """Return the path to the invalid value; for a list with duplicates, to the duplicate."""
     location: tuple[int | str, ...] = detail["loc"]
     return (*location, detail["ctx"]["index"]) if detail["type"] == "duplicate" else location
 
@@ -55,12 +55,12 @@ def _entries_refused(location: tuple[int | str, ...], details: list[Any]) -> boo
 
 
 def printable(text: str) -> str:
-    """Escape what would move the cursor of a terminal, or could not be encoded for it."""
+    """Escape what would move a terminal's cursor or cannot be encoded."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(value: object) -> str:
-    """Write a value of a manifest for an error message, as YAML would have it, in short."""
+    """Write a manifest's value for an error message: short, and as in YAML."""
     match value:
         case dict():
             return "an object"
@@ -83,11 +83,11 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 
 def _problem(kind: type[BaseModel], detail: Any) -> str:
-    """Say what is wrong with a field in the words of somebody who writes YAML."""
+    """Describe what is wrong with a field, for the author of the YAML."""
     context = detail.get("ctx", {})
     match detail["type"]:
         case "extra_forbidden":
-            return f"unknown field; known are {', '.join(_fields(kind, detail['loc'][:-1]))}"
+            return f"unknown field; known fields are {', '.join(_fields(kind, detail['loc'][:-1]))}"
         case "literal_error":
             expected = context["expected"].replace("'", "").replace(" or ", ", ")
             return f"{shown(detail['input'])} is not one of {expected}"
@@ -102,11 +102,11 @@ def _problem(kind: type[BaseModel], detail: Any) -> str:
         case "too_short":
             return "must not be empty"
     wanted = _WANTED.get(detail["type"]) or re.sub("^(Input|String) should", "must", detail["msg"])
-    return f"{wanted}, is {shown(detail['input'])}"
+    return f"{wanted}, not {shown(detail['input'])}"
 
 
 def _fields(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Return the field names at a place of a resource, as they are written in YAML."""
+    """Return the field names at a path of a resource, as they are written in YAML."""
     model: type[BaseModel] = kind
     for part in location:
         if isinstance(part, int):

@@ -1,4 +1,4 @@
-"""FlowControlPolicy: the kind that is ours, and strict."""
+"""FlowControlPolicy, forebay's own kind: an unknown field is an error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from forebay_operator.resources.status import (
 
 
 class TargetRef(Own):
-    """A pool the policy is for, in the policy's own namespace."""
+    """A pool that the policy applies to, in the policy's own namespace."""
 
     group: Literal["inference.networking.k8s.io", "inference.networking.x-k8s.io"] = (
         "inference.networking.k8s.io"
@@ -45,27 +45,27 @@ class Fairness(Own):
     """How the models of a band share it."""
 
     policy: Literal["FCFS", "RoundRobin"] = "FCFS"
-    """FCFS serves in order of arrival, RoundRobin lets the models take turns."""
+    """FCFS serves in order of arrival; RoundRobin lets the models take turns. FCFS by default."""
 
 
 class FlowLimits(Own):
-    """What one model may have waiting in a band; the band's own caps where unset."""
+    """Caps on what one model may have waiting in a band; the band's own caps by default."""
 
     max_requests: Count | None = None
-    """Requests of one model that may wait."""
+    """The number of requests of one model that may wait."""
     max_bytes: Bytes | None = None
-    """Bytes of the waiting requests of one model, such as 64Mi."""
+    """The total size of one model's waiting requests, such as 64Mi."""
 
 
 class Queue(Own):
-    """What may wait in a band, and for how long."""
+    """How many requests may wait in a band, and for how long."""
 
     max_requests: Count = 5000
-    """Requests that may wait; more are refused with 429."""
+    """The number of requests that may wait; more are refused with 429. 5000 by default."""
     max_bytes: Bytes = 512 << 20
-    """Bytes of the requests that may wait, such as 512Mi; more are refused with 429."""
+    """The total size of waiting requests, such as 512Mi, which is the default; more get 429."""
     ttl: Seconds = 60.0
-    """How long a request may wait, such as 30s, before it is refused with 429."""
+    """How long a request may wait before it gets 429, such as 30s. 60s by default."""
     per_flow: FlowLimits = FlowLimits()
 
 
@@ -73,99 +73,99 @@ class Band(Own):
     """The queue of one criticality."""
 
     criticality: Criticality
-    """Whose requests wait here; Critical is served first, Sheddable last."""
+    """The criticality of the requests that wait here; Critical is served first, Sheddable last."""
     fairness: Fairness = Fairness()
     ordering: Literal["FCFS"] = "FCFS"
-    """The order within one model: FCFS, first come, first served."""
+    """The order of one model's requests: FCFS, first come, first served."""
     queue: Queue = Queue()
 
 
 class ModelPolicy(Own):
-    """What a policy says of one model, above what its InferenceModel says."""
+    """A policy's setting for one model, overriding its InferenceModel."""
 
     name: ModelName
     """The model that requests name."""
     criticality: Criticality
-    """Which queue its requests join."""
+    """The band that its requests join."""
 
 
 class Limits(Own):
-    """What the whole pool may have waiting, and the largest request body."""
+    """Caps on what the whole pool may have waiting, and on a request's body."""
 
     max_requests: Count = 10_000
-    """Requests that may wait, over all bands."""
+    """The number of requests that may wait, over all bands. 10000 by default."""
     max_bytes: Bytes = 1 << 30
-    """Bytes of the requests that may wait, over all bands, such as 1Gi."""
+    """The total size of waiting requests, over all bands, such as 1Gi, which is the default."""
     max_body_bytes: Bytes = 8 << 20
-    """The largest request body, such as 8Mi; larger ones are refused with 413."""
+    """The largest request body, such as 8Mi, which is the default; larger ones get 413."""
 
 
 class Saturation(Own):
-    """How it is found out how many requests a server takes at once."""
+    """How each endpoint's limit, the number of requests it runs at once, is determined."""
 
     mode: Literal["Adaptive", "Concurrency"] = "Adaptive"
-    """Adaptive learns from the servers' metrics; Concurrency takes maxConcurrency."""
+    """Adaptive, the default, learns from the servers' metrics; Concurrency uses maxConcurrency."""
     max_concurrency: Count = 100
-    """Requests at once per server, for mode Concurrency."""
+    """The limit of each server in mode Concurrency. 100 by default."""
     kv_cache_usage_threshold: Annotated[float, Field(gt=0, le=1, strict=True)] = 0.95
-    """The share of its KV cache above which a server gets no more requests."""
+    """The share of its KV cache in use above which a server gets no requests. 0.95 by default."""
 
 
 class ModelServerMetrics(Own):
-    """Where the servers publish their load, for mode Adaptive.
+    """Where the servers publish their load as Prometheus or OpenMetrics text, for mode Adaptive.
 
-    Unset, it is found at vLLM, SGLang, trtllm-serve, Triton with TensorRT-LLM and
-    text-generation-inference. The text there is that of Prometheus or OpenMetrics.
+    By default the series of vLLM, SGLang, trtllm-serve, Triton with TensorRT-LLM and
+    text-generation-inference are recognized.
     """
 
     path: UrlPath | None = None
-    """The page, such as /metrics; where unset, /metrics or else /prometheus/metrics."""
+    """The page. By default /metrics, or /prometheus/metrics if the first has no load."""
     port: Port | None = None
-    """The page's port, where it is not the one that requests go to; Triton's is 8002."""
+    """The page's port, if it is not the one that serves requests; Triton's is 8002."""
     running: Series | None = None
-    """The series of requests in the batch, such as jobs{state="running"}; it is summed."""
+    """The series of requests in the batch, such as jobs{state="running"}; matches are summed."""
     waiting: Series | None = None
-    """The series of requests that wait in the server for room in the batch; it is summed."""
+    """The series of requests that wait in the server to join the batch; matches are summed."""
     kv_cache_usage: Series | None = None
-    """The series of the share of KV cache in use, 0 to 1; the greatest counts."""
+    """The series of the share of KV cache in use, 0 to 1; the greatest match counts."""
 
 
 class Unmatched(Own):
-    """What happens to requests that no InferenceModel of the pool is for; they are one flow."""
+    """What happens to requests without an InferenceModel in the pool; they are one flow."""
 
     action: Literal["Queue", "Reject"] = "Queue"
-    """Queue lets them wait, Reject refuses them with 404."""
+    """Queue, the default, lets them wait; Reject refuses them with 404."""
     criticality: Criticality = "Standard"
-    """Which queue they join."""
+    """The band that they join. Standard by default."""
 
 
 class NoEndpoints(Own):
-    """How long requests wait while the pool has no servers."""
+    """How long requests wait while the pool has no server."""
 
     ttl: Seconds = 60.0
-    """How long a request may wait, such as 120s, before it is refused with 503."""
+    """How long a request may wait before it gets 503, such as 120s. 60s by default."""
 
 
 class Trust(Own):
-    """Which headers of callers count."""
+    """Which headers from callers are trusted. None by default."""
 
     objective_header: Flag = False
-    """Whether x-gateway-inference-objective may choose an InferenceObjective."""
+    """Whether the header x-gateway-inference-objective may choose an InferenceObjective."""
 
 
 class PolicySpec(Own):
-    """How the queue behaves. Everything has a default but the pool."""
+    """How the queue behaves. Every field but targetRefs has a default."""
 
     target_refs: Annotated[
         tuple[TargetRef, ...],
         Field(min_length=1, max_length=16),
         Unique(("group", "kind", "name")),
     ]
-    """The pools the policy is for."""
+    """The pools that the policy applies to."""
     bands: Annotated[tuple[Band, ...], Field(max_length=3), Unique(("criticality",))] = ()
-    """The queues. A criticality that is not listed has one too, with the defaults."""
+    """The queues by criticality. One that is not listed has a queue with the defaults."""
     models: Annotated[tuple[ModelPolicy, ...], Field(max_length=1024), Unique(("name",))] = ()
-    """Models that are to have another criticality than their InferenceModel's."""
+    """Models whose criticality differs from their InferenceModel's."""
     limits: Limits = Limits()
     saturation: Saturation = Saturation()
     model_server_metrics: (

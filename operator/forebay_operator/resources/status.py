@@ -1,4 +1,4 @@
-"""What `.status` holds, for the schemas. Nothing here reads or makes one: conditions.py does."""
+"""The fields of `.status`, for the schemas. Reading and writing a status belongs in status/."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ class Condition(Foreign):
     """One aspect of the object's state."""
 
     type: Annotated[str, Field(max_length=316)]
-    """What it is about."""
+    """The aspect, such as Accepted."""
     status: Literal["True", "False", "Unknown"]
-    """Whether it is so."""
+    """Whether the condition holds."""
     observed_generation: Annotated[int, Field(ge=0)] | None = None
-    """The metadata.generation it was found for."""
+    """The metadata.generation that the condition describes."""
     last_transition_time: AwareDatetime
     """When the status last changed."""
     reason: Annotated[
         str,
         Field(min_length=1, max_length=1024, pattern="^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"),
     ]
-    """Why, in one word."""
+    """The reason for the status, in one CamelCase word."""
     message: Annotated[str, Field(max_length=32768)]
-    """Why, and what to do, for people."""
+    """The reason in full, and what to do."""
 
 
 Conditions = Annotated[tuple[Condition, ...], Field(max_length=8), Unique(("type",))]
 
 
 class ConditionsStatus(Foreign):
-    """What was found out about the object."""
+    """The observed state of the object."""
 
     conditions: Annotated[
         Conditions,
@@ -61,7 +61,7 @@ class ConditionsStatus(Foreign):
             }
         ),
     ] = ()
-    """Accepted says whether the object counts."""
+    """Accepted says whether the object is in force."""
 
 
 Number = Annotated[int, Field(ge=0)]
@@ -69,42 +69,42 @@ BandName = Annotated[str, Field(min_length=1, max_length=63)]
 
 
 class QueueStatus(Own):
-    """What a band of the pool has waiting, and what became of the requests."""
+    """The requests that wait in a band of the pool, and the outcomes of earlier ones."""
 
     band: BandName
-    """The band."""
+    """The band's name."""
     requests: Number
-    """Requests that wait."""
+    """The number of waiting requests."""
     bytes: Number
-    """Their bytes."""
+    """Their total size in bytes."""
     oldest_seconds: Number
-    """How long the first of them has waited."""
+    """How long the oldest of them has waited, in seconds."""
     dispatched: Number
-    """Requests that went to a server since the endpoint pickers started."""
+    """Requests sent to a server since the endpoint pickers started."""
     rejected: Number
-    """Requests refused on arrival."""
+    """Requests refused on arrival since then."""
     evicted: Number
-    """Requests that left the queue without a server."""
+    """Requests removed from the queue since then without a server."""
 
 
 class PoolStatus(Own):
-    """One pool, added up over its endpoint pickers."""
+    """One pool, summed over its endpoint pickers."""
 
     name: Name
-    """The pool."""
+    """The pool's name."""
     saturation: Annotated[str, Field(max_length=8)]
-    """How full it is: from 1.00 there is no room."""
+    """How full it is; at 1.00 or above no endpoint has a free slot."""
     endpoints: Number
-    """Its servers."""
+    """The number of its servers."""
     queues: Annotated[tuple[QueueStatus, ...], Field(max_length=64), Unique(("band",))] = ()
-    """Its bands. Two digits are kept of each number; the metrics have them all."""
+    """Its bands. Numbers are rounded to two digits; the exact ones are in the metrics."""
 
 
 class EndpointPickers(Own):
-    """How many endpoint pickers there are, and where they stand."""
+    """The number of endpoint pickers by state."""
 
     ready: Annotated[str, Field(max_length=32)]
-    """Those that run the latest generation, of all."""
+    """Those that run the latest generation, out of those desired, such as 2/2."""
     desired: Number
     """Those that should run the policy."""
     connected: Number
@@ -131,11 +131,11 @@ class AncestorReference(Own):
 
 
 class Ancestor(Own):
-    """How the policy fares at one pool, as Gateway API policies say it."""
+    """The state of the policy at one pool, as in Gateway API policies."""
 
     ancestor_ref: AncestorReference
     controller_name: ControllerName
-    """Who wrote the entry."""
+    """The controller that wrote the entry."""
     conditions: Annotated[
         tuple[Condition, ...], Field(min_length=1, max_length=8), Unique(("type",))
     ]
@@ -143,20 +143,20 @@ class Ancestor(Own):
 
 
 class PolicyStatus(Own):
-    """What became of the policy."""
+    """The observed state of the policy."""
 
     conditions: Conditions = ()
-    """Accepted, ResolvedRefs, Programmed and Degraded: of each the worst of the ancestors'."""
+    """Accepted, ResolvedRefs, Programmed and Degraded: of each, the worst of all ancestors."""
     ancestors: Annotated[tuple[Ancestor, ...], Field(max_length=16, json_schema_extra=ATOMIC)] = ()
-    """How the policy fares at each pool."""
+    """The state of the policy at each pool."""
     pool_names: Annotated[str, Field(max_length=1024)] | None = None
-    """The pools it is for, in one line for tables."""
+    """The pools that it applies to, in one line for kubectl's table."""
     programmed_generation: Number | None = None
-    """The generation that every endpoint picker runs, or a later one."""
+    """The lowest generation that any endpoint picker runs."""
     endpoint_pickers: EndpointPickers | None = None
     queued: Number | None = None
-    """Requests that wait, over all pools."""
+    """The number of waiting requests, over all pools."""
     saturation: Annotated[str, Field(max_length=8)] | None = None
-    """How full the fullest pool is: from 1.00 there is no room."""
+    """How full the fullest pool is; at 1.00 or above no endpoint has a free slot."""
     pools: Annotated[tuple[PoolStatus, ...], Field(max_length=16), Unique(("name",))] = ()
-    """The pools that follow the policy."""
+    """The pools that the policy applies to."""
