@@ -38,6 +38,7 @@ from forebay_operator.resources import CONTROLLER_LABEL, POOL_LABEL
 
 if TYPE_CHECKING:
     from api_server import ApiServer
+    from prometheus_client.samples import Sample
 
 QUICKSTART = Path(__file__).parents[2] / "crds" / "examples" / "quickstart"
 NAME = "forebay-operator"
@@ -156,13 +157,20 @@ class Process:
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of the samples that have these labels; 0 where there are none."""
-        text = self.page("/metrics") or ""
         return sum(
-            sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-            if sample.name == name and labels.items() <= sample.labels.items()
+            sample.value for sample in self.samples(name) if labels.items() <= sample.labels.items()
         )
+
+    def samples(self, name: str) -> list[Sample]:
+        """The samples of this name; no other is parsed, because tests poll this."""
+        page = self.page("/metrics") or ""
+        lines = "".join(line for line in page.splitlines(keepends=True) if line.startswith(name))
+        return [
+            sample
+            for family in text_string_to_metric_families(lines)
+            for sample in family.samples
+            if sample.name == name
+        ]
 
     def rss_mb(self) -> float:
         return self.metric("process_resident_memory_bytes") / 1e6
@@ -405,10 +413,8 @@ class EPPProcess(Process):
     def outcomes(self) -> Counter[str]:
         """How many requests have left flow control, by outcome."""
         found: Counter[str] = Counter()
-        for family in text_string_to_metric_families(self.page("/metrics") or ""):
-            for sample in family.samples:
-                if sample.name == "forebay_requests_total":
-                    found[sample.labels["outcome"]] += int(sample.value)
+        for sample in self.samples("forebay_requests_total"):
+            found[sample.labels["outcome"]] += int(sample.value)
         return found
 
     @property
@@ -417,10 +423,8 @@ class EPPProcess(Process):
 
     def program(self) -> tuple[str, str]:
         """(source, sha256) of the program in force."""
-        for family in text_string_to_metric_families(self.page("/metrics") or ""):
-            for sample in family.samples:
-                if sample.name == "forebay_program_info":
-                    return sample.labels["source"], sample.labels["sha256"]
+        for sample in self.samples("forebay_program_info"):
+            return sample.labels["source"], sample.labels["sha256"]
         return "", ""
 
     def queues(self) -> dict:

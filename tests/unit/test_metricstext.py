@@ -99,7 +99,7 @@ def test_prefers_the_new_name_of_the_cache_usage():
     assert parse_page(page).kv_usage == 0.5
 
 
-@pytest.mark.parametrize("kind", ENGINES.keys() - {"other"})
+@pytest.mark.parametrize("kind", sorted(ENGINES.keys() - {"other"}))
 def test_reads_the_page_of_every_known_model_server(kind):
     """Each has its own names and labels; only text-generation-inference hides its cache."""
     page = MetricsPage(Engine(EngineSettings()), 'a"b', loras=True, kind=kind)
