@@ -234,7 +234,7 @@ class Plan:
     def _band_problems(self) -> list[tuple[str, str]]:
         problems: list[tuple[str, str]] = []
         if not 1 <= len(self.bands) <= MAX_BANDS:
-            problems.append(("bands", f"must be 1 to {MAX_BANDS}, are {len(self.bands)}"))
+            problems.append(("bands", f"must have 1-{MAX_BANDS} entries, has {len(self.bands)}"))
         names: set[str] = set()
         priorities: set[int] = set()
         for index, band in enumerate(self.bands):

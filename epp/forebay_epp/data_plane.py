@@ -148,7 +148,7 @@ class DataPlane:
         max_streams: how many may be open. One more costs the slowest unread request of the
             connection that has most of them its stream; where there is none it is refused with 429.
         clock: monotonic seconds.
-        health_changed: told of every endpoint that is left out or comes back.
+        health_changed: called for every endpoint that is left out or comes back.
 
     Attributes:
         catalogue: the models that clients may ask for.

@@ -17,7 +17,7 @@ _DURATION = re.compile(r"(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?")
 
 @dataclass(frozen=True, slots=True)
 class ControlSettings:
-    """Where the operator is, who we are to it, and what is kept of what it says."""
+    """The operator's address, the identity that it sees, and where its programs are kept."""
 
     host: str
     port: int
@@ -35,7 +35,7 @@ class ControlSettings:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What an endpoint picker process is told at start; `plan_file` xor `control` is set."""
+    """The flags of an EPP; `plan_file` xor `control` is set."""
 
     pool_namespace: str
     pool_name: str
@@ -103,7 +103,11 @@ def parse(arguments: list[str] | None = None) -> Settings:
         default=os.environ.get("POD_NAMESPACE", "default"),
         help="its namespace (default: $POD_NAMESPACE)",
     )
-    add("--plan-file", type=Path, help="plan and endpoints as JSON; watched. Or:")
+    add(
+        "--plan-file",
+        type=Path,
+        help="Plan and endpoints as JSON; watched; excludes --control-address",
+    )
     _add_control(parser)
     add("--bind-address", default="0.0.0.0", help="address of all ports")  # noqa: S104  # pods
     add("--grpc-port", type=_port, default=9002, help="ext_proc")
@@ -135,7 +139,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
         "--metrics-scrape-interval",
         type=_duration,
         default=0.2,
-        help="pause between scrapes of one model server",
+        help="interval between scrape starts of one model server",
     )
     add("--max-streams", type=_positive, default=40_000, help="open requests; beyond: 429")
     add(
@@ -203,7 +207,7 @@ def _add_control(parser: argparse.ArgumentParser) -> None:
         type=_duration,
         default=30.0,
         help="unready this long while there is no program at all; then serve on defaults "
-        "(0s: wait for a program for ever)",
+        "(0s: wait for a program indefinitely)",
     )
     add(
         "--stats-interval",
@@ -236,7 +240,10 @@ def _control(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Cont
         if not _is_loopback(host):
             parser.error(f"--control-insecure: {host} is not a loopback address")
         if given.control_token_path or given.control_cert_path:
-            parser.error("--control-insecure shows nobody a token or a certificate")
+            parser.error(
+                "--control-insecure cannot be combined with "
+                "--control-token-path or --control-cert-path"
+            )
     return ControlSettings(
         host=host,
         port=port,

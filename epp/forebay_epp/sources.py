@@ -249,7 +249,7 @@ class Operator:
             surviving.cancel()
 
     async def _survive(self) -> None:
-        """Note of each plan that this process has lived with it for a while."""
+        """Mark programs stable after SURVIVED_SECONDS."""
         while True:
             self._begun.clear()
             began_at = self._began_at

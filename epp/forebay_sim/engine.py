@@ -161,7 +161,7 @@ class _Sequence:
 
 
 class Engine:
-    """One engine. Between calls nobody waits who could run, but for the just preempted."""
+    """One engine. Between calls no sequence waits that could run, except those just preempted."""
 
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings

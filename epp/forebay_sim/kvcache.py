@@ -1,8 +1,8 @@
-"""The KV cache of a simulated engine: counted blocks, and a prefix cache of those worth keeping.
+"""The KV cache of a simulated engine: counted blocks and a prefix cache.
 
-A block is *private* (one sequence's), *shared* (a prompt block that is named by its hash and that
-at least one sequence holds) or *evictable* (a prompt block nobody holds: it still serves prefix
-hits, but gives way as soon as somebody needs room). When to allocate does not belong here.
+A block is *private* (one sequence's), *shared* (a prompt block, named by its hash, that at least
+one sequence holds) or *evictable* (a prompt block that no sequence holds: it still serves prefix
+hits, but is given up as soon as a block is needed). When to allocate does not belong here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A vLLM-compatible HTTP server on a simulated engine, in real time.
 
 One task drives the engine and writes each step's tokens straight to the clients' connections; a
-handler per request waits for the end. Bodies and chunks are openai.py's business, time inside the
+handler per request waits for the end. Bodies and chunks belong in openai.py, time inside the
 batch engine.py's.
 """
 

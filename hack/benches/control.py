@@ -2,7 +2,7 @@
 
 Edits: one pool, four real endpoint pickers, one policy that is edited again and again. Cold start:
 1,000 policies on 100 pools and 50 EPPs, all there before the operator starts; these EPPs are
-simulated (a gRPC client that acknowledges whatever it gets and reports the same stats for ever).
+simulated (a gRPC client that acknowledges whatever it gets and keeps reporting the same stats).
 Then nothing happens for a while, and no status may be written. Needs what tests/cluster needs.
 """
 
@@ -188,7 +188,7 @@ class SimulatedEPP:
         self.acked = 0
 
     async def run(self) -> None:
-        """Dial until it works, then answer; for ever."""
+        """Dial until it works, then answer until cancelled."""
         options = [("grpc.ssl_target_name_override", NAME), ("grpc.use_local_subchannel_pool", 1)]
         while True:
             async with grpc.aio.secure_channel(

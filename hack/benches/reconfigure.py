@@ -2,8 +2,8 @@
 
 A real endpoint picker is saturated through a real Envoy by 200 requests a second while 1,000 more
 wait in its lowest band. A process of its own sends health checks, which the data-plane thread
-answers between requests: the slowest is the longest stall that anybody can see. Phases with and
-without plans take turns. Each plan changes fairness, so that all who wait are put in order anew,
+answers between requests: the slowest is the longest visible stall. Phases with and
+without plans take turns. Each plan changes fairness, so that all waiting requests are reordered,
 and adds or removes bands and models.
 """
 
@@ -118,7 +118,7 @@ class Phase:
 
 def _phase(epp: EPPProcess, seconds: float, phase: Phase, put: Callable[[], None] | None) -> int:
     """Probe, and put plans into force if they are given; return how many."""
-    epp.metric("forebay_loop_lag_max_seconds")  # it counts anew from here
+    epp.metric("forebay_loop_lag_max_seconds")  # it starts again from here
     command = [sys.executable, __file__, "--probe", str(epp.grpc), "--seconds", str(seconds)]
     probing = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     pause, sent, began = Event(), 0, time.monotonic()

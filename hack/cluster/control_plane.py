@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cluster.state import Cluster
 
 ISSUER = "https://kubernetes.default.svc"
-SERVICE_RANGE = "10.96.0.0/16"  # without a node nobody has an address from it
+SERVICE_RANGE = "10.96.0.0/16"  # without a node no pod has an address from it
 # Everything at Metadata level: who asked for what, without bodies.
 AUDIT_POLICY = {
     "apiVersion": "audit.k8s.io/v1",
@@ -44,7 +44,7 @@ def start_etcd(cluster: Cluster) -> Process:
         # The data need not survive the machine's crash, only a process's.
         "--unsafe-no-fsync",
     ]
-    # etcd 3.4 refuses arm64 unless it is told that nobody tests it there.
+    # etcd 3.4 refuses arm64 without this flag, because it is not tested there.
     return Process.start(command, cluster.log("etcd"), ETCD_UNSUPPORTED_ARCH="arm64")
 
 
@@ -85,13 +85,13 @@ def start_api_server(cluster: Cluster) -> Process:
             "--enable-admission-plugins=NodeRestriction",
             f"--kubelet-client-certificate={cluster.folder}/kubelet-client.crt",
             f"--kubelet-client-key={cluster.folder}/kubelet-client.key",
-            "--kubelet-preferred-address-types=InternalIP",  # nobody resolves the node's name
+            "--kubelet-preferred-address-types=InternalIP",  # the node's name does not resolve
         ]
     else:
         # It would write the advertised address into Endpoints, where loopback is refused.
         command.append("--endpoint-reconciler-type=none")
     if not cluster.options["controller_manager"]:
-        # It refuses pods until the account `default` exists, which nobody makes.
+        # It refuses pods until the account `default` exists, which nothing here creates.
         command.append("--disable-admission-plugins=ServiceAccount")
     if cluster.options["audit"]:
         command += [

@@ -28,7 +28,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Make the folder when it is missing and be its only user among these programs.
 
     Raises:
-        UserError: it belongs to somebody else.
+        UserError: it belongs to another user.
     """
     while True:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def locked(folder: Path) -> Iterator[None]:
             continue
         try:
             if os.fstat(descriptor).st_uid != os.getuid():
-                raise UserError(f"{folder} belongs to somebody else: choose another one")
+                raise UserError(f"{folder} belongs to another user: choose another folder")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             # Whoever had the lock before may have removed the folder.
             with contextlib.suppress(FileNotFoundError):

@@ -251,7 +251,7 @@ class Buildah:
         return name
 
     def _buildah(self, *arguments: str, check: bool = True) -> int:
-        # A store of our own: nobody else's images, settings or leftovers.
+        # A store of our own: no images, settings or leftovers of others.
         where = cache() / "buildah"
         store = (f"--root={where}/store", f"--runroot={where}/run", "--storage-driver=overlay")
         done = subprocess.run(
@@ -267,7 +267,7 @@ class Buildah:
 
 
 def main() -> int:
-    """Build, load, and print the archives; report what the user can mend in one line."""
+    """Build, load, and print the archives; report what the user can fix in one line."""
     introduction, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=introduction,

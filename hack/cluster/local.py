@@ -189,7 +189,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run the command; report what the user can mend in one line."""
+    """Run the command; report what the user can fix in one line."""
     arguments = parse(sys.argv[1:])
     # A terminated `up` cleans up like an interrupted one.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))

@@ -1,4 +1,4 @@
-"""What the user can mend, and the programs that must be installed."""
+"""What the user can fix, and the programs that must be installed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SOURCES = {
 
 
 class UserError(Exception):
-    """Something that the user can mend; the message says what."""
+    """Something that the user can fix; the message says what."""
 
 
 def say(text: str) -> None:

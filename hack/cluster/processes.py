@@ -53,7 +53,7 @@ class Process:
                 start_new_session=True,
                 umask=0o077,
             )
-        # Until somebody waits for it a child's id is its own, even when it has ended already.
+        # Until it is waited for, a child's id is its own, even when it has already ended.
         return cls(child.pid, start_ticks(child.pid))
 
     def only_child(self) -> Process:
@@ -95,7 +95,7 @@ class Process:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a free port."""
     while True:
         port = random.choice(PORTS)
         with socket.socket() as probe, contextlib.suppress(OSError):

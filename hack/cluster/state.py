@@ -99,7 +99,7 @@ class Cluster:
         return self.folder / "certificates" / "apiserver.crt"
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
-        """Return HTTP status and answer; status 0 while nobody answers."""
+        """Return HTTP status and answer; status 0 while there is no answer."""
         try:
             context = ssl.create_default_context(cafile=self.certificate)
         except (FileNotFoundError, ssl.SSLError):

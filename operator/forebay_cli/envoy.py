@@ -67,7 +67,7 @@ def bootstrap(
         response_body_mode: the same on the way out.
         subset: addresses to hint the endpoint picker at, as a gateway would.
         max_message_timeout: how far the endpoint picker may extend `message_timeout`.
-        message_timeout: how long Envoy waits for an answer where it does not wait for ever.
+        message_timeout: how long Envoy waits for an answer in modes with a timeout.
     """
     trailers = "SEND" if "FULL_DUPLEX" in request_body_mode + response_body_mode else "SKIP"
     filters = [

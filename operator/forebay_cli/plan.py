@@ -1,6 +1,6 @@
 """`forebay plan FILE...`: show the queues that manifests lead to, as a tree or as JSON.
 
-The JSON is the Snapshot of control.proto, which is what an endpoint picker is told.
+The JSON is the message of control.proto that an EPP receives.
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ def tree(snapshot: pb.Snapshot) -> Tree:
     room = (
         f"{saturation.max_concurrency} requests at once per server"
         if saturation.mode == "Concurrency"
-        else f"found out; closed above {saturation.kv_cache_usage_threshold:.0%} of its KV cache"
+        else f"learned; closed above {saturation.kv_cache_usage_threshold:.0%} of its KV cache"
     )
-    root.add(f"room of a server: {room}")
+    root.add(f"endpoint limit: {room}")
     if plan.HasField("metrics"):
         _add_metrics(root, plan.metrics)
     root.add(f"without servers requests wait up to {plan.no_endpoints_ttl_seconds:g} s")

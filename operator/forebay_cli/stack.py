@@ -64,7 +64,7 @@ class Stack:
         self._admin_port = settings.envoy_admin_port
 
     def address(self, port: int) -> str:
-        """Return host:port for somebody on this machine."""
+        """Return host:port as seen from this machine."""
         return join(self._host, port)
 
     def check(self) -> None:

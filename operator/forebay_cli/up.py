@@ -2,7 +2,7 @@
 
 The folder holds the manifests that kubectl takes. The operator that plans them runs in this process
 and programs the endpoint picker as it would in a cluster: edit a manifest and the picker follows.
-How manifests become programs is forebay_operator's business, how processes are run stack.py's.
+Planning belongs in forebay_operator, running processes in stack.py.
 """
 
 from __future__ import annotations

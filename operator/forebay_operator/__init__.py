@@ -1,1 +1,1 @@
-"""The control plane: from resources to what an EPP is told."""
+"""The control plane: turns resources into programs for EPPs."""

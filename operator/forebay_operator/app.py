@@ -1,7 +1,7 @@
-"""Puts an operator together: one asyncio loop, from sources over planning to EPPs and statuses.
+"""Assembles an operator: one asyncio loop, from sources to planning to EPPs and statuses.
 
-In a cluster resources come from kopf's watches and one replica of several leads. With a folder of
-manifests it is folder.py's operator that runs.
+In a cluster resources come from kopf's watches, and one of several replicas leads. With a folder of
+manifests, the operator of standalone/ runs instead.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ class ClusterOperator:
             filling = start(self._watching.fill(), "first lists")
             if await self._first(tasks) is filling:
                 tasks.remove(filling)
-                # All of it before anybody is programmed: a part would program the lack of the rest.
+                # All of it before any EPP is programmed: in a part, the rest would be absent.
                 await self._reconciler.plan_touched()
                 start(self._reconciler.run_planning(), "planning")
                 start(self._deletions.run(), "deletions")

@@ -45,10 +45,10 @@ _GRPC_ENDS = ("CancelledError", "ExecuteBatchError")
 
 
 def _worth_a_line(record: logging.LogRecord) -> bool:
-    """Leave out what is no news, and the tracebacks of what mends itself."""
+    """Leave out what is no news, and tracebacks of failures that recover by themselves."""
     error = record.exc_info[1] if record.exc_info else None
     if record.name.startswith("grpc"):
         return type(error).__name__ not in _GRPC_ENDS
-    if record.name.startswith("kopf"):  # a watch that has failed is begun anew
+    if record.name.startswith("kopf"):  # a failed watch is restarted
         record.exc_info = record.exc_text = None
     return True

@@ -1,4 +1,4 @@
-"""From the resources of one pool to what its endpoint pickers are told. Pure.
+"""Turns the resources of one pool into the program of its EPPs. Pure.
 
 Where resources come from (sources.py) and where the snapshot goes does not belong here.
 """
@@ -68,7 +68,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """What the pool's endpoint pickers are told, and what is wrong with the resources.
+    """The program of the pool's EPPs, and what is wrong with the resources.
 
     `policy` is the one in force, if any; `pickers` are the pods that are to be programmed, by uid.
     `held_by` is the policy for whose sake the plan is left out, so that pickers keep theirs.
@@ -164,8 +164,8 @@ def plan(pool: AnyPool, resources: Iterable[Resource], unread: Iterable[Metadata
         pool: the pool.
         resources: everything there is.
         unread: policies for the pool that are not valid now, were in force, and whose last valid
-            generation nobody here has seen. Where one of them would count, the plan is left out,
-            so that endpoint pickers keep theirs and take the endpoints.
+            generation this process has not seen. If one of them counts, the plan is left out, so
+            that EPPs keep theirs and take the endpoints.
     """
     problems: list[Problem] = []
     # What comes out must not depend on the order in which objects became known.

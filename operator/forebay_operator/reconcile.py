@@ -1,9 +1,9 @@
-"""From changed objects to programmed EPPs and true statuses.
+"""Turns changed objects into programmed EPPs and correct statuses.
 
 Two loops over one store: planning (what changed is planned again and handed to the control server)
 and reporting (statuses are computed and written when they differ). Level-triggered: nothing here
-depends on which event came, only on what is so. What to write is conditions.py's business, where
-it goes the Reporter's.
+depends on which event came, only on the current state. What to write belongs in status/, where it
+goes in the Reporter.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Reconciler:
         self.denied: Callable[[str], list[str]] = lambda _: []
         self._advice: dict[str, tuple[str, ...]] = {}  # by pool
         self._not_ours: dict[str, str] = {}  # other pools, and whose they are; "" if unclaimed
-        self._problems: dict[str, set[str]] = {}  # that were told of, by pool
+        self._problems: dict[str, set[str]] = {}  # already reported, by pool
         self._dirty: set[str] = set()
         self._touched_at = 0.0
         self._wake = asyncio.Event()
@@ -193,7 +193,7 @@ class Reconciler:
     # --- planning
 
     async def run_planning(self) -> None:
-        """Plan what is touched, for ever."""
+        """Plan what is touched, until cancelled."""
         while True:
             await self._wake.wait()
             deadline = self._clock() + MAX_DELAY_SECONDS
@@ -300,7 +300,7 @@ class Reconciler:
     # --- reporting
 
     async def run_reporting(self) -> None:
-        """Write statuses that differ, for ever."""
+        """Write statuses that differ, until cancelled."""
         while True:
             timeout = TICK_SECONDS if self._pending else 1.0
             with suppress(TimeoutError):

@@ -23,7 +23,7 @@ _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What an operator process is told at start."""
+    """The operator's flags."""
 
     namespaces: tuple[str, ...]
     manifests: Path | None
@@ -253,7 +253,7 @@ def _check_issuing(parser: argparse.ArgumentParser, given: argparse.Namespace) -
 def _check_folder(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     """Refuse what has no effect with a folder; its control channel is plaintext and open."""
     if given.control_client_auth != "none":
-        parser.error("--manifests needs --control-client-auth none: nobody reviews tokens there")
+        parser.error("--manifests needs --control-client-auth none: no API server reviews tokens")
     for flag in ("control_tls_path", "control_tls_secret", "endpoint_slices"):
         if getattr(given, flag):
             name = flag.replace("_", "-")

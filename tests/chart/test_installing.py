@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent / "values"
 VALUES = sorted(FOLDER.glob("*.yaml"))
 SETS = pytest.mark.parametrize("values", VALUES, ids=lambda path: path.stem)
 
-# Kinds of others, whose CRDs are not here: what is rendered for them, nobody judges.
+# Kinds of others, whose CRDs are not here: what is rendered for them is not checked.
 NOT_JUDGED = {
     "cert-manager.io/v1",
     "monitoring.coreos.com/v1",

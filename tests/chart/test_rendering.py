@@ -1,7 +1,7 @@
 """What the chart renders, without a cluster.
 
 golden/*.yaml is what `helm template` makes of values/*.yaml, without CRDs and the dashboard, which
-other tests look at. `FOREBAY_REWRITE=1` writes the files anew: read the difference before you
+other tests look at. `FOREBAY_REWRITE=1` rewrites the files: read the difference before you
 believe it.
 """
 

@@ -64,13 +64,13 @@ def test_the_operator_may_what_it_needs_and_nothing_else(release):
     """Everywhere what it watches; in its own namespace also its Lease, its Secret and the CA's."""
     release.install(f"--values={FOLDER / 'pool.yaml'}", NO_CRDS)
     cluster, namespace = release.cluster, release.namespace
-    anybody = rights(cluster, namespace, "default", namespace)
+    everyone = rights(cluster, namespace, "default", namespace)
 
     here = rights(cluster, namespace, "forebay-operator", namespace)
     elsewhere = rights(cluster, namespace, "forebay-operator", "kube-system")
 
-    assert here - anybody == WATCHED | REVIEWS | AT_HOME
-    assert elsewhere - anybody == WATCHED | REVIEWS
+    assert here - everyone == WATCHED | REVIEWS | AT_HOME
+    assert elsewhere - everyone == WATCHED | REVIEWS
 
 
 def test_an_operator_of_one_namespace_has_no_rights_in_others(release):
@@ -81,14 +81,14 @@ def test_an_operator_of_one_namespace_has_no_rights_in_others(release):
         NO_CRDS,
     )
     cluster, namespace = release.cluster, release.namespace
-    anybody = rights(cluster, namespace, "default", namespace)
+    everyone = rights(cluster, namespace, "default", namespace)
 
     here = rights(cluster, namespace, "forebay-operator", namespace)
     elsewhere = rights(cluster, namespace, "forebay-operator", "kube-system")
 
     lease = expected("create get update", "coordination.k8s.io", "leases", "forebay-operator")
-    assert here - anybody == WATCHED | REVIEWS | lease
-    assert elsewhere - anybody == REVIEWS
+    assert here - everyone == WATCHED | REVIEWS | lease
+    assert elsewhere - everyone == REVIEWS
 
 
 def test_the_ca_is_published_to_pools_elsewhere(release, kinds):
@@ -99,14 +99,14 @@ def test_the_ca_is_published_to_pools_elsewhere(release, kinds):
             *(f"--values={FOLDER / 'pool.yaml'}", NO_CRDS),
             f"--set=pools[0].namespace={release.namespace}-pools",
         )
-        anybody = rights(kinds, release.namespace, "default", release.namespace)
+        everyone = rights(kinds, release.namespace, "default", release.namespace)
         there = rights(kinds, release.namespace, "forebay-operator", f"{release.namespace}-pools")
     finally:
         release.helm("uninstall")
         kinds.kubectl("delete", "namespace", f"{release.namespace}-pools", "--wait=false")
 
     published = expected("get update", "", "configmaps", "forebay-control-ca")
-    assert there - anybody == WATCHED | REVIEWS | published
+    assert there - everyone == WATCHED | REVIEWS | published
 
 
 def test_editors_of_a_namespace_write_its_policies_and_viewers_read_them(release):
@@ -144,12 +144,12 @@ def member(release, role: str) -> str:
 
 
 def test_an_endpoint_picker_may_nothing(release):
-    """Its account has no more rights than anybody's, and its token is not even for the API."""
+    """Its account has no more rights than every account, and its token is not for the API."""
     release.install(f"--values={FOLDER / 'pool.yaml'}", NO_CRDS)
     cluster, namespace = release.cluster, release.namespace
-    anybody = rights(cluster, namespace, "default", namespace)
+    everyone = rights(cluster, namespace, "default", namespace)
 
-    assert rights(cluster, namespace, "chat-epp", namespace) == anybody
+    assert rights(cluster, namespace, "chat-epp", namespace) == everyone
     token = deployed(release, "chat").token()
     status, _ = cluster.ask("GET", f"/api/v1/namespaces/{namespace}/pods", token=token)
     assert status == 401

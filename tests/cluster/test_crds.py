@@ -83,7 +83,7 @@ def test_the_name_of_a_model_does_not_change(somewhere):
     ids=lambda manifest: manifest["kind"],
 )
 def test_unknown_fields_are_dropped(somewhere, manifest):
-    """Where nobody asks for strictness: who writes them may be ahead of the CRD."""
+    """Without strict validation: their author may be ahead of the CRD."""
     stored = somewhere.create({**manifest, "spec": {**manifest["spec"], "future": "new"}})
 
     assert "future" not in stored["spec"]
@@ -171,7 +171,7 @@ def test_the_status_of_a_model_is_kept_whole(somewhere):
 
 
 def test_what_gateways_write_into_pools_is_kept_whole(somewhere):
-    """Both forms of the pool, though nobody here reads it."""
+    """Both forms of the pool, though it is not read."""
     parent = {
         "parentRef": {
             "group": "gateway.networking.k8s.io",

@@ -136,7 +136,7 @@ async def test_what_somebody_else_keeps_there_stays(site):
 
 
 async def test_a_ca_that_was_taken_out_of_the_config_map_is_published_again(site):
-    """Somebody has applied the empty object over it; the leaf stays."""
+    """The empty object has been applied over it; the leaf stays."""
     issuer = site.issuer()
     await issuer.look()
     before, bundle = issuer.pair, site.published()

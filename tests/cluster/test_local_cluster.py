@@ -89,7 +89,7 @@ def token_for(cluster, namespace, audience) -> str:
 
 
 def review(cluster, token, audience) -> dict:
-    """Return what the API server says of a token that somebody showed to the audience."""
+    """Return the API server's review of a token shown to the audience."""
     asked = {
         "apiVersion": "authentication.k8s.io/v1",
         "kind": "TokenReview",
@@ -162,7 +162,7 @@ def test_token_is_good_for_its_audience(cluster, namespace):
 
 def test_token_is_refused_for_another_audience(cluster, namespace):
     """A token that was made for one audience does not authenticate at another."""
-    status = review(cluster, token_for(cluster, namespace, "forebay-epp"), "somebody-else")
+    status = review(cluster, token_for(cluster, namespace, "forebay-epp"), "other-audience")
 
     assert not status.get("authenticated")
 
@@ -211,7 +211,7 @@ def test_restart_keeps_data_and_port(cluster, namespace, kill):
 
 
 def test_stopped_api_server_is_away(cluster):
-    """Between stop and start nobody answers."""
+    """Between stop and start there is no answer."""
     cluster.stop_apiserver()
     try:
         answer = cluster.kubectl("get", "--raw", "/readyz", check=False)
@@ -260,7 +260,7 @@ def test_down_removes_clusters_only(tmp_path):
 
 
 def test_down_spares_whoever_has_an_old_process_id(tmp_path):
-    """A process with a recorded id but another start time is somebody else's."""
+    """A process with a recorded id but another start time is not ours."""
     (tmp_path / "cluster").mkdir()
     with subprocess.Popen(["sleep", "600"]) as bystander:
         processes = {"etcd": {"pid": bystander.pid, "start_ticks": 1}}

@@ -145,7 +145,7 @@ def test_a_projected_token_names_its_pod(node_cluster, place, client):
     token = client("print(open('/var/run/forebay/token').read())")
 
     status = review(node_cluster, token, AUDIENCE)
-    elsewhere = review(node_cluster, token, "somebody-else")
+    elsewhere = review(node_cluster, token, "other-audience")
 
     assert status["authenticated"]
     assert status["user"]["username"] == f"system:serviceaccount:{place}:default"

@@ -264,7 +264,7 @@ def loose_schema(cluster):
 
 @pytest.mark.usefixtures("loose_schema")
 def test_an_invalid_generation_leaves_the_last_valid_one_in_force(site, operator):
-    """Also over a restart of the operator, which has never seen that one; and then it is mended."""
+    """Also over a restart of the operator, which has never seen that one; then it is fixed."""
     site.pool()
     site.apply(pool("other", service="epp-other"), service("epp-other"))
     epp, other = site.epp(), site.epp(pool="other", app="epp-other")
@@ -384,7 +384,7 @@ class RefusingEPP:
 
 
 def test_an_epp_that_refuses_is_named(site, operator, authority):
-    """With what it says; the others run the new program; a program that it takes mends it."""
+    """With its words; the others run the new program; one that it accepts corrects the status."""
     site.pool()
     site.apply(policy("p", "chat"))
     site.epp()
@@ -416,7 +416,7 @@ def test_an_epp_that_refuses_is_named(site, operator, authority):
 
 
 def test_only_statuses_are_written_and_only_their_own_parts(site):
-    """No annotation, no finalizer, and somebody else's condition on the same object survives."""
+    """No annotation, no finalizer, and another writer's condition on the same object survives."""
     site.pool()
     site.epp()
     site.apply(policy("p", "chat"), model("m", "chat", "llama"))

@@ -1,6 +1,6 @@
 """How an operator starts and stands by: late CRDs, one namespace only, several replicas.
 
-On a cluster of its own, because CRDs that are not there yet are not there for anybody.
+On a cluster of its own, because a missing CRD is missing for every test.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def test_crds_may_come_later(cluster, namespace, start, site, mode):
     here.until_programmed("p")
 
     install(cluster, MODELS)
-    here.apply(model("m", "chat", "nobody-s"))
+    here.apply(model("m", "chat", "no-such-model"))
 
     here.until("m", "Programmed", "True", "Programmed", "inferencemodel")
     # The watches go on: an edit of it is in force within moments, not at the next sweep.

@@ -42,7 +42,7 @@ def operators(cluster, tmp_path):
 
 
 def test_two_operators_share_a_namespace_without_a_fight(cluster, namespace, operators, tmp_path):
-    """Every status says what its operator does, settles, and nobody writes about other pools."""
+    """Every status says what its operator does, and settles; none writes about other pools."""
     authority, one, two = operators
     site = Site(cluster, namespace, one.control_port, authority.path, tmp_path)
     for name, controller in POOL_NAMES.items():

@@ -134,7 +134,7 @@ def specs(draw) -> dict:
 def test_both_readers_agree_on_any_policy(somewhere, spec):
     """Both take it and it means the same to them, or both refuse it and name the same field.
 
-    There may be more than one, and who reads how far before giving up is their own business.
+    There may be more than one, and each reader decides how far it reads before giving up.
     """
     manifest = policy("any", "") | {"spec": spec}
     problems: list[tuple[str, str]] = []

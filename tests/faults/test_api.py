@@ -211,7 +211,7 @@ def test_statuses_are_exact_after_refusals(stage, through, proxy):
     until(lambda: time.monotonic() - began > 10, SECONDS)
     end()
     refused = [at for at, _, _ in proxy.seen]
-    # At most 16 are asked at once, and then nobody for three seconds.
+    # At most 16 are asked at once, and then none for three seconds.
     waves = [at for before, at in zip([0.0, *refused], refused, strict=False) if at - before > 2.5]
     assert 2 <= len(waves) <= 5
     assert len(refused) <= 16 * len(waves)

@@ -39,7 +39,7 @@ def renewed(stage) -> str:
 
 
 def test_an_operator_keeps_its_lease_when_clocks_jump(stage):
-    """Leader and standby: nobody else leads, the epoch stays, EPPs stay programmed."""
+    """Leader and standby: leadership and epoch stay, EPPs stay programmed."""
     ports = [free_port(), free_port()]
     clocks = [WallClock(stage.folder / f"clock-{number}") for number in range(2)]
     leader = stage.operator("operator-0", control_port=ports[0], env=clocks[0].env)

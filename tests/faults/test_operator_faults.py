@@ -200,7 +200,7 @@ def freeze(stage, edit, old, new, epps, service) -> None:
 
 
 def test_a_lease_that_is_deleted_leaves_no_epp_behind(stage):
-    """T10: while the operator runs, and while it does not so that nobody remembers the epoch."""
+    """T10: while the operator runs, and while it does not, so that the epoch is forgotten."""
     port = free_port()
     operator = stage.operator(control_port=port)
     stage.edit(0)

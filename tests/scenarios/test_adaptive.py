@@ -212,7 +212,7 @@ def test_single_waiting_requests_under_light_load_do_not_collapse_the_limit(rate
 @pytest.mark.parametrize("service_seconds", [0.3, 1.0])
 @pytest.mark.parametrize("slots", [4, 16, 64])
 def test_an_engine_that_admits_by_steps_is_kept_full(slots, service_seconds):
-    """Under backlog nearly every scrape shows somebody who only waits for the next step."""
+    """Under backlog nearly every scrape shows a request that only waits for the next step."""
     step = 0.03
     run = Run(Server(slots, service_seconds, step), spread=0.3)
     run.keep_backlog(200)

@@ -1,7 +1,7 @@
 """The recipes of crds/README.md do what it says: planned, programmed and played in virtual time.
 
 From the files of a recipe through planning, the program's bytes and the endpoint picker's codec to
-the controller. That a real API server takes the files is tests/cluster's business.
+the controller. tests/cluster checks that a real API server takes the files.
 """
 
 from __future__ import annotations

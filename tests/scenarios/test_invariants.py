@@ -150,7 +150,7 @@ class Flow(RuleBasedStateMachine):
             assert sent.band == ""
 
     def check_dispatch(self, decision, sent):
-        """Strict priority: nobody of a higher band who could use this endpoint is left behind."""
+        """Strict priority: no request of a higher band that could use the endpoint is left."""
         assert decision.endpoint in self.present
         assert sent.subset is None or decision.endpoint in sent.subset
         assert decision.waited_seconds <= sent.longest + EPSILON
@@ -351,7 +351,7 @@ class Flow(RuleBasedStateMachine):
 
 
 def perform(controller, name, arguments, named):
-    """Make a recorded call; a request is made anew each time, because the core writes on it."""
+    """Make a recorded call; a new request each time, because the core writes on it."""
     if name == "submit":
         request_id, model, size_bytes, subset, now = arguments
         return controller.submit(Request(request_id, model, size_bytes, subset), now)

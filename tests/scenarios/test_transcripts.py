@@ -2,7 +2,7 @@
 
 A transcript is blocks of commands, `----`, and what they printed. A command is a line; indented
 lines below it belong to it; `#` starts a comment. After each command the controller is polled, as
-its caller must, and decisions are printed with the time. `FOREBAY_REWRITE=1` writes the files anew:
+its caller must, and decisions are printed with the time. `FOREBAY_REWRITE=1` rewrites the files:
 read the difference before you believe it.
 """
 

@@ -113,7 +113,7 @@ class Proxy:
         return lambda: self._rules.remove(rule)
 
     def deafen(self) -> None:
-        """Swallow what watches deliver, until `end_watches`, or for ever."""
+        """Swallow what watches deliver, until `end_watches`."""
         self._deaf = True
 
     def end_watches(self, line: bytes = b"") -> None:

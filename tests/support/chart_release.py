@@ -1,6 +1,6 @@
 """Releases of the chart on an API server, and the processes that their pods would be.
 
-There is no kubelet: Deployments make pods, and nobody runs them. What a pod would run is started
+There is no kubelet: Deployments make pods, but none runs. What a pod would run is started
 here, with the flags of the Deployment and the token of the pod or its service account.
 """
 

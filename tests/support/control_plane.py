@@ -1,6 +1,6 @@
 """Operators and endpoint pickers as processes around a real API server.
 
-Without a kubelet nobody runs pods: pods are objects here whose status the test writes, and the
+Without a kubelet no pod runs: pods are objects here whose status the test writes, and the
 process that stands for one runs beside it with a token that the API server has bound to that pod.
 """
 
@@ -137,7 +137,7 @@ class Process:
         return self.process.poll() is None
 
     def page(self, path: str) -> str | None:
-        """The page, or None while nobody answers."""
+        """The page, or None while there is no answer."""
         try:
             with urlopen(f"http://127.0.0.1:{self.http}{path}", timeout=5) as page:
                 return page.read().decode()
@@ -145,7 +145,7 @@ class Process:
             return None
 
     def probe(self, path: str) -> str:
-        """What a probe says, good or bad; nothing while nobody answers."""
+        """What a probe says, good or bad; nothing while there is no answer."""
         try:
             with urlopen(f"http://127.0.0.1:{self.http}{path}", timeout=5) as page:
                 return page.read().decode()
@@ -274,7 +274,7 @@ class FolderOperator(Process):
         until(lambda: self.page("/readyz") == "ok\n", START_SECONDS)
 
     def edit(self, ttl: str) -> None:
-        """Change the policy, as somebody with an editor does."""
+        """Change the policy, as a user with an editor does."""
         file = self.manifests / "policy.yaml"
         policy = yaml.safe_load(file.read_text())
         policy["spec"]["noEndpoints"] = {"ttl": ttl}
@@ -393,7 +393,7 @@ class EPPProcess(Process):
 
     @property
     def version(self) -> tuple[int, int] | None:
-        """(epoch, revision) of the program in force; None while nobody answers."""
+        """(epoch, revision) of the program in force; None while there is no answer."""
         page = self.page("/metrics")
         found = dict(_VERSION.findall(page or ""))
         return (int(float(found["epoch"])), int(float(found["revision"]))) if found else None
@@ -631,7 +631,7 @@ def pool(name: str, *, service: str = "epp", selector: str = "vllm") -> dict:
 
 
 def service(name: str = "epp", controller: str = "forebay") -> dict:
-    """The Service of endpoint pickers; without a controller nobody claims its pools."""
+    """The Service of endpoint pickers; without a controller no operator claims its pools."""
     labels = {CONTROLLER_LABEL: controller} if controller else {}
     return {
         "apiVersion": "v1",

@@ -22,7 +22,7 @@ BINARY = Path(sys.executable).with_name("envoy")
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """A port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 CRDS = Path(__file__).parents[2] / "crds"
 SECONDS = 60.0  # generous: what is waited for takes a second on an idle machine
-BODY = b'{"model": "nobody-s", "prompt": "' + b"x" * 200 + b'"}'
+BODY = b'{"model": "no-such-model", "prompt": "' + b"x" * 200 + b'"}'
 
 
 def make_namespace(cluster: ApiServer, name: str) -> str:
@@ -114,7 +114,7 @@ class Site:
         return found
 
     def server(self, name: str, ip: str) -> EPPPod:
-        """Add a model server's pod; nobody serves there."""
+        """Add a model server's pod; no server runs there."""
         return EPPPod(self.cluster, self.namespace, name, "vllm", ip)
 
     # What is said
@@ -166,7 +166,7 @@ def send(channel: grpc.Channel, body: bytes = BODY, **headers: str) -> Stream:
 
 
 def answer(process: EPPProcess) -> int:
-    """The HTTP status with which an EPP refuses a request for a model that nobody has."""
+    """The HTTP status with which an EPP refuses a request for a model that no server has."""
     with channel(f"127.0.0.1:{process.grpc}") as open_channel:
         return send(open_channel).answer().immediate_response.status.code
 

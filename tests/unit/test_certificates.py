@@ -205,7 +205,7 @@ def test_a_ca_whose_key_is_lost_is_replaced_without_haste(operators):
 
 
 def test_keys_that_belong_to_another_certificate_are_not_used(operators):
-    """Half of a pair that somebody has replaced by hand."""
+    """Half of a pair that was replaced by hand."""
     other = Operators()
     other.look()
     before = {**operators.found, LEAF_KEY: other.found[LEAF_KEY]}
@@ -217,7 +217,7 @@ def test_keys_that_belong_to_another_certificate_are_not_used(operators):
 
 
 def test_another_name_needs_another_leaf(operators):
-    """The release was installed anew under another one."""
+    """The release was reinstalled under another name."""
     found = renew(operators.found, [operators.published], "other.svc", START)
 
     names = certificate(found).extensions.get_extension_for_class(x509.SubjectAlternativeName)

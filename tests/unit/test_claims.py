@@ -77,7 +77,7 @@ def test_only_a_claimed_pool_is_planned(world):
 
 @pytest.mark.parametrize("pool", [THEIRS, "nobodys"])
 def test_models_of_other_pools_get_no_status(world, pool):
-    """Whoever acts on them, if anybody: it is not this operator."""
+    """Another operator may act on them; this one does not."""
     for name in (OURS, pool):
         world.put(MODEL, f"m-{name}", {"modelName": name, "poolRef": {"name": name}})
     assert [entry.metadata.name for entry, _ in world.reconciler.statuses("default")] == [

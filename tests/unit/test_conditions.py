@@ -410,7 +410,7 @@ def test_transitions_are_new_statuses_and_reasons():
 
 
 def test_what_repeats_a_refusal_is_no_transition():
-    """A policy that loses to another is told of once, not in each condition."""
+    """A policy that loses to another is reported once, not in each condition."""
     refused = at(epp(), refused=("Conflicted", "an older one is there"), notes=("no endpoints",))
     changes = comparing.transitions(conditions.policy_status(SUBJECT, [refused]), {})
     assert [(c.type, c.reason) for c in changes if c.bad] == [("Accepted", "Conflicted")]

@@ -96,7 +96,7 @@ def test_metrics_are_believed_for_two_seconds(page_at, fresh):
 
 
 def test_whoever_waits_for_stale_metrics_is_woken_in_time():
-    """A full KV cache that nobody reports any more closes the endpoint for two seconds only."""
+    """A full KV cache that is no longer reported closes the endpoint for two seconds only."""
     controller = controller_of(Plan(), A)
     controller.observe(EndpointMetrics(A, 1, 0, 1.0, 1.0), 1.2)
     controller.submit(Request(1, "m", 1), 1.2)

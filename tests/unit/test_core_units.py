@@ -48,11 +48,11 @@ def in_band(**fields):
 @pytest.mark.parametrize(
     ("plan", "path", "what"),
     [
-        (Plan(bands=()), "bands", "must be 1 to 64, are 0"),
+        (Plan(bands=()), "bands", "must have 1-64 entries, has 0"),
         (
             Plan(bands=(*ONE_BAND, *(BandPlan(f"b{n}", n) for n in range(1, 65)))),
             "bands",
-            "must be 1 to 64, are 65",
+            "must have 1-64 entries, has 65",
         ),
         (
             Plan(bands=(*ONE_BAND, BandPlan("", 1))),
@@ -348,7 +348,7 @@ def test_foreign_load_is_forgotten_when_limits_are_given():
 
 
 def test_places_held_blindly_are_free_when_limits_are_given():
-    """The same for requests whose end nobody reports."""
+    """The same for requests whose end is not reported."""
     controller = controller_of(Plan(), A)
     controller.observe(EndpointMetrics(A, 0, 0, 0.1, 1.0), 1.0)
     controller.submit(Request(1, "m", 1), 1.0)

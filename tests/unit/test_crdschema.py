@@ -57,7 +57,7 @@ def test_every_field_is_described():
 
 
 def test_everything_is_bounded():
-    """Nobody can fill etcd by one field, and the API server knows what a rule costs at most."""
+    """No field can fill etcd, and the API server knows the maximum cost of a rule."""
     assert [path for path, node in NODES.items() if not bounded(path, node)] == []
 
 

@@ -91,7 +91,7 @@ def test_a_pool_that_comes_back_is_not_looked_for_any_more():
 
 
 def test_an_epp_that_was_away_is_told_at_one_of_its_next_dials():
-    """Any pod of the namespace may hear it; nobody else, and nothing before it is certain."""
+    """Any pod of the namespace may hear it; no other, and nothing before it is certain."""
     world = World(True, True)
     pods = Pods(lambda _: None, None, world.deletions.is_deleted)
 

@@ -71,7 +71,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.step = 0.0  # that somebody has set the time of day by
+        self.step = 0.0  # by which the time of day was set
 
     def __call__(self) -> float:
         return self.now
@@ -146,7 +146,7 @@ def test_the_second_one_waits_and_knows_who_leads(replica):
 
 
 def test_a_leader_renews_under_its_epoch(replica, clock):
-    """It is told of nothing: nothing has changed."""
+    """It is not called: nothing has changed."""
     a, b = replica("a/1"), replica("b/1")
     epoch = a.step().epoch
     for _ in range(30):
@@ -180,7 +180,7 @@ def test_a_lease_that_runs_out_is_taken_with_a_higher_epoch(replica, clock):
 
 
 def test_a_leader_that_was_frozen_steps_down(replica, clock):
-    """As after SIGSTOP: it finds somebody else when it wakes up."""
+    """As after SIGSTOP: it finds another leader when it wakes up."""
     a, b = replica("a/1"), replica("b/1")
     old = a.step().epoch
     b.step()
@@ -192,7 +192,7 @@ def test_a_leader_that_was_frozen_steps_down(replica, clock):
 
 
 def test_a_leader_without_an_api_server_is_quiet_before_its_lease_is_over(leases, replica, clock):
-    """And goes on under its epoch when the API server is back and nobody else has led."""
+    """And goes on under its epoch when the API server is back and no other has led."""
     a = replica("a/1")
     epoch = a.step().epoch
     leases.down = True
@@ -313,7 +313,7 @@ def test_who_does_not_lead_has_nothing_to_release(replica, leases):
 
 
 def test_a_deleted_lease_is_made_again_with_a_higher_epoch(replica, leases, clock):
-    """By the leader once it would have run out, or at once by somebody who comes later."""
+    """By the leader once it would have run out, or at once by a later candidate."""
     a = replica("a/1")
     a.step()
     old = a.step().epoch
@@ -352,7 +352,7 @@ def test_a_restored_backup_does_not_bring_an_old_epoch_back(replica, leases, clo
     backup = copy.deepcopy(leases.lease)
     for _ in range(5):
         clock.now += 2.0
-        leases.lease["metadata"]["annotations"][EPOCH] = "0"  # each time taken anew
+        leases.lease["metadata"]["annotations"][EPOCH] = "0"  # each time taken again
         a.step()
     old = a.epoch
     leases.lease = backup

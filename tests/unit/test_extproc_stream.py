@@ -521,7 +521,7 @@ def test_too_large_is_refused_as_soon_as_it_is_known():
     ],
 )
 def test_a_subset_hint_is_read_from_either_message(value, expected):
-    """As a list or a comma list; an empty one allows nobody."""
+    """As a list or a comma list; an empty one allows no endpoint."""
     for where in (0, 1):
         messages = [headers(), body()]
         hint = messages[where].metadata_context.filter_metadata["envoy.lb.subset_hint"]

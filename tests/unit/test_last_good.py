@@ -153,7 +153,7 @@ def rewritten(folder, **changes) -> None:
     ids=str,
 )
 def test_a_file_that_says_something_strange_is_ignored(tmp_path, changes):
-    """Another pool's, another release's, or nobody's."""
+    """Another pool's, another release's, or no pool's."""
     kept(tmp_path, 1)
     rewritten(tmp_path, **changes)
     last_good = opened(tmp_path)
@@ -178,7 +178,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path):
 
 
 def test_a_folder_in_the_place_of_the_file(tmp_path):
-    """Nor can it be replaced: both are told of."""
+    """Nor can it be replaced: both are reported."""
     (tmp_path / FILE).mkdir()
     last_good = kept(tmp_path, 1)
 
@@ -226,7 +226,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
-RUN_AS_NOBODY = """
+RUN_AS_UNUSED_PORT = """
 import asyncio, os, sys
 from pathlib import Path
 from forebay_epp.adapters.lastgood import LastGood
@@ -255,7 +255,7 @@ def test_a_read_only_folder_is_read(tmp_path):
             parent.chmod(parent.stat().st_mode | 0o001)
     try:
         done = subprocess.run(
-            [sys.executable, "-c", RUN_AS_NOBODY, str(state)],
+            [sys.executable, "-c", RUN_AS_UNUSED_PORT, str(state)],
             capture_output=True,
             text=True,
             check=True,
@@ -270,7 +270,7 @@ def test_a_read_only_folder_is_read(tmp_path):
 def test_a_disk_that_hangs_holds_up_nobody(tmp_path):
     """Neither the one who waits nor the next one, and what is newest gets there in the end.
 
-    Opening a pipe that nobody reads hangs as such a disk does.
+    Opening a pipe without a reader hangs as such a disk does.
     """
     os.mkfifo(tmp_path / f"{FILE}.new")
     last_good = opened(tmp_path)

@@ -114,7 +114,7 @@ def test_a_wrong_field_is_named_with_what_would_be_right(spec, path, says):
 
 
 def test_every_wrong_field_is_named_at_once():
-    """Nobody should mend a file one error at a time."""
+    """A file should not have to be fixed one error at a time."""
     found = problems(POLICY, "limits: {maxRequests: 0, maxBytes: x}")
 
     assert [path for path, _ in found] == ["spec.limits.maxRequests", "spec.limits.maxBytes"]

@@ -80,7 +80,7 @@ def test_which_paths_name_a_model(method, path, expected):
     ids=range(16),
 )
 def test_a_body_without_a_usable_model_is_refused_in_words(body, message):
-    """The text tells the client what to mend."""
+    """The text tells the client what to fix."""
     with pytest.raises(openai.BadRequestError, match=message):
         openai.read_model(body)
 

@@ -1,4 +1,4 @@
-"""Multipart forms as clients write them, and as somebody writes them who wants to be misread."""
+"""Multipart forms as clients write them, and as an attacker writes them to be misread."""
 
 from __future__ import annotations
 

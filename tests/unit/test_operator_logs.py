@@ -1,4 +1,4 @@
-"""forebay_operator/logs.py: one line for what mends itself, none for what is no news."""
+"""forebay_operator/logs.py: one line for a failure that recovers, none for what is no news."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def logged(capsys):
 
 
 def test_a_failed_watch_is_a_line(logged):
-    """The traceback would be kopf's own; the watch begins anew."""
+    """The traceback would be kopf's own; the watch restarts."""
     lines = logged("kopf.activities", OSError("gone"))
 
     assert [set(line) for line in lines] == [{"ts", "level", "logger", "msg"}]

@@ -234,7 +234,7 @@ def test_one_address_is_one_endpoint_however_it_is_written():
 
 
 def test_more_models_than_an_endpoint_picker_takes_are_cut_and_told():
-    """A plan that is refused as a whole would help nobody. What the policy names is never cut."""
+    """Refusing the whole plan would not help. What the policy names is never cut."""
     overrides = [
         {"name": "override", "criticality": "Critical"},
         {"name": f"m{core.MAX_MODELS - 1}", "criticality": "Critical"},
@@ -297,7 +297,7 @@ def test_what_is_for_no_pool_is_told():
 
 
 def test_pools_of_one_name_in_two_namespaces_are_apart():
-    """Each takes what is of its own namespace, and nobody is told of a problem."""
+    """Each takes what is of its own namespace, and no problem is reported."""
     pools = [pool(), pool(namespace="other")]
     everything = [*pools, policy(limits={"maxRequests": 1}), policy(namespace="other"), model("m")]
 

@@ -133,7 +133,7 @@ def test_the_order_of_arrival_does_not_matter(order):
 
 
 def test_a_policy_that_is_being_deleted_has_lost():
-    """Somebody's finalizer does not keep it in force; so with models and objectives."""
+    """A foreign finalizer does not keep it in force; the same for models and objectives."""
     going = [
         policy("a", deleted=T2, limits={"maxRequests": 1}),
         model("m-a", deleted=T2),

@@ -78,7 +78,7 @@ def samples(text: str) -> dict[str, dict[tuple[str, ...], float]]:
         for sample in family.samples:
             series = found.setdefault(sample.name, {})
             labels = tuple(value for _, value in sorted(sample.labels.items()))
-            assert labels not in series, f"{sample.name}{sample.labels} is there twice"
+            assert labels not in series, f"{sample.name}{sample.labels} is duplicated"
             series[labels] = sample.value
     return found
 

@@ -32,7 +32,7 @@ class Clock:
 
 
 class Pickers(ControlServer):
-    """A control server of which the test says what its EPPs report: nobody connects here."""
+    """A control server whose EPPs' reports the test sets: no EPP connects."""
 
     def __init__(self, clock):
         super().__init__(believe, lambda _: None, lambda _: None, clock)
@@ -416,7 +416,7 @@ async def test_what_the_server_answers_is_known_at_once(world):
 
 
 async def test_an_answer_is_believed_although_its_version_is_older(world):
-    """Versions begin again when etcd is restored; else the status would be written for ever."""
+    """Versions begin again when etcd is restored; else the status would be written endlessly."""
     world.written.answer = lambda status: policy(version="11", status=status)
     world.put(POLICY, policy(version="1000"))
     assert len(await world.after(30)) == 1
@@ -468,7 +468,7 @@ async def test_an_invalid_generation_does_not_replace_a_valid_one(world):
     ],
 )
 async def test_a_plan_is_held_for_what_may_be_in_force(world, generation, status, held):
-    """After a restart nobody knows the last valid generation; EPPs do."""
+    """After a restart no operator knows the last valid generation; EPPs do."""
     world.put(POLICY, policy(generation=generation, status=status, **BAD))
     snapshot = world.control.programs["default/chat"][-1]
     assert snapshot.HasField("plan") is not held

@@ -74,7 +74,7 @@ def test_a_refusal_shows_until_something_else_is_wanted():
 
 
 def test_a_picker_without_a_stream_is_stale_after_half_a_minute():
-    """It runs what it ran; nobody knows whether it still runs."""
+    """It runs what it ran; whether it still runs is unknown."""
     rollout = wanting()
     rollout.acknowledged("uid-0", rollout.desired_for(), 0.0)
     rollout.left("uid-0", 10.0)

@@ -309,7 +309,7 @@ async def test_an_endless_page_is_not_read_to_its_end():
 
 
 async def test_redirects_are_not_followed():
-    """A server cannot point the scraper at somebody else."""
+    """A server cannot point the scraper elsewhere."""
     async with RawServer(replies(answer(PAGE))).listening() as other:
         location = f"Location: http://{other.address}/metrics"
         redirect = replies(answer(b"", location, status="302 Found"))

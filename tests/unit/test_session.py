@@ -40,7 +40,7 @@ def test_a_new_picker_is_offered_what_is_desired():
 
 
 def test_what_a_hello_says_to_be_in_force_is_not_sent():
-    """In the same epoch; under another leader it has to be acknowledged anew."""
+    """In the same epoch; under another leader it must be acknowledged again."""
     applied = pb.Applied(version=pb.Version(epoch=5, revision=1), sha256=A.sha256)
 
     assert Session(0.0, applied).offer(A, 5, 0.0) is None
@@ -79,7 +79,7 @@ def test_one_program_is_under_way_and_the_newest_comes_next():
 
 
 def test_going_back_to_what_is_in_force_sends_it_anew():
-    """While the other is under way nobody knows whether it will be in force."""
+    """While the other is under way it is unknown whether it will be in force."""
     session = programmed()
     other = session.offer(B, 5, 1.0)
     back = Desired(A.snapshot, A.sha256, 3)
@@ -208,7 +208,7 @@ def test_what_a_picker_writes_cannot_steer_a_terminal():
 
 
 def test_a_flood_is_noticed_and_steady_reports_are_not():
-    """50 messages a second may come for ever, 250 at once."""
+    """50 messages a second may come indefinitely, 250 at once."""
     steady, flood = Session(0.0), Session(0.0)
 
     assert all(steady.heard(number / 50) for number in range(5000))

@@ -88,7 +88,7 @@ async def test_a_stream_has_one_event_per_token_then_usage_then_the_end(start, h
 
 
 async def test_a_client_that_leaves_frees_its_slot(start, http):
-    """The engine does not go on for nobody."""
+    """The engine does not go on without a client."""
     url = await start(engine=EngineSettings(max_num_seqs=1, decode_seconds_per_token=1.0))
     request = asyncio.create_task(
         http.post(f"{url}/v1/chat/completions", json=chat(max_tokens=100))

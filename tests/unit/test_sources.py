@@ -28,7 +28,7 @@ def test_a_key_that_is_there_twice_is_an_error(tmp_path):
     """The last one would win silently, and kubectl refuses it too."""
     found = errors(tmp_path, f"{POOL}\nspec: {{}}\n")
 
-    assert "key 'spec' is there twice" in found
+    assert "key 'spec' is duplicated" in found
     assert 'a.yaml", line 7' in found
 
 
@@ -81,7 +81,7 @@ def test_deep_nesting_is_an_error(tmp_path, text):
 
 
 def test_aliases_that_multiply_stay_small(tmp_path):
-    """Nine levels of nine: four hundred million entries if anybody counted them."""
+    """Nine levels of nine: four hundred million entries if they were expanded."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, 9)]
     spec = "apiVersion: forebay.dev/v1alpha1\nkind: FlowControlPolicy\nmetadata: {name: x}"
@@ -103,7 +103,7 @@ def test_what_a_terminal_would_obey_is_escaped(tmp_path):
 def test_what_editors_leave_is_not_read(tmp_path):
     """Lock files of Emacs are links that lead nowhere."""
     (tmp_path / "a.yaml").write_text(POOL)
-    (tmp_path / ".#a.yaml").symlink_to("nobody@nowhere")
+    (tmp_path / ".#a.yaml").symlink_to("user@host")
     (tmp_path / "a.yaml~").write_text("{")
     (tmp_path / ".a.yaml.swp").write_text("{")
 

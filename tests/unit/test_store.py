@@ -138,7 +138,7 @@ def test_a_watch_that_tells_of_the_last_end_is_believed():
 
 
 def test_a_name_made_again_replaces_its_predecessor():
-    """Although nobody has said that the first one is gone."""
+    """Although the end of the first one was never reported."""
     store = filled("a")
 
     assert store.put(POLICY, policy(uid="second", version=5), 1.0) == {"default"}
@@ -266,7 +266,7 @@ def test_the_last_objects_of_a_kind_are_removed_by_a_second_list_only():
 
 
 def test_an_empty_list_that_was_a_mistake_is_forgotten():
-    """The ten seconds begin anew with the next empty one."""
+    """The ten seconds restart with the next empty one."""
     store = filled("a")
     sweep(store, POLICY, [], 10.0, 11.0)
     sweep(store, POLICY, [policy("a")], 20.0, 21.0)

@@ -255,7 +255,7 @@ def test_what_cannot_be_accepted_is_refused_without_asking(bearer, reason):
 
 
 def test_what_a_token_claims_does_not_get_into_logs():
-    """Nobody has verified it; it may be long, and need not even be text."""
+    """It is unverified; it may be long, and need not even be text."""
     refused = refusal(
         FakeReviews().trust(), bearer=token(name="\ud800" * 1000, namespace="x" * 999)
     )

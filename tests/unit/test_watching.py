@@ -153,7 +153,7 @@ async def test_pods_that_may_not_be_read_are_not_taken_for_absent(api):
 
 
 async def test_a_change_that_no_watch_was_to_deliver_is_no_sign_of_deafness(api):
-    """A namespace whose watch is denied or begins anew does not end the process."""
+    """A namespace whose watch is denied or restarted does not end the process."""
     world = watching(api, "a")
     await world.it.fill()
     api.objects["a", POLICIES] = [policy("a", "p")]

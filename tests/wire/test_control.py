@@ -159,7 +159,7 @@ def test_a_nack_shows_with_its_paths(driver, dial):
 
 @pytest.mark.parametrize("code", ["StaleEpoch", "HashConflict"])
 def test_two_leaders_of_one_epoch_are_healed(driver, dial, code):
-    """An EPP has the same epoch from somebody else: the next one is taken, and sent at once."""
+    """An EPP has the same epoch from another leader: the next one is taken, and sent at once."""
     driver.program(POOL, snapshot())
     peer = dial().hello(highest_epoch=5)
     sent = peer.program()
@@ -307,7 +307,7 @@ def test_a_pod_has_two_streams_at_most(driver, dial):
 
 
 def test_nothing_is_left_of_a_stream_that_ends(driver, dial):
-    """However it ends, and of pools that nobody has heard of."""
+    """However it ends, and for unknown pools."""
     for number in range(20):
         peer = dial().hello(pool=f"default/pool-{number}", pod_uid=f"uid-{number}")
         peer.next("ping")
@@ -445,7 +445,7 @@ def test_an_epp_that_is_silent_for_half_a_minute_has_to_go(dial, monkeypatch):
 
 
 def test_an_epp_that_does_not_read_has_to_go(driver, dial, monkeypatch):
-    """A full window must not hold a stream, and its place, for ever."""
+    """A full window must not hold a stream indefinitely."""
     monkeypatch.setattr(server, "WRITE_SECONDS", 0.3)
     monkeypatch.setattr(session, "ACK_SECONDS", 0.02)
     monkeypatch.setattr(session, "MAX_SENDS", 1000)

@@ -156,18 +156,18 @@ async def test_a_report_that_cannot_be_made_does_not_end_the_client(error):
 
 
 async def test_a_token_file_that_holds_rubbish_does_not_end_the_client(tmp_path):
-    """What cannot be sent is told of; the file is read anew with each dial."""
+    """What cannot be sent is reported; the file is read again with each dial."""
     token = tmp_path / "token"
     token.write_bytes(b"two\nlines\x00")
     operator = Operator(good)
     started = time.monotonic()
 
-    def mended(client) -> bool:
+    def corrected(client) -> bool:
         if time.monotonic() > started + 0.5:
             token.write_text("fine")
         return bool(client.applied)
 
-    await talk(operator, usual, mended, token_path=token)
+    await talk(operator, usual, corrected, token_path=token)
 
 
 async def test_a_ca_file_that_is_missing_or_holds_rubbish_does_not_end_the_client(tmp_path):
@@ -293,7 +293,7 @@ async def test_goodbye_is_heard():
 
 
 async def test_leaving_without_an_operator_does_not_wait():
-    """There is nobody to tell."""
+    """No EPP is left to be notified."""
     client = Client(1)
     running = asyncio.create_task(client.client.run())
     await asyncio.sleep(0)

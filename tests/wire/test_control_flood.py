@@ -63,7 +63,7 @@ async def one(call, first: bytes | None) -> None:
 
 
 async def flood(port: int, number: int) -> None:
-    """2,000 streams at once: silent ones, garbage, and EPPs nobody has heard of."""
+    """2,000 streams at once: silent ones, garbage, and unknown EPPs."""
     channels = [
         grpc.aio.insecure_channel(f"127.0.0.1:{port}", [("grpc.use_local_subchannel_pool", 1)])
         for _ in range(STREAMS // STREAMS_PER_CONNECTION)

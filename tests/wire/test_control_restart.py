@@ -72,7 +72,7 @@ def test_an_epp_outlives_an_operator_that_is_killed(start, epp):
 
 
 def test_an_operator_forgets_an_epp_that_has_said_goodbye(epp):
-    """Nobody waits for it."""
+    """It is not awaited."""
     operator = epp.operator
     until(lambda: operator.metric("forebay_control_streams") == 1, WAIT_SECONDS)
     assert epp.stop(WAIT_SECONDS) == 0

@@ -121,7 +121,7 @@ def test_an_epp_refuses_an_operator_that_is_not_the_one(authority, serve, tmp_pa
     leaf = {
         "expired": lambda: authority.leaf("operator", days=-1),
         "other authority": lambda: Authority(tmp_path / "other").leaf("operator"),
-        "other name": lambda: authority.leaf("operator", dns="somebody-else"),
+        "other name": lambda: authority.leaf("operator", dns="other-audience"),
     }[wrong]()
     shutil.rmtree(tmp_path / "tls", ignore_errors=True)
     driver = serve(leaf)
@@ -365,7 +365,7 @@ def test_a_handshake_without_a_good_certificate_fails(authority, serve, dial, tm
 def test_a_good_certificate_of_somebody_else(authority, serve, dial, uri, reason):
     """TLS is content, trust is not."""
     driver, before = serve(authority.leaf("operator"), mtls=True), refusals(reason)
-    leaf = authority.leaf("somebody", uri=uri)
+    leaf = authority.leaf("epp", uri=uri)
     dial(driver, authority.path, leaf=leaf).ended()
 
     assert refusals(reason) == before + 1

@@ -20,7 +20,7 @@ from forebay_control.v1 import control_pb2 as pb
 from forebay_epp.adapters.lastgood import CRASHES, FILE
 
 WAIT_SECONDS = 60
-NOBODY = 1  # a port on which nobody listens
+UNUSED_PORT = 1  # no process listens on it
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_an_epp_starts_on_its_last_program_without_any_operator(start, puppet):
     """And says so; it serves like that as long as it has to."""
     epp = programmed(start, puppet, snapshot(), snapshot(31.0))
     epp.kill()
-    epp = start(NOBODY)
+    epp = start(UNUSED_PORT)
 
     until_healthy(epp)
     assert epp.version == (5, 2)
@@ -295,7 +295,7 @@ def resigned(data: bytes) -> bytes:
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_file_is_told_of_and_the_next_source_counts(start, puppet, damage):
-    """T35: the EPP starts, is programmed by the operator, and mends the file."""
+    """T35: the EPP starts, is programmed by the operator, and repairs the file."""
     epp = programmed(start, puppet)
     epp.kill()
     file = epp.state / FILE
@@ -311,7 +311,7 @@ def test_a_damaged_file_is_told_of_and_the_next_source_counts(start, puppet, dam
     until_healthy(epp)
     assert failures == 1
     epp.kill()
-    epp = start(NOBODY)
+    epp = start(UNUSED_PORT)
     until_healthy(epp)
     assert epp.version == (5, 2)
 
@@ -341,7 +341,7 @@ def test_a_state_folder_that_cannot_be_written_costs_the_warm_start_only(start, 
 def test_a_disk_that_hangs_costs_the_warm_start_only(start, puppet, tmp_path):
     """Programs are applied and acknowledged, reports go on, and the process ends when told.
 
-    Opening a pipe that nobody reads hangs as such a disk does.
+    Opening a pipe without a reader hangs as such a disk does.
     """
     (tmp_path / "epp-0" / "state").mkdir(parents=True)
     os.mkfifo(tmp_path / "epp-0" / "state" / f"{FILE}.new")
@@ -359,7 +359,7 @@ def test_a_plan_under_which_the_epp_crashes_is_set_aside(start, puppet):
     epp = programmed(start, puppet, good, bad)
     epp.kill()
     for _ in range(CRASHES - 1):
-        epp = start(NOBODY)
+        epp = start(UNUSED_PORT)
         until_healthy(epp)
         assert epp.version == (5, 2)
         epp.kill()
@@ -386,7 +386,7 @@ def test_restarts_in_order_are_no_crashes(start, puppet):
     epp = programmed(start, puppet)
     for _ in range(CRASHES + 1):
         assert epp.stop(WAIT_SECONDS) == 0
-        epp = start(NOBODY)
+        epp = start(UNUSED_PORT)
         until_healthy(epp)
         assert epp.version == (5, 1)
 

@@ -113,7 +113,7 @@ class Up(Program):
         )
 
     def gone(self) -> bool:
-        """Whether nobody listens on any of the ports any more."""
+        """Whether all of the ports are free again."""
         return all(_is_free(port) for port in self.ports.values())
 
 
@@ -248,7 +248,7 @@ def test_an_edit_that_is_wrong_leaves_the_last_good_plan(start, folder):
 
 
 def test_what_has_no_effect_is_told(start, folder):
-    """A kind nobody reads, a model for a pool that is not there: once, and the rest runs."""
+    """A kind that is not read, a model for a missing pool: reported once, and the rest runs."""
     (folder / "more.yaml").write_text(
         "{apiVersion: v1, kind: Service, metadata: {name: s}}\n---\n"
         "apiVersion: inference.networking.x-k8s.io/v1alpha2\nkind: InferenceModel\n"
@@ -273,7 +273,7 @@ def test_open_requests_are_answered_before_the_end(start, number):
 
 
 def test_a_second_ctrl_c_does_not_wait(start):
-    """Nobody has to sit through an answer that takes minutes."""
+    """The user need not wait for an answer that takes minutes."""
     program = start()
     long = threading.Thread(target=_ignoring_disconnect(program), daemon=True)
     long.start()
@@ -354,7 +354,7 @@ def _has_ended(pid: int) -> bool:
 
 
 def test_no_request_fails_while_it_starts(folder, server):
-    """Nobody listens before requests can be answered: refused until then, 200 from then on."""
+    """Envoy listens only once requests can be answered: refused until then, 200 from then on."""
     program = Up(folder, f"--endpoint={server}")
     statuses = []
 
@@ -412,7 +412,7 @@ SECOND_POOL = (QUICKSTART / "pool.yaml").read_text().replace("name: chat\n", "na
         ((), {"b.yaml": SECOND_POOL}, "(default/chat, default/code); choose one with --pool NAME"),
         (("--pool=x",), {}, "--pool x: "),
         ((), {"b.yaml": "a: ["}, "b.yaml: while parsing a flow"),
-        ((), {"b.yaml": "a: 1\na: 2\n"}, "key 'a' is there twice"),
+        ((), {"b.yaml": "a: 1\na: 2\n"}, "key 'a' is duplicated"),
         (("--endpoint=here",), {}, "--endpoint here: must be HOST:PORT"),
         (("--endpoint=127.0.0.1:0",), {}, "must be HOST:PORT"),
         (("--grpc-port=0",), {}, "--grpc-port 0: name a port"),

@@ -1,1 +1,1 @@
-"""."""
+"""Edges to the outside world; none imports another."""

@@ -1,7 +1,7 @@
 """Pages for people who look into a running endpoint picker from the machine it runs on.
 
 They name models and flows, so only loopback peers get them; `kubectl port-forward` is one. Figures
-for machines are adapters/prometheus.py's business.
+for machines belong in adapters/prometheus.py.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ _log = logging.getLogger("forebay_epp")
 
 @dataclass(slots=True)
 class StoredPlan:
-    """One plan as it is kept. `proven`: a process has lived with it for a minute."""
+    """One plan as it is kept. `proven`: it has run in a process for a minute."""
 
     data: bytes
     proven: bool = False

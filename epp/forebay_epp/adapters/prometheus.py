@@ -1,7 +1,7 @@
-"""The /metrics page of an endpoint picker.
+"""The /metrics page of an EPP.
 
-Names, units and labels of everything it publishes stand here. What is counted is traffic.py's and
-the controller's business; this module only reads.
+Names, units and labels of every metric are declared here. Counting belongs in traffic.py and the
+controller; this module only reads.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ _ENDPOINT_GAUGES: tuple[tuple[str, str, Callable[[EndpointSnapshot], float]], ..
 
 @dataclass(frozen=True, slots=True)
 class ControlState:
-    """How it stands between this EPP and its operator.
+    """The state of the connection between this EPP and its operator.
 
     Attributes:
         connected: whether there is a stream.
@@ -116,7 +116,7 @@ def routes(
         snapshot: asks the controller for its state. When that takes too long the page goes out
             without queues and endpoints, because then the rest of it is what is needed.
         traffic: counters that the data-plane thread goes on feeding.
-        scrapes_failed: failed scrapes by cause; read anew for every page.
+        scrapes_failed: failed scrapes by cause; read again for every page.
         control: tells of the operator; None where there is none.
     """
     page = _Page(traffic, scrapes_failed, control)
@@ -164,7 +164,7 @@ class _Page(Collector):
         yield from _streams(self._traffic)
         yield _counter(
             "forebay_scrapes_failed",
-            "Scrapes of model servers that brought nothing.",
+            "Scrapes of model servers that failed.",
             "cause",
             self._scrapes_failed,
         )
@@ -199,7 +199,9 @@ class _Page(Collector):
 
 def _endpoints(snapshot: ControllerSnapshot) -> Iterator[Metric]:
     yield GaugeMetricFamily(
-        "forebay_saturation", "How full the pool is; from 1 on no room.", value=snapshot.saturation
+        "forebay_saturation",
+        "How full the pool is; at or above 1: no free slot.",
+        value=snapshot.saturation,
     )
     for name, text, value_of in _ENDPOINT_GAUGES:
         gauge = GaugeMetricFamily(name, text, labels=("endpoint",))

@@ -134,7 +134,7 @@ class Scraper:
             self._tasks[address] = group.create_task(watch, name=f"scrape {address}")
 
     async def _watch(self, session: ClientSession, address: str, phase: float) -> None:
-        """Scrape one endpoint for ever; `phase` is its place 0-1 within the interval."""
+        """Scrape one endpoint until cancelled; `phase` is its offset 0-1 within the interval."""
         now = asyncio.get_running_loop().time
         while True:
             interval = self._current_interval()

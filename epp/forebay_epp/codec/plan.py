@@ -1,6 +1,6 @@
 """From the control plane's Snapshot message to the core's plan and endpoints.
 
-The contract is control.proto; what a plan means is forebay_control/plan.py's business.
+The contract is control.proto; what a plan means belongs in forebay_control/plan.py.
 """
 
 from __future__ import annotations

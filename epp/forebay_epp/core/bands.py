@@ -67,7 +67,7 @@ class Band:
         self._drained_at = 0.0
 
     def reconfigure(self, plan: BandPlan) -> None:
-        """Take a new plan; what waits is put in order anew where the policies have changed."""
+        """Take a new plan; waiting requests are reordered where the policies have changed."""
         policies = (self.plan.fairness, self.plan.ordering)
         self.plan = plan
         self.draining = False
@@ -84,7 +84,7 @@ class Band:
         return lane
 
     def full(self, request: Request) -> str | None:
-        """Say which cap has no room for this request, or None."""
+        """Name the cap that this request would exceed, or None."""
         plan = self.plan
         if len(self.arrival) >= plan.max_requests:
             return f"the queue of band {plan.name} is full ({plan.max_requests} requests)"
@@ -280,7 +280,7 @@ class Registry:
         raise AssertionError("weights are positive")
 
     def waiting(self) -> Collection[Band]:
-        """Return the bands in which anybody waits, highest priority first."""
+        """Return the bands with waiting requests, highest priority first."""
         return [band for band in self.bands if band.arrival]
 
 

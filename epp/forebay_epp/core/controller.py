@@ -351,7 +351,7 @@ class FlowController:
     def _deadline(self, band: Band, enqueued_at: float) -> float:
         """When a request of this band that came at `enqueued_at` expires.
 
-        While the pool has no endpoints the clock is that of `noEndpoints`, and it starts anew when
+        While the pool has no endpoints the clock is that of `noEndpoints`, and it restarts when
         that changes: requests that waited for the first endpoint then get their band's whole TTL.
         Both together are the most that a request may wait, however often endpoints come and go;
         a deleted pool ends it for all.

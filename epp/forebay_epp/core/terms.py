@@ -217,7 +217,7 @@ class EndpointSnapshot:
 
 @dataclass(slots=True, frozen=True)
 class ControllerSnapshot:
-    """The whole controller at a moment. `saturation` >= 1.0 means no room."""
+    """The whole controller at a moment. `saturation` >= 1.0 means no free slot."""
 
     pool: str
     requests: int

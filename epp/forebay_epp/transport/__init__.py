@@ -20,7 +20,7 @@ class Connections:
 
     Attributes:
         max_message_bytes: larger messages are refused by grpc.
-        keepalive_seconds: a connection that has brought nothing for this long gets a ping.
+        keepalive_seconds: a connection that has been silent for this long gets a ping.
         keepalive_timeout_seconds: one that does not answer it in this time is closed, which
             ends its streams and frees their slots.
         max_age_seconds: after this, give or take a tenth, the proxy is asked for a new connection,

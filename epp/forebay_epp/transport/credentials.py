@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 def self_signed() -> grpc.ServerCredentials:
-    """Make a key and a certificate that nobody has signed."""
+    """Make a key and a self-signed certificate."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "forebay")])
     now = dt.datetime.now(dt.UTC)

@@ -7,7 +7,7 @@ week after. The last thing that an old CA signs is a leaf which outlasts the fir
 then its key is forgotten.
 
 Everything here is PEM under the names that a Secret has for it: `ca.crt` (a bundle; the first one
-signs), `ca.key`, `tls.crt` and `tls.key`. Reading and writing it is issuing.py's business.
+signs), `ca.key`, `tls.crt` and `tls.key`. Reading and writing it belongs in issuing.py.
 """
 
 from __future__ import annotations

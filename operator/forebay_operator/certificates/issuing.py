@@ -42,7 +42,7 @@ class Objects(Protocol):
     async def put_object(
         self, plural: str, namespace: str, name: str, manifest: dict[str, Any]
     ) -> dict[str, Any]:
-        """Replace it; 409 when somebody else was faster."""
+        """Replace it; 409 when another writer was faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Issuer:
         cluster: the API.
         places: where it is kept.
         server_name: the DNS name by which EPPs know the operator.
-        denials: told of the ConfigMaps in which the CAs cannot be published.
+        denials: notified of ConfigMaps in which the CAs cannot be published.
         time_of_day: seconds since 1970.
     """
 

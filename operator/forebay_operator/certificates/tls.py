@@ -1,4 +1,4 @@
-"""TLS of the control port: a certificate and its key, taken anew when they change."""
+"""TLS of the control port: a certificate and its key, reloaded when they change."""
 
 from __future__ import annotations
 

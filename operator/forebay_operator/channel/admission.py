@@ -1,7 +1,7 @@
 """Admits a control stream: reads its Hello and has the EPP's pod authenticated by trust.py.
 
-Until then nothing that comes is believed and little of it is kept: streams that say nothing are
-few, and the oldest of them makes room for the next.
+Until then nothing that arrives is trusted and little of it is kept. Silent streams are few: at the
+limit the oldest is closed for the next.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Admission:
         return await self._authorize(hello, caller)
 
     def _take_place(self, deadline: asyncio.Timeout) -> None:
-        """Be one of the few who may be silent; the one who is so longest has to go for it."""
+        """Register a silent stream; at the limit, close the one that has been silent longest."""
         if len(self._silent) >= MAX_SILENT_STREAMS:
             oldest = next(iter(self._silent))
             del self._silent[oldest]

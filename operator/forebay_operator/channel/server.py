@@ -1,8 +1,8 @@
 """The control gRPC server: EPPs dial, get the program of their pool and answer.
 
 A version is (epoch, revision); EPPs refuse what is not newer, so of two leaders only the younger
-one counts. Everything here runs on one asyncio loop. When an EPP is sent what is session.py's
-business, how a pool stands rollout.py's, who may connect that of admission.py and trust.py.
+one counts. Everything here runs on one asyncio loop. What an EPP is sent and when belongs
+in session.py, the state of a pool in rollout.py, access in admission.py and trust.py.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PING_SECONDS = 10.0
 WRITE_SECONDS = 10.0  # until an EPP has read what is sent to it
 MAX_MESSAGE_BYTES = 4 << 20
 MAX_RECEIVED_BYTES = 1 << 20
-MAX_CONNECTIONS = 500  # 0.1 MB each with TLS, of somebody unknown too
+MAX_CONNECTIONS = 500  # 0.1 MB each with TLS, before the peer is known
 MAX_STREAMS = 1000
 MAX_STREAMS_PER_POD = 2
 CLOSE_SECONDS = 3.0
@@ -110,7 +110,7 @@ class ControlServer(rpc.ControlServicer):
 
         Args:
             epoch: of our leadership; None sends every EPP to another replica.
-            quiet: leadership is in doubt: keep the streams but program nobody.
+            quiet: leadership is in doubt: keep the streams but program no EPP.
             hint: who leads instead, for people.
         """
         if epoch != self._epoch:
@@ -249,7 +249,7 @@ class ControlServer(rpc.ControlServicer):
         return self._epoch is not None and not self._closing
 
     def _count(self, error: RefusedError) -> None:
-        """Count a refusal, and log it unless the log is full of the like."""
+        """Count a refusal, and log it, rate-limited per reason."""
         metrics.REFUSALS.labels(error.reason).inc()
         now = self._clock()
         if now - self._logged_at.get(error.reason, -math.inf) >= LOG_SECONDS:
@@ -258,7 +258,7 @@ class ControlServer(rpc.ControlServicer):
             _log.warning("control stream refused: %s", text, extra={"reason": error.reason})
 
     def _admit(self, hello: pb.Hello, uid: str) -> _Stream:
-        """Register an EPP; from here on it is told of every change."""
+        """Register an EPP; from here on it receives every change."""
         now = self._clock()
         applied = hello.applied if hello.HasField("applied") else None
         known = features.NAMES & set(hello.features)

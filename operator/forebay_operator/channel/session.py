@@ -3,7 +3,7 @@
 What is wanted is compared with what the EPP has *acknowledged*, never with what was sent: a
 program that got lost or was refused is not taken for running (NGINX Gateway Fabric issue 5330). At
 most one program is under way. Pure: the moment is an argument, in monotonic seconds. Streams and
-pools are server.py's business.
+pools belong in server.py.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ class Session:
     # --- everything else
 
     def heard(self, now: float) -> bool:
-        """Note that a message has come; return whether there may be so many."""
+        """Count a message; return whether it is within the rate limit."""
         self._tokens = min(
             MAX_BURST, self._tokens + (now - self.heard_at) * MAX_MESSAGES_PER_SECOND
         )

@@ -113,7 +113,7 @@ class Cluster:
             page = await self.request("GET", _path(kind, namespace), query=query)
             if not str(page.get("kind", "")).endswith("List"):
                 # What is not there is gone: a proxy's page must not be taken for an empty list.
-                raise ApiError(0, f"no list but {str(page)[:100]} came as answer")
+                raise ApiError(0, f"expected a List, got {str(page)[:100]}")
             metadata = page.get("metadata") or {}
             yield Page(page.get("items") or [], str(metadata.get("resourceVersion") or ""))
             query["continue"] = metadata.get("continue") or ""
@@ -237,7 +237,7 @@ class Cluster:
         can be given for one name.
 
         Raises:
-            ApiError: 409 when somebody else was faster; 422 when it was to be created and exists.
+            ApiError: 409 when another writer was faster; 422 when it was to be created and exists.
         """
         return await self.request("PUT", f"{_leases(namespace)}/{name}", lease)
 
@@ -255,7 +255,7 @@ class Cluster:
         """Replace the Secret or ConfigMap whose resourceVersion the manifest carries.
 
         Raises:
-            ApiError: 409 when somebody else was faster.
+            ApiError: 409 when another writer was faster.
         """
         path = f"/api/v1/namespaces/{namespace}/{plural}/{name}"
         return await self.request("PUT", path, manifest)
@@ -297,7 +297,7 @@ class Cluster:
                     return found if isinstance(found, dict) else {}
             except (aiohttp.ClientError, TimeoutError, ValueError) as error:
                 text = str(error) or type(error).__name__
-                raise ApiError(0, f"the API server cannot be asked: {text}") from error
+                raise ApiError(0, f"request to the API server failed: {text}") from error
         raise ApiError(401, "the API server does not accept our credentials")
 
     async def _connect(self, *, fresh: bool) -> tuple[aiohttp.ClientSession, kopf.ConnectionInfo]:

@@ -51,12 +51,12 @@ class Leases(Protocol):
         """Return the Lease or None."""
 
     async def put_lease(self, namespace: str, name: str, lease: dict[str, Any]) -> dict[str, Any]:
-        """Replace, or without a resourceVersion create; ApiError when somebody was faster."""
+        """Replace, or without a resourceVersion create; ApiError when another writer was faster."""
 
 
 @dataclass(frozen=True, slots=True)
 class Leadership:
-    """How it stands. `epoch` is None for who does not lead; `quiet`: in doubt; `holder` leads."""
+    """Leadership state; `epoch` is None on a standby. `quiet`: in doubt; `holder` leads."""
 
     epoch: int | None = None
     quiet: bool = False
@@ -92,7 +92,7 @@ class Claims:
         if epoch > max(mine, time_of_day) + MAX_EPOCH_AHEAD:
             return "it is far ahead of the clock"
         if uid in self._heeded:
-            return "the pod has claimed a lower one before, and nobody else has led since"
+            return "the pod has claimed a lower one before, and no other leader has led since"
         not_before, wait = self._due.get(namespace, (-math.inf, HEAL_SECONDS))
         if now < not_before:
             return "EPPs of its namespace have had new epochs taken too often"
@@ -110,7 +110,7 @@ class Elector:
         name: of the Lease.
         identity: this process, as `instance/boot`. Who finds a lease of its own instance under
             another boot is its successor (a container has been started again) and takes it at once.
-        changed: told of each change.
+        changed: called at each change.
         clock: monotonic seconds.
         time_of_day: seconds since 1970.
     """
@@ -148,7 +148,7 @@ class Elector:
 
     @property
     def leadership(self) -> Leadership:
-        """How it stands."""
+        """The leadership state."""
         return self._leadership
 
     def see_epoch(self, epoch: int, uid: str, namespace: str) -> None:

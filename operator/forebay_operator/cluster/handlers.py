@@ -152,7 +152,7 @@ def _settings(kinds: tuple[Kind, ...]) -> kopf.OperatorSettings:
 
 
 class _Backoffs:
-    """Endless delays in seconds with jitter: a watch that gives up would be deaf for ever."""
+    """Endless delays in seconds with jitter: a watch that gives up would stay deaf."""
 
     def __iter__(self) -> Iterator[float]:
         delay = 0.5

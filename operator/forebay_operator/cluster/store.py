@@ -2,7 +2,7 @@
 
 kopf's own index keeps objects that were deleted while a watch was broken (facts: kopf never diffs a
 LIST against what it knew), so every event goes here and a regular LIST sweeps. Pure: the moment is
-an argument, in monotonic seconds. What objects mean is planning.py's business.
+an argument, in monotonic seconds. What objects mean belongs in planning.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Store:
         return changed
 
     def remove(self, kind: Kind, uid: str, now: float, version: str = "") -> set[str]:
-        """Forget an object, also what is told of it later but was so before.
+        """Forget an object, and ignore its late, older events.
 
         Args:
             kind: of the object.
@@ -265,7 +265,7 @@ def _entry(
     spec = manifest.get("spec")
     status = manifest.get("status")
     try:
-        # Our own kind forbids unknown fields, and what a server adds to metadata is its business.
+        # Our own kind forbids unknown fields, and a server may add anything to metadata.
         resource = resources.read(kind, manifest)
     except resources.ResourceError as error:
         problems = tuple((path, messages.printable(what)) for path, what in error.problems)

@@ -1,7 +1,7 @@
 """What a cluster holds, kept true: watches for speed, LISTs for truth.
 
 A first LIST of every kind fills the store, watches deliver what changes, and once a minute (and
-whenever kopf lists anew, which is a sign of a gap) a LIST corrects what the watches missed. If two
+whenever kopf lists again, which is a sign of a gap) a LIST corrects what the watches missed. If two
 sweeps in a row find changes that no watch delivers, the watches are deaf and the process has to
 start again.
 
@@ -79,7 +79,7 @@ class Watching:
         store: what is filled.
         touch: called with the namespaces that have changed.
         acts_on: says whether a namespace holds a pool that is ours; there pods are read.
-        denials: told of what may not be read.
+        denials: notified of what may not be read.
         namespaces: which are watched; none means all.
         sweep_seconds: between LISTs of everything.
         kinds: which are read.
@@ -367,7 +367,7 @@ class Watching:
         """Keep kopf running in every scope, until cancelled.
 
         Raises:
-            DeafError: kopf does not end when it is told to.
+            DeafError: kopf does not stop when asked.
         """
         tasks = [asyncio.create_task(self._run_scope(scope)) for scope in self._scopes]
         try:

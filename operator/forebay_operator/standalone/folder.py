@@ -1,8 +1,8 @@
-"""An operator whose objects come from a folder of manifests instead of a cluster.
+"""The operator of a folder of manifests instead of a cluster.
 
 The store, planning, the control server and the conditions are those of the cluster operator. There
-is nobody to elect, and a pool's EPPs are those that are connected. Statuses are told to
-people instead of written.
+is no election, and a pool's EPPs are those that are connected. Statuses are shown to people instead
+of written.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class FolderOperator:
 
     Args:
         folder: the folder, watched by `run`.
-        tell: gets lines for people; `bad` ones are about something that should be mended.
+        tell: gets lines for people; `bad` ones are about something to fix.
         pool: namespace/name of the only pool that counts; None for all.
         endpoints: ip:port of servers that replace the pool's EndpointSlices.
     """
@@ -215,7 +215,7 @@ class FolderOperator:
         return await self._control.serve(join(control_host, control_port), None)
 
     async def run(self) -> None:
-        """Follow the folder and the EPPs, for ever.
+        """Follow the folder and the EPPs, until cancelled.
 
         Raises:
             OSError: the folder cannot be watched.
@@ -292,7 +292,7 @@ class FolderOperator:
     async def announce(self, entry: Entry, changes: list[Transition]) -> None:
         """Tell of conditions that have changed; of one that is new only if it is bad."""
         if not entry.kind.ours_to_report:
-            return  # a pool's problems are told of with the manifests
+            return  # a pool's problems are reported with the manifests
         metadata = entry.metadata
         where = self._folder.where(entry.kind, metadata.namespace, metadata.name)
         for change in changes:

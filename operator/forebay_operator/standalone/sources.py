@@ -54,7 +54,7 @@ class Manifests:
     Attributes:
         objects: of the kinds that are read, as far as they can be told apart.
         errors: lines that name file, object and field.
-        ignored: lines about objects nobody here reads.
+        ignored: lines about objects that are not read.
         unread: files of which not every object is among `objects`.
     """
 
@@ -209,7 +209,7 @@ def _documents(file: Path) -> list[Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which refuses a key that is there twice instead of taking the last.
+    """YAML's safe loader, which refuses a duplicate key instead of taking the last.
 
     It is the one in Python: libyaml's crashes the process on deep nesting.
     """
@@ -229,7 +229,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             if (name := (key.tag, key.value)) in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key.value!r} is there twice", key.start_mark
+                    None, None, f"key {key.value!r} is duplicated", key.start_mark
                 )
             seen.add(name)
         super().flatten_mapping(node)

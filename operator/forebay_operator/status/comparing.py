@@ -30,7 +30,7 @@ class Transition:
 
     @property
     def bad(self) -> bool:
-        """Whether somebody has to do something: of Degraded it is True that is bad."""
+        """Whether the condition needs action: any status but True, or for Degraded True."""
         return (self.status == "True") == (self.type == "Degraded")
 
 

@@ -1,10 +1,10 @@
-"""From plans, acknowledgements and stats to what `.status` says. Pure.
+"""Turns plans, acknowledgements and stats into the conditions of `.status`. Pure.
 
 Statuses follow the Kubernetes API conventions and GEP-713: observedGeneration on each condition, a
 False one says why and what to do, lastTransitionTime moves only when the status flips. Numbers are
 quantised, so that a status is written again only when something has changed that a person would
-care about; exact values are the EPPs' metrics. When and where a status is written is
-reconcile.py's business.
+care about; exact values are the EPPs' metrics. When and where a status is written
+belongs in reconcile.py.
 """
 
 from __future__ import annotations
@@ -216,8 +216,8 @@ def _without_effect(subject: Subject, attachment: Attachment | None) -> _Verdict
         return "False", "TargetNotFound", "has no effect while its pool does not exist"
     if attachment.held_by:
         message = (
-            f"FlowControlPolicy {attachment.held_by} is not valid: until it is mended, endpoint "
-            "pickers keep the plan they have, and the operator does not know which that is"
+            f"FlowControlPolicy {attachment.held_by} is not valid: until it is fixed, endpoint "
+            "pickers keep the plan they have, and the operator cannot tell which plan that is"
         )
         return "Unknown", PLAN_HELD, message
     if not attachment.epps:

@@ -20,7 +20,7 @@ def test_traffic_goes_on_without_the_operator(forebay, clients, figure):
         patch = '{"spec": {"limits": {"maxRequests": 77}}}'
         forebay.kubectl("patch", "fcp", "chat", "--type=merge", "-p", patch)
         trickle.wait_for(DURING)
-        assert forebay.condition("Programmed") == {}, "of a generation that nobody has seen"
+        assert forebay.condition("Programmed") == {}, "of a generation that no operator has seen"
 
         forebay.scale("forebay-operator", 1)
         forebay.wait_programmed()

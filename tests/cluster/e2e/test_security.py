@@ -29,7 +29,7 @@ def test_a_epps_token_is_nothing_to_the_api(forebay):
 
 @pytest.fixture
 def elsewhere(forebay):
-    """A namespace of somebody else, who knows the operator's CA, which is no secret."""
+    """A namespace of another team, which knows the operator's CA: the CA is no secret."""
     name = f"elsewhere-{secrets.token_hex(4)}"
     forebay.cluster.kubectl("create", "namespace", name)
     forebay.cluster.kubectl("label", "namespace", name, RESTRICTED)

@@ -1,4 +1,4 @@
-"""What clients are told of the models they may ask for: GET /v1/models, and each by its name."""
+"""The models that clients may ask for: GET /v1/models, and each by its name."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Catalogue:
 
     Args:
         plan: in force.
-        created: Unix seconds that are told of the plan's models.
+        created: Unix seconds, shown for the plan's models.
     """
 
     def __init__(self, plan: Plan, created: int) -> None:

@@ -30,7 +30,7 @@ class AdaptiveLimit:
 
     Waiting requests prove little by themselves: an engine admits new arrivals at its next step, and
     a scrape may fall in between. A scrape is proof when more wait than were sent since the scrape
-    before. Otherwise it takes `CROWDED_SCRAPES` in a row with somebody waiting, and either always
+    before. Otherwise it takes `CROWDED_SCRAPES` in a row with a request waiting, and either always
     the same number running, for a full batch keeps its size while what only waits for the next
     step is another number each time; or, where capacity varies, waits that are too long for a
     step. By Little's law (1961) the mean wait is the number waiting over the rate of arrivals.
@@ -59,7 +59,7 @@ class AdaptiveLimit:
         self._backoff = MIN_BACKOFF_SECONDS
         self.settled_until = -math.inf
         self._observed_at = 0.0
-        # Of the last scrapes, without a gap, that found somebody waiting: running, waiting,
+        # Of the last scrapes, without a gap, that found a request waiting: running, waiting,
         # arrivals before them, seconds before them.
         self._crowded: deque[tuple[int, int, int, float]] = deque(maxlen=CROWDED_SCRAPES)
 
