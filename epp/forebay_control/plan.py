@@ -1,27 +1,51 @@
-"""The queue topology of one pool, as the controller takes it.
+"""The Plan: the queue topology of one pool, with its bounds, defaults and rules.
 
-Plain frozen data and its own validation. Where a plan comes from does not belong here.
+The operator, the command line and the EPP judge a plan by this one declaration. A new field is
+declared in the resource, here and in control.proto, under one name; nowhere else. A default or a
+cap stands here, and the resources refer to it. Where plans come from and how they travel does not
+belong here.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+from forebay_control.fields import Length, Matches, Range, Unique, holds, problems_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from forebay_control.fields import Problem
 
 MAX_BANDS = 64
 MAX_MODELS = 4096
 MAX_TARGETS = 10
 MAX_OBJECTIVES = 1024
+MAX_COUNT = 1_000_000
+MAX_BYTES = 1 << 40
+MAX_SECONDS = 3600
+MAX_NAME_LENGTH = 253  # of a Kubernetes object
+MAX_MODEL_NAME_LENGTH = 256
+MAX_PATH_LENGTH = 256
+MAX_SERIES_LENGTH = 512  # as PromQL
+MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
 
-_PATH = re.compile(r"/[!-~]*")
-_METRIC = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
-_LABEL = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
+URL_PATH = r'/[!-"$-&(-~]*'  # printable but "#" and, for the sake of CEL, the single quote
+METRIC_NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
+LABEL_NAME = r"[a-zA-Z_][a-zA-Z0-9_]*"
+
+Name = Annotated[str, Length(1, MAX_NAME_LENGTH)]
+ModelName = Annotated[str, Length(1, MAX_MODEL_NAME_LENGTH)]
+Count = Annotated[int, Range(1, MAX_COUNT)]
+Bytes = Annotated[int, Range(1, MAX_BYTES)]
+Seconds = Annotated[float, Range(0, MAX_SECONDS, above=True)]
 
 
 class SaturationMode(StrEnum):
-    """How an endpoint's limit is found: learned from its metrics, or given."""
+    """How an endpoint's limit is determined: learned from its metrics, or given."""
 
     ADAPTIVE = "Adaptive"
     CONCURRENCY = "Concurrency"
@@ -50,9 +74,9 @@ class OrderingName(StrEnum):
 class PlanError(ValueError):
     """A plan that cannot be applied; `problems` are (field path, what is wrong) pairs."""
 
-    def __init__(self, problems: list[tuple[str, str]]) -> None:
+    def __init__(self, problems: Sequence[Problem]) -> None:
         super().__init__("; ".join(f"{path}: {what}" for path, what in problems))
-        self.problems = problems
+        self.problems = list(problems)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,39 +86,39 @@ class BandPlan:
     `flow_max_requests` and `flow_max_bytes` bound one flow; the band's own caps bound them all.
     """
 
-    name: str
-    priority: int
+    name: Name
+    priority: Annotated[int, Range(MIN_PRIORITY, MAX_PRIORITY)]
     fairness: FairnessName = FairnessName.FCFS
     ordering: OrderingName = OrderingName.FCFS
-    ttl_seconds: float = 60.0
-    max_requests: int = 5000
-    max_bytes: int = 512 << 20
-    flow_max_requests: int = 5000
-    flow_max_bytes: int = 512 << 20
+    ttl_seconds: Seconds = 60.0
+    max_requests: Count = 5000
+    max_bytes: Bytes = 512 << 20
+    flow_max_requests: Count = 5000
+    flow_max_bytes: Bytes = 512 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class TargetPlan:
     """A model name to send upstream instead, in proportion to `weight`."""
 
-    name: str
-    weight: int = 1
+    name: Name
+    weight: Count = 1
 
 
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
     """Requests for `name` join `band`; `targets`, if any, replace the name on the way out."""
 
-    name: str
+    name: ModelName
     band: str
-    targets: tuple[TargetPlan, ...] = ()
+    targets: Annotated[tuple[TargetPlan, ...], Length(0, MAX_TARGETS)] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectivePlan:
     """Requests whose trusted header names the objective `name` join `band`."""
 
-    name: str
+    name: Name
     band: str
 
 
@@ -102,22 +126,22 @@ class ObjectivePlan:
 class LimitsPlan:
     """What the whole pool may hold, and the largest single request body."""
 
-    max_requests: int = 10_000
-    max_bytes: int = 1 << 30
-    max_body_bytes: int = 8 << 20
+    max_requests: Count = 10_000
+    max_bytes: Bytes = 1 << 30
+    max_body_bytes: Bytes = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class SaturationPlan:
-    """How endpoint limits are found.
+    """How endpoint limits are determined.
 
     `max_concurrency` is the limit of every endpoint in mode Concurrency and unused otherwise;
     `kv_cache_usage_threshold` closes a busy endpoint in mode Adaptive.
     """
 
     mode: SaturationMode = SaturationMode.ADAPTIVE
-    max_concurrency: int = 100
-    kv_cache_usage_threshold: float = 0.95
+    max_concurrency: Count = 100
+    kv_cache_usage_threshold: Annotated[float, Range(0, 1, above=True)] = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,16 +156,24 @@ class UnmatchedPlan:
 class SeriesLabelPlan:
     """A label that a sample must have, with this value."""
 
-    name: str
-    value: str = ""
+    name: Annotated[
+        str,
+        Length(1, MAX_SERIES_LENGTH),
+        Matches(re.compile(LABEL_NAME), "a label of letters, digits and underscores"),
+    ]
+    value: Annotated[str, Length(0, MAX_SERIES_LENGTH)] = ""
 
 
 @dataclass(frozen=True, slots=True)
 class SeriesPlan:
     """Samples of a metric whose labels have these values, as PromQL's `name{label="value"}`."""
 
-    name: str
-    labels: tuple[SeriesLabelPlan, ...] = ()
+    name: Annotated[
+        str,
+        Length(1, MAX_SERIES_LENGTH),
+        Matches(re.compile(METRIC_NAME), "a metric's name, without labels"),
+    ]
+    labels: Annotated[tuple[SeriesLabelPlan, ...], Length(0, MAX_SERIES_LENGTH)] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +184,23 @@ class MetricsPlan:
     together; without them the series of the known servers are looked for.
     """
 
-    path: str = ""
-    port: int = 0
+    path: Annotated[
+        str,
+        Length(0, MAX_PATH_LENGTH),
+        Matches(re.compile(f"({URL_PATH})?"), 'an absolute path of a URL, such as "/metrics"'),
+    ] = ""
+    port: Annotated[int, Range(0, 65535)] = 0
     running: SeriesPlan | None = None
     waiting: SeriesPlan | None = None
     kv_cache_usage: SeriesPlan | None = None
+
+    def rules(self) -> list[Problem]:
+        """Return what the fields do not fit together in."""
+        if (self.running is None) != (self.waiting is None):
+            return [("", "running and waiting must be set together")]
+        if self.kv_cache_usage is not None and self.running is None:
+            return [("kvCacheUsage", "needs running and waiting")]
+        return []
 
 
 DEFAULT_BANDS = (
@@ -174,14 +218,16 @@ class Plan:
     only the flow. Without `metrics` the series of the known model servers are looked for.
     """
 
-    pool: str = "default/default"
-    bands: tuple[BandPlan, ...] = DEFAULT_BANDS
-    models: tuple[ModelPlan, ...] = ()
+    pool: Annotated[str, Length(0, MAX_NAME_LENGTH + 64)] = "default/default"
+    bands: Annotated[
+        tuple[BandPlan, ...], Length(1, MAX_BANDS), Unique("name"), Unique("priority")
+    ] = DEFAULT_BANDS
+    models: Annotated[tuple[ModelPlan, ...], Length(0, MAX_MODELS), Unique("name")] = ()
     limits: LimitsPlan = field(default_factory=LimitsPlan)
     saturation: SaturationPlan = field(default_factory=SaturationPlan)
     unmatched: UnmatchedPlan = field(default_factory=UnmatchedPlan)
-    no_endpoints_ttl_seconds: float = 60.0
-    objectives: tuple[ObjectivePlan, ...] = ()
+    no_endpoints_ttl_seconds: Seconds = 60.0
+    objectives: Annotated[tuple[ObjectivePlan, ...], Length(0, MAX_OBJECTIVES), Unique("name")] = ()
     trust_objective_header: bool = False
     metrics: MetricsPlan | None = None
 
@@ -198,123 +244,28 @@ class Plan:
                 return model.name
         return None
 
+    def rules(self) -> list[Problem]:
+        """Return what the fields do not fit together in."""
+        bands = {band.name for band in self.bands}
+        used: dict[str, Sequence[ModelPlan | ObjectivePlan]] = {
+            "models": self.models,
+            "objectives": self.objectives,
+        }
+        problems = [
+            (f"{path}[{index}].band", f"no band is named {part.band!r}")
+            for path, parts in used.items()
+            for index, part in enumerate(parts)
+            if part.band not in bands
+        ]
+        if self.unmatched.band not in bands:
+            problems.append(("unmatched.band", f"no band is named {self.unmatched.band!r}"))
+        return problems
+
     def validate(self) -> None:
         """Check everything a controller relies on.
 
         Raises:
             PlanError: with every problem found, not only the first.
         """
-        problems = [
-            *self._band_problems(),
-            *self._model_problems(),
-            *self._objective_problems(),
-            *self._metrics_problems(),
-        ]
-        if self.unmatched.band not in {band.name for band in self.bands}:
-            problems.append(("unmatched.band", f"no band is named {self.unmatched.band!r}"))
-        for path, value in (
-            ("limits.maxRequests", self.limits.max_requests),
-            ("limits.maxBytes", self.limits.max_bytes),
-            ("limits.maxBodyBytes", self.limits.max_body_bytes),
-            ("saturation.maxConcurrency", self.saturation.max_concurrency),
-            ("noEndpointsTtlSeconds", self.no_endpoints_ttl_seconds),
-        ):
-            if not 0 < value < math.inf:
-                problems.append((path, f"must be greater than 0, is {value}"))
-        if not 0 < self.saturation.kv_cache_usage_threshold <= 1:
-            problems.append(
-                (
-                    "saturation.kvCacheUsageThreshold",
-                    f"must be above 0 and at most 1, is {self.saturation.kv_cache_usage_threshold}",
-                )
-            )
-        if problems:
-            raise PlanError(problems)
-
-    def _band_problems(self) -> list[tuple[str, str]]:
-        problems: list[tuple[str, str]] = []
-        if not 1 <= len(self.bands) <= MAX_BANDS:
-            problems.append(("bands", f"must have 1-{MAX_BANDS} entries, has {len(self.bands)}"))
-        names: set[str] = set()
-        priorities: set[int] = set()
-        for index, band in enumerate(self.bands):
-            path = f"bands[{index}]"
-            if not band.name or band.name in names:
-                problems.append((f"{path}.name", f"must be unique and not empty: {band.name!r}"))
-            if band.priority in priorities:
-                problems.append((f"{path}.priority", f"{band.priority} is another band's"))
-            names.add(band.name)
-            priorities.add(band.priority)
-            for name, value in (
-                ("ttlSeconds", band.ttl_seconds),
-                ("maxRequests", band.max_requests),
-                ("maxBytes", band.max_bytes),
-                ("flowMaxRequests", band.flow_max_requests),
-                ("flowMaxBytes", band.flow_max_bytes),
-            ):
-                if not 0 < value < math.inf:
-                    problems.append((f"{path}.{name}", f"must be greater than 0, is {value}"))
-        return problems
-
-    def _model_problems(self) -> list[tuple[str, str]]:
-        problems: list[tuple[str, str]] = []
-        if len(self.models) > MAX_MODELS:
-            problems.append(("models", f"must be at most {MAX_MODELS}, are {len(self.models)}"))
-        bands = {band.name for band in self.bands}
-        names: set[str] = set()
-        for index, model in enumerate(self.models):
-            path = f"models[{index}]"
-            if not model.name or model.name in names:
-                problems.append((f"{path}.name", f"must be unique and not empty: {model.name!r}"))
-            names.add(model.name)
-            if model.band not in bands:
-                problems.append((f"{path}.band", f"no band is named {model.band!r}"))
-            if len(model.targets) > MAX_TARGETS:
-                problems.append((f"{path}.targets", f"must be at most {MAX_TARGETS}"))
-            for number, target in enumerate(model.targets):
-                if not target.name or target.weight < 1:
-                    problems.append(
-                        (f"{path}.targets[{number}]", "needs a name and a weight of at least 1")
-                    )
-        return problems
-
-    def _metrics_problems(self) -> list[tuple[str, str]]:
-        metrics = self.metrics
-        problems: list[tuple[str, str]] = []
-        if metrics is None:
-            return problems
-        if metrics.path and not _PATH.fullmatch(metrics.path):
-            problems.append(("metrics.path", f"must be an absolute path: {metrics.path!r}"))
-        if not 0 <= metrics.port <= 65535:
-            problems.append(("metrics.port", f"must be at most 65535, is {metrics.port}"))
-        if (metrics.running is None) != (metrics.waiting is None):
-            problems.append(("metrics", "running and waiting must be set together"))
-        if metrics.kv_cache_usage is not None and metrics.running is None:
-            problems.append(("metrics.kvCacheUsage", "needs running and waiting"))
-        for path, series in (
-            ("metrics.running", metrics.running),
-            ("metrics.waiting", metrics.waiting),
-            ("metrics.kvCacheUsage", metrics.kv_cache_usage),
-        ):
-            if series is not None and not (
-                _METRIC.fullmatch(series.name)
-                and all(_LABEL.fullmatch(label.name) for label in series.labels)
-            ):
-                problems.append((path, f"is not a metric with labels: {series.name!r}"))
-        return problems
-
-    def _objective_problems(self) -> list[tuple[str, str]]:
-        problems: list[tuple[str, str]] = []
-        count = len(self.objectives)
-        if count > MAX_OBJECTIVES:
-            problems.append(("objectives", f"must be at most {MAX_OBJECTIVES}, are {count}"))
-        bands = {band.name for band in self.bands}
-        names: set[str] = set()
-        for index, objective in enumerate(self.objectives):
-            name, band, path = objective.name, objective.band, f"objectives[{index}]"
-            if not name or name in names:
-                problems.append((f"{path}.name", f"must be unique and not empty: {name!r}"))
-            names.add(name)
-            if band not in bands:
-                problems.append((f"{path}.band", f"no band is named {band!r}"))
-        return problems
+        if not holds(Plan, (self,)):
+            raise PlanError(problems_of(self))

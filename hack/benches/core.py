@@ -42,7 +42,7 @@ class Pool:
                 replace(
                     band,
                     fairness=FairnessName.ROUND_ROBIN,
-                    ttl_seconds=1e6,
+                    ttl_seconds=3600,
                     max_requests=10 * MANY,
                     flow_max_requests=10 * MANY,
                 )

@@ -12,7 +12,7 @@ from random import Random
 
 import pytest
 
-from forebay_control.plan import BandPlan, LimitsPlan, Plan
+from forebay_control.plan import MAX_SECONDS, BandPlan, LimitsPlan, Plan
 from forebay_epp.core.controller import FlowController
 from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Request, Verdict
 
@@ -49,7 +49,7 @@ class Run:
 
     def __init__(self, *servers, seed=3):
         plan = Plan(
-            bands=(BandPlan("Standard", 0, ttl_seconds=1e9, max_requests=MANY),),
+            bands=(BandPlan("Standard", 0, ttl_seconds=MAX_SECONDS, max_requests=MANY),),
             limits=LimitsPlan(max_requests=MANY),
         )
         self.servers = {f"10.0.0.{n}:8000": server for n, server in enumerate(servers)}

@@ -471,10 +471,10 @@ def test_a_series_finds_its_sample_whatever_its_labels(labels, form):
         ({"port": 70000}, "plan.metrics.port"),
         ({"running": {"name": "a"}}, "plan.metrics"),
         ({"kvCacheUsage": {"name": "a"}}, "plan.metrics.kvCacheUsage"),
-        ({"running": {"name": "a"}, "waiting": {"name": "a{"}}, "plan.metrics.waiting"),
+        ({"running": {"name": "a"}, "waiting": {"name": "a{"}}, "plan.metrics.waiting.name"),
         (
             {"running": {"name": "a", "labels": [{"name": "a b"}]}, "waiting": {"name": "a"}},
-            "plan.metrics.running",
+            "plan.metrics.running.labels[0].name",
         ),
     ],
 )

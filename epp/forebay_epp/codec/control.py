@@ -21,6 +21,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from forebay_control.limits import MAX_PLAN_BYTES, MAX_SNAPSHOT_BYTES
+from forebay_control.mapping import plan_from_message
 from forebay_control.plan import PlanError
 from forebay_control.v1 import control_pb2 as pb
 from forebay_epp.codec import plan as plan_codec
@@ -222,7 +223,7 @@ class Programs:
             text = "the endpoint picker has crashed under this plan: change it, or delete the pod"
             return Refused(Code.INTERNAL, (("plan", text),))
         try:
-            plan = plan_codec.parse_plan(pb.Plan.FromString(data))
+            plan = plan_from_message(pb.Plan.FromString(data))
         except DecodeError:
             return Refused(Code.INVALID, (("plan", "is not a Plan message"),))
         except PlanError as error:
