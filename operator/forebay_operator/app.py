@@ -18,15 +18,17 @@ from typing import TYPE_CHECKING, Any
 from forebay_operator import metrics, pages
 from forebay_operator.certificates import tls
 from forebay_operator.certificates.issuing import Issuer, Places
-from forebay_operator.channel.server import ControlServer, join
+from forebay_operator.channel.server import ControlServer, join, namespace_of
 from forebay_operator.channel.trust import CertificateTrust, Pods, TokenTrust, believe
 from forebay_operator.cluster.api import FIELD_MANAGER, ApiError, Cluster
 from forebay_operator.cluster.denials import Denial, Denials
 from forebay_operator.cluster.election import Elector, Leadership
 from forebay_operator.cluster.store import Store
 from forebay_operator.cluster.watching import DeafError, Watching
-from forebay_operator.deletion import Deletions, is_absent
-from forebay_operator.reconcile import Reconciler
+from forebay_operator.reconcile.deletion import Deletions, is_absent
+from forebay_operator.reconcile.planner import Planner
+from forebay_operator.reconcile.statuses import Statuses
+from forebay_operator.reconcile.writing import StatusWriter
 from forebay_operator.resources import KINDS, POD, EndpointSlice, Pod
 from forebay_operator.standalone import sources
 from forebay_operator.standalone.folder import FolderOperator
@@ -135,25 +137,29 @@ class ClusterOperator:
             higher_epoch=self._higher_epoch,
         )
         self._deletions = Deletions(self._control, functools.partial(is_absent, self._cluster))
-        self._reconciler = Reconciler(
+        self._planner = Planner(
             self._store,
             self._control,
-            ClusterReporter(self._cluster),
             settings.controller_name,
+            replanned=self._replanned,
             deletions=self._deletions,
+        )
+        self._statuses = Statuses(self._store, self._planner, settings.controller_name)
+        self._writer = StatusWriter(
+            self._store, self._planner, self._statuses, ClusterReporter(self._cluster)
         )
         self._watching = Watching(
             self._cluster,
             self._store,
-            self._reconciler.touch,
-            self._reconciler.acts_on,
+            self._planner.touch,
+            self._planner.acts_on,
             self._denials,
             settings.namespaces,
             settings.sweep_interval_seconds,
             KINDS if settings.endpoint_slices else KINDS_BY_DEFAULT,
         )
-        self._reconciler.unread = self._watching.unread
-        self._reconciler.denied = lambda name: [str(each) for each in self._denials.of(name)]
+        self._planner.unread = self._watching.unread
+        self._statuses.denied = lambda name: [str(each) for each in self._denials.of(name)]
         instance = settings.identity or uuid.uuid4().hex
         self._elector = Elector(
             self._cluster,
@@ -176,7 +182,7 @@ class ClusterOperator:
 
     def _trust(self) -> Any:
         def expected(pool: str) -> Any:
-            return self._reconciler.expected(pool)
+            return self._planner.expected(pool)
 
         def addresses(uid: str) -> frozenset[str]:
             entry = self._store.get(POD, uid)
@@ -219,7 +225,10 @@ class ClusterOperator:
         task.add_done_callback(self._told.discard)
 
     def _epps_changed(self, pool: str) -> None:
-        self._reconciler.epps_changed(pool)
+        self._writer.look_at(namespace_of(pool))
+
+    def _replanned(self, namespace: str) -> None:
+        self._writer.look_at(namespace)
 
     def _higher_epoch(self, epoch: int, uid: str, namespace: str) -> None:
         self._elector.see_epoch(epoch, uid, namespace)
@@ -228,9 +237,9 @@ class ClusterOperator:
         epoch = leadership.epoch
         metrics.LEADING.set(epoch or 0)
         self._control.lead(epoch, quiet=leadership.quiet, hint=leadership.holder)
-        self._reconciler.reporting = epoch is not None and not leadership.quiet
+        self._writer.reporting = epoch is not None and not leadership.quiet
         if epoch is None:
-            self._reconciler.forget_pending()
+            self._writer.forget_pending()
 
     async def run(self) -> int:
         """Run until a signal, or until something that has to run has ended."""
@@ -246,7 +255,7 @@ class ClusterOperator:
 
         try:
             stopping = start(self._stop.wait(), "signals")
-            start(self._reconciler.run_reporting(), "reporting")  # the sign of life of /livez
+            start(self._writer.run(), "reporting")  # the sign of life of /livez
             if self._issuer is not None:
                 issuing = start(self._issuer.first(), "first certificate")
                 if await self._first(tasks) is not issuing:
@@ -258,8 +267,8 @@ class ClusterOperator:
             if await self._first(tasks) is filling:
                 tasks.remove(filling)
                 # All of it before any EPP is programmed: in a part, the rest would be absent.
-                await self._reconciler.plan_touched()
-                start(self._reconciler.run_planning(), "planning")
+                await self._planner.plan_touched()
+                start(self._planner.run(), "planning")
                 start(self._deletions.run(), "deletions")
                 start(self._watching.run_sweeps(), "sweeps")
                 start(self._watching.run_discovery(), "discovery")
@@ -297,8 +306,9 @@ class ClusterOperator:
             return await pages.serve(
                 settings.http_bind_address,
                 settings.http_port,
-                self._reconciler,
+                self._statuses,
                 self._store,
+                lambda: self._writer.alive_at,
                 lambda: self._watching.waits_for,
                 lambda: str(self._denials),
             )

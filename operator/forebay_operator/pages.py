@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from forebay_operator.cluster.store import Store
-    from forebay_operator.reconcile import Reconciler
+    from forebay_operator.reconcile.statuses import Statuses
 
 STUCK_SECONDS = 60.0
 
@@ -26,8 +26,9 @@ STUCK_SECONDS = 60.0
 async def serve(
     address: str,
     port: int,
-    reconciler: Reconciler,
+    statuses: Statuses,
     store: Store,
+    alive_at: Callable[[], float],
     waits_for: Callable[[], str],
     lacks: Callable[[], str] = str,
 ) -> web.AppRunner:
@@ -39,8 +40,9 @@ async def serve(
     Args:
         address: to listen on.
         port: to listen on.
-        reconciler: what is planned and how it stands.
+        statuses: what they should be.
         store: what is known.
+        alive_at: says when the loops last turned, in monotonic seconds.
         waits_for: says why the store is not filled yet, nothing when it is.
         lacks: says in lines what the operator may not do, nothing when it may do all it should.
 
@@ -48,7 +50,7 @@ async def serve(
         OSError: the address cannot be bound.
     """
     app = web.Application()
-    app.add_routes(routes(reconciler, store, waits_for, lacks))
+    app.add_routes(routes(statuses, store, alive_at, waits_for, lacks))
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:
@@ -60,15 +62,16 @@ async def serve(
 
 
 def routes(
-    reconciler: Reconciler,
+    statuses: Statuses,
     store: Store,
+    alive_at: Callable[[], float],
     waits_for: Callable[[], str],
     lacks: Callable[[], str] = str,
 ) -> list[web.RouteDef]:
     """Return the pages; the arguments are those of `serve`."""
 
     async def livez(_: web.Request) -> web.Response:
-        late = time.monotonic() - reconciler.alive_at
+        late = time.monotonic() - alive_at()
         return web.Response(
             text=f"loop {late:.1f} s ago\n", status=503 if late > STUCK_SECONDS else 200
         )
@@ -88,7 +91,7 @@ def routes(
         if not _is_loopback(request.remote):
             message = "served to loopback only: use kubectl port-forward\n"
             return web.Response(text=message, status=403)
-        return web.json_response({"items": listed(reconciler, store)})
+        return web.json_response({"items": listed(statuses, store)})
 
     return [
         web.get("/livez", livez),
@@ -98,7 +101,7 @@ def routes(
     ]
 
 
-def listed(reconciler: Reconciler, store: Store) -> list[dict[str, Any]]:
+def listed(statuses: Statuses, store: Store) -> list[dict[str, Any]]:
     """Return each policy and model with the status it has now, as the API server would."""
     return [
         {
@@ -112,7 +115,7 @@ def listed(reconciler: Reconciler, store: Store) -> list[dict[str, Any]]:
             "status": status,
         }
         for namespace in store.namespaces()
-        for entry, status in reconciler.statuses(namespace)
+        for entry, status in statuses.of(namespace)
     ]
 
 

@@ -7,7 +7,8 @@ import pytest
 from forebay_operator.channel.server import ControlServer
 from forebay_operator.channel.trust import believe
 from forebay_operator.cluster.store import Store
-from forebay_operator.reconcile import Reconciler
+from forebay_operator.reconcile.planner import Planner
+from forebay_operator.reconcile.statuses import Statuses
 from forebay_operator.resources import KINDS, MODEL, POLICY
 from forebay_operator.status import comparing
 
@@ -31,13 +32,14 @@ class World:
     def __init__(self):
         self.store = Store()
         self.control = ControlServer(believe, lambda _: None, lambda *_: None)
-        self.reconciler = Reconciler(self.store, self.control, None, OURS)
+        self.planner = Planner(self.store, self.control, OURS)
+        self.statuses = Statuses(self.store, self.planner, OURS)
         for name in (OURS, THEIRS, ""):
             self.pool(name or "nobodys", name)
 
     def put(self, kind, name, spec, **metadata):
         self.store.put(kind, made(kind, name, spec, **metadata), 0.0)
-        self.reconciler.plan("default")
+        self.planner.plan("default")
 
     def pool(self, name, claimant):
         labels = {"forebay.dev/controller": claimant} if claimant else {}
@@ -52,10 +54,10 @@ class World:
         spec = {"targetRefs": [{**group, "name": name} for name in pools]}
         manifest = {**made(POLICY, "p", spec), "status": status or {}}
         self.store.put(POLICY, manifest, 0.0)
-        self.reconciler.plan("default")
-        return {
-            entry.metadata.name: status for entry, status in self.reconciler.statuses("default")
-        }.get("p")
+        self.planner.plan("default")
+        return {entry.metadata.name: status for entry, status in self.statuses.of("default")}.get(
+            "p"
+        )
 
 
 @pytest.fixture
@@ -69,10 +71,10 @@ def reasons(status):
 
 def test_only_a_claimed_pool_is_planned(world):
     """EPPs of the others are told nothing, and may not connect."""
-    assert [pool.metadata.name for pool, _ in world.reconciler.planned()] == [OURS]
-    assert world.reconciler.expected(f"default/{OURS}") == {}
-    assert world.reconciler.expected(f"default/{THEIRS}") is None
-    assert world.reconciler.expected("default/nobodys") is None
+    assert [pool.metadata.name for pool, _ in world.planner.planned()] == [OURS]
+    assert world.planner.expected(f"default/{OURS}") == {}
+    assert world.planner.expected(f"default/{THEIRS}") is None
+    assert world.planner.expected("default/nobodys") is None
 
 
 @pytest.mark.parametrize("pool", [THEIRS, "nobodys"])
@@ -80,9 +82,7 @@ def test_models_of_other_pools_get_no_status(world, pool):
     """Another operator may act on them; this one does not."""
     for name in (OURS, pool):
         world.put(MODEL, f"m-{name}", {"modelName": name, "poolRef": {"name": name}})
-    assert [entry.metadata.name for entry, _ in world.reconciler.statuses("default")] == [
-        "m-forebay"
-    ]
+    assert [entry.metadata.name for entry, _ in world.statuses.of("default")] == ["m-forebay"]
 
 
 def test_a_policy_for_a_pool_that_nobody_claims_says_why_nothing_happens(world):

@@ -8,12 +8,12 @@ import grpc
 import pytest
 
 from forebay_control.v1 import control_pb2 as pb
-from forebay_operator import deletion
 from forebay_operator.channel.admission import RefusedError
 from forebay_operator.channel.server import ControlServer
 from forebay_operator.channel.trust import Pods, believe
 from forebay_operator.cluster.api import ApiError, Page
-from forebay_operator.deletion import CONFIRM_SECONDS, Deletions, is_absent
+from forebay_operator.reconcile import deletion
+from forebay_operator.reconcile.deletion import CONFIRM_SECONDS, Deletions, is_absent
 from forebay_operator.resources import InferencePool, InferencePoolV1Alpha2
 
 POOL = "default/chat"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
@@ -11,7 +13,8 @@ from forebay_operator import pages
 from forebay_operator.channel.server import ControlServer
 from forebay_operator.channel.trust import believe
 from forebay_operator.cluster.store import Store
-from forebay_operator.reconcile import Reconciler
+from forebay_operator.reconcile.planner import Planner
+from forebay_operator.reconcile.statuses import Statuses
 
 
 def client_of(remote: str) -> TestClient:
@@ -24,7 +27,8 @@ def client_of(remote: str) -> TestClient:
     control = ControlServer(believe, lambda _: None, lambda *_: None)
     store = Store()
     app = web.Application(middlewares=[pretend])
-    app.add_routes(pages.routes(Reconciler(store, control, None, None), store, lambda: ""))
+    statuses = Statuses(store, Planner(store, control, None), None)
+    app.add_routes(pages.routes(statuses, store, time.monotonic, lambda: ""))
     return TestClient(TestServer(app))
 
 

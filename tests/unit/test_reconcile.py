@@ -15,7 +15,9 @@ from forebay_operator.channel.server import ControlServer
 from forebay_operator.channel.trust import believe
 from forebay_operator.cluster.api import ApiError
 from forebay_operator.cluster.store import Store
-from forebay_operator.reconcile import Reconciler
+from forebay_operator.reconcile.planner import Planner
+from forebay_operator.reconcile.statuses import Statuses
+from forebay_operator.reconcile.writing import StatusWriter
 from forebay_operator.resources import KINDS, MODEL, POLICY
 from forebay_operator.status import comparing
 from forebay_operator.status.observed import EPP, EPPState
@@ -102,31 +104,36 @@ def world():
     """A store with a pool, what reconciles it, and where it writes."""
     clock = Clock()
     store, control, written = Store(), Pickers(clock), Written()
-    reconciler = Reconciler(store, control, written, None, clock=clock)
-    reconciler.reporting = True
+
+    def replanned(namespace):
+        writer.look_at(namespace)
+
+    planner = Planner(store, control, None, replanned=replanned, clock=clock)
+    writer = StatusWriter(store, planner, Statuses(store, planner, None), written, clock=clock)
+    writer.reporting = True
     spec = {"selector": {"matchLabels": {"a": "b"}}, "targetPorts": [{"number": 1}]}
     store.put(POOL, manifest(POOL, "chat", spec), clock())
     world = SimpleNamespace(**locals())
 
     def put(kind, manifest):
-        reconciler.touch(store.put(kind, manifest, clock()))
-        for namespace in sorted(reconciler._dirty):
-            reconciler.plan(namespace)
-        reconciler._dirty.clear()
+        planner.touch(store.put(kind, manifest, clock()))
+        for namespace in sorted(planner._dirty):
+            planner.plan(namespace)
+        planner._dirty.clear()
 
     async def after(seconds):
         """Let time pass in ticks, as the reporting loop does; return what was written."""
         before = len(written.statuses)
         for _ in range(round(seconds * 10)):
             clock.now += 0.1
-            await reconciler.report()
+            await writer.report()
             for _ in range(3):
                 await asyncio.sleep(0)
         return written.statuses[before:]
 
     world.put, world.after = put, after
     yield world
-    reconciler.forget_pending()  # metrics are the process's
+    writer.forget_pending()  # metrics are the process's
 
 
 def reason(status, which="Programmed"):
@@ -142,18 +149,18 @@ async def test_a_status_is_written_once(world):
     ((name, status),) = await world.after(1)
     assert (name, reason(status)) == ("p", "Programmed")
     for _ in range(10):
-        world.reconciler.epps_changed("default/chat")
+        world.writer.look_at("default")
         assert await world.after(10) == []
 
 
 async def test_who_does_not_lead_writes_nothing(world):
     """Also not what it had in mind before it lost the lead."""
     world.put(POLICY, policy())
-    await world.reconciler.report()
-    assert world.reconciler._pending
-    world.reconciler.forget_pending()
-    world.reconciler.reporting = False
-    assert world.reconciler._pending == {}
+    await world.writer.report()
+    assert world.writer._pending
+    world.writer.forget_pending()
+    world.writer.reporting = False
+    assert world.writer._pending == {}
 
 
 async def test_what_is_about_to_change_is_waited_for(world):
@@ -168,10 +175,10 @@ async def test_what_is_about_to_change_is_waited_for(world):
     assert reason(status) == "Programmed"
 
     world.control.state, world.control.generation = EPPState.PENDING, 0
-    world.reconciler.epps_changed("default/chat")
+    world.writer.look_at("default")
     assert await world.after(14) == []
     world.control.state, world.control.generation = EPPState.PROGRAMMED, None
-    world.reconciler.epps_changed("default/chat")
+    world.writer.look_at("default")
     assert await world.after(10) == []
 
 
@@ -181,7 +188,7 @@ async def test_acknowledgements_settle_before_one_write(world):
     world.put(POLICY, policy())
     await world.after(0.2)
     world.control.state, world.control.generation = EPPState.PROGRAMMED, None
-    world.reconciler.epps_changed("default/chat")
+    world.writer.look_at("default")
     statuses = await world.after(5)
     assert [reason(status) for _, status in statuses] == ["Programmed"]
 
@@ -209,7 +216,7 @@ async def test_meaning_does_not_wait_for_numbers(world):
     world.control.stats = pb.Stats(bands=[pb.BandStats(band="B", requests=2)])
     assert await world.after(5) == []
     world.control.state = EPPState.REJECTED
-    world.reconciler.epps_changed("default/chat")
+    world.writer.look_at("default")
     ((_, status),) = await world.after(1)
     assert reason(status) == "Rejected"
 
@@ -324,7 +331,7 @@ async def test_metrics_tell_how_endpoint_pickers_and_policies_stand(world):
     assert shown["default", "p", "Programmed", "True"] == 1
 
     world.control.state = EPPState.STALE
-    world.reconciler.epps_changed("default/chat")
+    world.writer.look_at("default")
     await world.after(1)
     assert series("forebay_pool_endpoint_pickers_programmed") == {("default/chat",): 0}
     shown = series("forebay_policy_condition")
@@ -332,7 +339,7 @@ async def test_metrics_tell_how_endpoint_pickers_and_policies_stand(world):
     assert shown["default", "p", "Programmed", "False"] == 1
     assert series("forebay_pool_problems")
 
-    world.reconciler.forget_pending()
+    world.writer.forget_pending()
     assert series("forebay_policy_condition") == {}
     assert series("forebay_pool_endpoint_pickers_desired") == {}
     assert series("forebay_pool_problems") == {}
@@ -380,7 +387,7 @@ async def test_back_off_ends_at_30_seconds(world):
     world.store.remove(POLICY, "p-uid", world.clock())
     world.written.errors.clear()
     assert await world.after(60) == []
-    assert world.reconciler._pending == {}
+    assert world.writer._pending == {}
 
 
 async def test_too_many_requests_pause_all_writes(world):
@@ -502,7 +509,7 @@ async def test_one_pool_that_cannot_be_planned_stops_no_other(world, monkeypatch
     failures = series("forebay_planning_failures_total")[()]
     world.put(POLICY, policy(unmatched={"action": "Reject"}))
     assert world.control.programs["default/chat"][-1].plan.unmatched.action == "Reject"
-    assert [pool.metadata.name for pool, _ in world.reconciler.planned()] == ["bad", "chat"]
+    assert [pool.metadata.name for pool, _ in world.planner.planned()] == ["bad", "chat"]
     assert "a defect" in caplog.text
     assert series("forebay_planning_failures_total")[()] == failures + 1
 
@@ -511,9 +518,9 @@ async def test_a_pool_that_is_gone_is_forgotten_but_not_programmed_away(world):
     """Its EPPs keep their program: nothing is sent."""
     world.put(POLICY, policy())
     sent = len(world.control.programs["default/chat"])
-    world.reconciler.touch(world.store.remove(POOL, "chat-uid", world.clock()))
-    world.reconciler.plan("default")
-    assert world.reconciler.planned() == []
+    world.planner.touch(world.store.remove(POOL, "chat-uid", world.clock()))
+    world.planner.plan("default")
+    assert world.planner.planned() == []
     assert len(world.control.programs["default/chat"]) == sent
     ((_, status),) = await world.after(1)
     assert reason(status, "ResolvedRefs") == "TargetNotFound"
@@ -521,12 +528,12 @@ async def test_a_pool_that_is_gone_is_forgotten_but_not_programmed_away(world):
 
 async def test_a_burst_of_changes_is_planned_once(world):
     """After 50 ms of quiet, and after half a second at the latest; this one runs in real time."""
-    reconciler = Reconciler(world.store, world.control, world.written, None)
-    running = asyncio.create_task(reconciler.run_planning())
+    planner = Planner(world.store, world.control, None)
+    running = asyncio.create_task(planner.run())
     programmed = world.control.programmed
     for number in range(1, 30):
         manifest = policy(generation=number, version=str(number), limits={"maxRequests": number})
-        reconciler.touch(world.store.put(POLICY, manifest, 0.0))
+        planner.touch(world.store.put(POLICY, manifest, 0.0))
         await asyncio.sleep(0)
     await asyncio.wait_for(programmed.wait(), 30)
     running.cancel()
@@ -553,7 +560,7 @@ async def test_a_plan_that_is_too_large_is_told_of_without_a_policy(world):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "MAX_PLAN_BYTES", 2000)
-        world.reconciler.plan("default")
+        world.planner.plan("default")
         sent = world.control.programs["default/chat"][-1]
         await world.after(20)
     assert (sent.HasField("plan"), sent.HasField("endpoints")) == (False, True)
@@ -564,7 +571,7 @@ async def test_a_plan_that_is_too_large_is_told_of_without_a_policy(world):
     reasons = {entry: reason(status) for entry, status in world.written.statuses}
     assert set(reasons.values()) == {"TooLarge"}, reasons
 
-    world.reconciler.plan("default")
+    world.planner.plan("default")
     assert world.control.programs["default/chat"][-1].HasField("plan")
     await world.after(20)
     assert ("default/chat", "TooLarge") not in metrics.POOL_PROBLEMS._metrics

@@ -12,7 +12,6 @@ import base64
 import binascii
 import datetime as dt
 import logging
-import random
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from forebay_operator import metrics
 from forebay_operator.certificates import authority
 from forebay_operator.cluster.api import ApiError
+from forebay_operator.pacing import Backoff, jittered
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -93,16 +93,17 @@ class Issuer:
 
     async def first(self) -> None:
         """Issue until there is something to serve; publishing it is left to `run`."""
-        wait = MIN_RETRY_SECONDS
-        while not await self._try(self._issue_from_secret()):
-            await asyncio.sleep(random.uniform(0.5, 1.0) * wait)  # noqa: S311  # jitter
-            wait = min(2 * wait, LOOK_SECONDS)
+        backoff = Backoff(LOOK_SECONDS, MIN_RETRY_SECONDS, jitter=0.5)
+        while True:
+            if await self._try(self._issue_from_secret()):
+                return
+            await asyncio.sleep(backoff.next_seconds())
 
     async def run(self) -> None:
         """Look now and from time to time, until cancelled."""
         while True:
             await self._try(self.look())
-            await asyncio.sleep(random.uniform(0.8, 1.0) * LOOK_SECONDS)  # noqa: S311  # jitter
+            await asyncio.sleep(jittered(LOOK_SECONDS))
 
     async def _try(self, work: Awaitable[object]) -> bool:
         try:

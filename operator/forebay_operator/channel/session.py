@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from forebay_control import features
 from forebay_control.v1 import control_pb2 as pb
+from forebay_operator.pacing import RateLimit
 from forebay_operator.resources import messages
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class Session:
         self._refusals = 0  # in a row
         self._stale = False
         self._stats_at = -math.inf
-        self._tokens: float = MAX_BURST
+        self._rate = RateLimit(MAX_MESSAGES_PER_SECOND, MAX_BURST, now)
 
     # --- programs
 
@@ -194,12 +195,8 @@ class Session:
 
     def heard(self, now: float) -> bool:
         """Count a message; return whether it is within the rate limit."""
-        self._tokens = min(
-            MAX_BURST, self._tokens + (now - self.heard_at) * MAX_MESSAGES_PER_SECOND
-        )
         self.heard_at = now
-        self._tokens -= 1
-        return self._tokens >= 0
+        return self._rate.take(now)
 
     def on_stats(self, stats: pb.Stats, now: float) -> pb.Stats | None:
         """Return what is kept of a report; None where it comes too soon after the one before."""

@@ -7,7 +7,6 @@ Only `on.event`: kopf's other handlers write annotations or finalizers on object
 from __future__ import annotations
 
 import asyncio
-import random
 import threading
 from concurrent.futures import Future
 from contextlib import suppress
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import kopf
 
 from forebay_operator.cluster import api
+from forebay_operator.pacing import Backoff
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -155,7 +155,6 @@ class _Backoffs:
     """Endless delays in seconds with jitter: a watch that gives up would stay deaf."""
 
     def __iter__(self) -> Iterator[float]:
-        delay = 0.5
+        backoff = Backoff(MAX_BACKOFF_SECONDS, jitter=0.5)
         while True:
-            yield random.uniform(0.5, 1.0) * delay  # noqa: S311  # jitter
-            delay = min(2 * delay, MAX_BACKOFF_SECONDS)
+            yield backoff.next_seconds()

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import random
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from forebay_operator import metrics
 from forebay_operator.cluster import api, handlers
+from forebay_operator.pacing import Backoff, jittered
 from forebay_operator.resources import (
     KINDS,
     POD,
@@ -159,7 +159,7 @@ class Watching:
 
     async def fill(self) -> None:
         """List every kind until all that may be read is, and the needed kinds exist."""
-        backoff = 0.5
+        backoff = Backoff(DISCOVERY_SECONDS)
         while True:
             # The collector would look at all that comes, again and again, up to 0.3 s each time.
             gc.disable()
@@ -177,8 +177,7 @@ class Watching:
                     self._follow(namespace)
                 return
             _log.warning("not ready", extra={"waits_for": self.waits_for})
-            await asyncio.sleep(_jittered(backoff))
-            backoff = min(2 * backoff, DISCOVERY_SECONDS)
+            await asyncio.sleep(backoff.next_seconds())
 
     def _lacking(self) -> list[str]:
         """Name the kinds without which nothing works; a pool may be of either group."""
@@ -204,7 +203,7 @@ class Watching:
         swept_at = self._clock()
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._gap.wait(), _jittered(wait))
+                await asyncio.wait_for(self._gap.wait(), jittered(wait))
                 # The rest of that LIST comes too.
                 pause = max(GAP_SECONDS, swept_at + MIN_SWEEP_SECONDS - self._clock())
                 await asyncio.sleep(pause)
@@ -254,7 +253,7 @@ class Watching:
         This asks for what we may read, and so works without the right to look at CRDs.
         """
         while True:
-            await asyncio.sleep(_jittered(DISCOVERY_SECONDS))
+            await asyncio.sleep(jittered(DISCOVERY_SECONDS))
             for kind in sorted(self._absent, key=_name):
                 with suppress(api.ApiError):
                     await self._list_kind(kind)
@@ -389,7 +388,7 @@ class Watching:
             with suppress(RuntimeError):  # this loop has ended
                 running.call_soon_threadsafe(self.on_event, kind, event, scope)
 
-        backoff = 0.5
+        backoff = Backoff(MAX_BACKOFF_SECONDS)
         while True:
             scope.restart.clear()
             kinds = self._readable(scope)
@@ -425,9 +424,8 @@ class Watching:
                 with suppress(api.ApiError):
                     await self._list(kind, scope.namespace)
             if self._clock() - began_at > STEADY_SECONDS:
-                backoff = 0.5
-            await asyncio.sleep(_jittered(backoff))
-            backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
+                backoff.reset()
+            await asyncio.sleep(backoff.next_seconds())
 
     def _readable(self, scope: _Scope) -> tuple[Kind, ...]:
         """Return the kinds that may be read in a scope."""
@@ -458,7 +456,7 @@ class Watching:
     async def _follow_pods(self, namespace: str) -> None:
         """List and watch the pods of a namespace, until cancelled."""
         version = self._pod_versions.pop(namespace, None)
-        backoff = 0.5
+        backoff = Backoff(MAX_BACKOFF_SECONDS)
         while True:
             began_at = self._clock()
             try:
@@ -481,14 +479,9 @@ class Watching:
             finally:
                 self._pods_watched_at.pop(namespace, None)
             if self._clock() - began_at > STEADY_SECONDS:
-                backoff = 0.5
-            await asyncio.sleep(_jittered(backoff))
-            backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
+                backoff.reset()
+            await asyncio.sleep(backoff.next_seconds())
 
 
 def _name(kind: Kind) -> str:
     return f"{kind.plural}.{kind.group}" if kind.group else kind.plural
-
-
-def _jittered(seconds: float) -> float:
-    return random.uniform(0.8, 1.0) * seconds  # noqa: S311  # spreads load, hides nothing

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forebay_operator import pages, planning
-from forebay_operator.channel.server import ControlServer, join
+from forebay_operator.channel.server import ControlServer, join, namespace_of
 from forebay_operator.channel.trust import believe
 from forebay_operator.cluster.election import MAX_EPOCH
 from forebay_operator.cluster.store import Store
-from forebay_operator.deletion import Deletions
-from forebay_operator.reconcile import Reconciler
+from forebay_operator.reconcile.deletion import Deletions
+from forebay_operator.reconcile.planner import Planner
+from forebay_operator.reconcile.statuses import Statuses
+from forebay_operator.reconcile.writing import StatusWriter
 from forebay_operator.resources import (
     BY_NAME,
     POOL_LABEL,
@@ -172,9 +174,15 @@ class FolderOperator:
             believe, changed=self._epps_changed, higher_epoch=self._lead_from
         )
         self._deletions = Deletions(self._control, self._is_absent)
-        self._reconciler = Reconciler(
-            self._store, self._control, self, None, deletions=self._deletions
+        self._planner = Planner(
+            self._store,
+            self._control,
+            None,
+            replanned=self._replanned,
+            deletions=self._deletions,
         )
+        self._statuses = Statuses(self._store, self._planner, None)
+        self._writer = StatusWriter(self._store, self._planner, self._statuses, self)
         self._runner: AppRunner | None = None
         self._snapshots: dict[str, pb.Snapshot] = {}
         self._said: frozenset[str] = frozenset()
@@ -185,7 +193,10 @@ class FolderOperator:
         return None if self._errors else f"{namespace}/{name}" not in self._snapshots
 
     def _epps_changed(self, pool: str) -> None:
-        self._reconciler.epps_changed(pool)
+        self._writer.look_at(namespace_of(pool))
+
+    def _replanned(self, namespace: str) -> None:
+        self._writer.look_at(namespace)
 
     def _lead_from(self, seen: int, _uid: str, _namespace: str) -> None:
         if seen < MAX_EPOCH:
@@ -208,9 +219,14 @@ class FolderOperator:
         self._take(manifests)
         # Pickers refuse what is older than what they have seen, also from an operator before.
         self._control.lead(int(time.time()))
-        self._reconciler.reporting = True
+        self._writer.reporting = True
         self._runner = await pages.serve(
-            http_host, http_port, self._reconciler, self._store, lambda: ""
+            http_host,
+            http_port,
+            self._statuses,
+            self._store,
+            lambda: self._writer.alive_at,
+            lambda: "",
         )
         return await self._control.serve(join(control_host, control_port), None)
 
@@ -220,7 +236,7 @@ class FolderOperator:
         Raises:
             OSError: the folder cannot be watched.
         """
-        reporting = asyncio.create_task(self._reconciler.run_reporting())
+        reporting = asyncio.create_task(self._writer.run())
         deleting = asyncio.create_task(self._deletions.run())
         try:
             async for manifests in sources.changes(self._path):
@@ -244,10 +260,10 @@ class FolderOperator:
     def _take(self, manifests: Manifests) -> None:
         now = time.monotonic()
         for namespace in sorted(self._folder.take(manifests, now)):
-            self._reconciler.plan(namespace)
+            self._planner.plan(namespace)
         self._complain(manifests)
         snapshots = {}
-        for pool, planned in self._reconciler.planned():
+        for pool, planned in self._planner.planned():
             name = f"{pool.metadata.namespace}/{pool.metadata.name}"
             snapshots[name] = planned.snapshot
             before = self._snapshots.get(name)
@@ -275,7 +291,7 @@ class FolderOperator:
             if entry.resource is not None
         ]
         problems = [*planning.unattached(resources)]
-        for _, planned in self._reconciler.planned():
+        for _, planned in self._planner.planned():
             problems += planned.problems
         lines = [*manifests.ignored, *(messages.printable(str(problem)) for problem in problems)]
         for line in lines:
