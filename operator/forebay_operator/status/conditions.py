@@ -4,7 +4,7 @@ Statuses follow the Kubernetes API conventions and GEP-713: observedGeneration o
 False one says why and what to do, lastTransitionTime moves only when the status flips. Numbers are
 quantised, so that a status is written again only when something has changed that a person would
 care about; exact values are the EPPs' metrics. When and where a status is written
-belongs in reconcile.py.
+belongs in reconcile/.
 """
 
 from __future__ import annotations
