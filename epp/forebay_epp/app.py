@@ -211,7 +211,7 @@ class EndpointPicker:
             if not usable.done():
                 _log.error(
                     "no program within %g s (--bootstrap-timeout), and no endpoints: unready until "
-                    "there are some",
+                    "one of them arrives",
                     source.bootstrap_seconds,
                 )
                 await asyncio.wait((ready, usable), return_when=asyncio.FIRST_COMPLETED)
@@ -263,7 +263,8 @@ class EndpointPicker:
         with suppress(TimeoutError):
             if cut := await self._ask(lambda _: self._data_plane.unfinished):
                 _log.warning(
-                    "cut off what was still answered: raise --drain-timeout", extra={"answers": cut}
+                    "cut answers that were still running: raise --drain-timeout",
+                    extra={"answers": cut},
                 )
 
     async def _until_finished(self, seconds: float) -> None:
@@ -302,7 +303,7 @@ class EndpointPicker:
                 self._controller.delete_pool(now)
             else:
                 self._controller.restore_pool(now)
-            _log.info("program taken", extra=_told(update))
+            _log.info("program applied", extra=_told(update))
 
         return take
 
@@ -403,4 +404,4 @@ def _log_health(change: HealthChange) -> None:
     if change.out:
         _log.warning("endpoint fails and is left out", extra=extra)
     else:
-        _log.info("endpoint is in again", extra=extra)
+        _log.info("endpoint is back", extra=extra)

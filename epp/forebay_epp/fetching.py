@@ -68,7 +68,7 @@ async def fetch(session: ClientSession, url: str, accept: str) -> bytes:
         encoding = response.headers.get("Content-Encoding", "identity")
         if encoding.strip().lower() != "identity":
             response.close()
-            raise FetchError("unparsable", "the page is compressed, which was not asked for")
+            raise FetchError("unparsable", "the page is compressed although that was not requested")
         page = bytearray()
         async for chunk in response.content.iter_any():
             page += chunk

@@ -67,7 +67,7 @@ def _boolean(text: str) -> bool:
 def _port(text: str) -> int:
     if text.isdecimal() and int(text) <= 65535:
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a port of 0 to 65535")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
 
 
 def _positive(text: str) -> int:
@@ -88,7 +88,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
     """Read the command line.
 
     Raises:
-        SystemExit: it is wrong (the error is printed), or asks for help.
+        SystemExit: it is invalid (the error is printed), or asks for help.
     """
     parser = argparse.ArgumentParser(
         prog="forebay_epp",
@@ -97,7 +97,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--pool-name", default="default", help="InferencePool this endpoint picker serves")
+    add("--pool-name", default="default", help="InferencePool that this EPP serves")
     add(
         "--pool-namespace",
         default=os.environ.get("POD_NAMESPACE", "default"),
@@ -124,16 +124,16 @@ def parse(arguments: list[str] | None = None) -> Settings:
     add(
         "--cert-path",
         type=Path,
-        help="folder with tls.crt and tls.key, reloaded when they change; self-signed without",
+        help="folder with tls.crt and tls.key, reloaded when they change (default: self-signed)",
     )
     add("--transport", choices=TRANSPORTS, default=TRANSPORTS[0], help="gRPC server")
     add(
         "--drain-timeout",
         type=_duration,
         default=120.0,
-        help="after SIGTERM requests may still be dispatched and answered this long; then what "
-        "waits gets 503, and 5s later what is still answered is cut. The process ends as soon as "
-        "nothing is left",
+        help="how long after SIGTERM requests are still dispatched and answered; then waiting "
+        "requests get 503, and 5s later running answers are cut. The process ends as soon as "
+        "no request is left",
     )
     add(
         "--metrics-scrape-interval",
@@ -141,7 +141,9 @@ def parse(arguments: list[str] | None = None) -> Settings:
         default=0.2,
         help="interval between scrape starts of one model server",
     )
-    add("--max-streams", type=_positive, default=40_000, help="open requests; beyond: 429")
+    add(
+        "--max-streams", type=_positive, default=40_000, help="limit of open requests; more get 429"
+    )
     add(
         "--max-message-bytes",
         type=_positive,
@@ -173,14 +175,14 @@ def parse(arguments: list[str] | None = None) -> Settings:
 
 
 def _add_control(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags that are about the operator."""
+    """Declare the flags for the operator's connection."""
     add = parser.add_argument_group("operator").add_argument
     environ = os.environ.get
     add("--control-address", type=_host_port, metavar="HOST:PORT", help="the operator")
-    add("--control-ca-path", type=Path, help="PEM bundle that has signed its certificate")
+    add("--control-ca-path", type=Path, help="PEM bundle of the CA that signs its certificate")
     add("--control-server-name", default="", help="name in its certificate (default: HOST)")
-    add("--control-token-path", type=Path, help="service account token to show it")
-    add("--control-cert-path", type=Path, help="folder with tls.crt and tls.key to show it")
+    add("--control-token-path", type=Path, help="service account token to present")
+    add("--control-cert-path", type=Path, help="folder with tls.crt and tls.key to present")
     add(
         "--control-insecure",
         action="store_true",
@@ -206,14 +208,14 @@ def _add_control(parser: argparse.ArgumentParser) -> None:
         "--bootstrap-timeout",
         type=_duration,
         default=30.0,
-        help="unready this long while there is no program at all; then serve on defaults "
+        help="how long to stay unready without any program before serving by built-in defaults "
         "(0s: wait for a program indefinitely)",
     )
     add(
         "--stats-interval",
         type=_report_interval,
         default=5.0,
-        help="between reports to the operator, at least 1s",
+        help="interval between reports to the operator, at least 1s",
     )
 
 

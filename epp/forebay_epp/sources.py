@@ -121,7 +121,7 @@ class PlanFile:
                 update = self._parse(text)
             except PlanFileError as error:
                 self._traffic.plan_reloaded(ok=False)
-                _log.error("plan not taken, the last good one stays: %s", error)
+                _log.error("plan refused, the last good one stays: %s", error)
                 continue
             await put(update)
             self._traffic.plan_reloaded(ok=True)
@@ -237,7 +237,7 @@ class Operator:
 
     def _disk_refused(self, part: str, refused: Refused) -> None:
         self._disk_failures["refused"] = self._disk_failures.get("refused", 0) + 1
-        _log.error("the %s on the disk is not used: %s", part, list(refused.problems))
+        _log.error("the %s on disk is not used: %s", part, list(refused.problems))
 
     async def run(self, put: Put) -> None:
         """Keep a stream to the operator and apply what it sends, until cancelled."""

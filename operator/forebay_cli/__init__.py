@@ -2,7 +2,7 @@
 
 
 class CommandError(Exception):
-    """What keeps a command from going on; the text says what to do."""
+    """An error that ends a command; the text says what to do."""
 
 
 OPERATOR_PORT = 9091

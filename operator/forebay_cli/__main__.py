@@ -1,4 +1,4 @@
-"""`forebay COMMAND`: what people run."""
+"""`forebay COMMAND`."""
 
 from __future__ import annotations
 

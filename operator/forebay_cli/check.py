@@ -1,4 +1,4 @@
-"""`forebay check FILE...`: say what is wrong with manifests, without a cluster.
+"""`forebay check FILE...`: report errors in manifests, without a cluster.
 
 Errors are those the API server would give, and those of rules that no schema can hold. Warnings
 tell of what has no effect, or is valid and surely not meant.
@@ -17,7 +17,7 @@ from forebay_operator.status import advice
 
 
 class Settings(argparse.Namespace):
-    """What was given on the command line."""
+    """The command's arguments."""
 
     paths: list[Path]
     strict: bool
@@ -28,11 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "paths", type=Path, nargs="+", metavar="FILE", help="a YAML file, or a folder of them"
     )
-    parser.add_argument("--strict", action="store_true", help="fail if there is any warning")
+    parser.add_argument("--strict", action="store_true", help="fail on warnings")
 
 
 def run(settings: Settings) -> int:
-    """Print what is wrong; return 1 if anything is invalid, with `strict` for warnings, too."""
+    """Print problems; return 1 if anything is invalid, or with `strict` if there are warnings."""
     out = console()
     manifests = sources.read(*settings.paths)
     for error in manifests.errors:

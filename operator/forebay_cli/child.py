@@ -72,7 +72,7 @@ class Child:
         status = await self._process.wait()
         await asyncio.shield(self._reading)  # a waiter that is cancelled must not end it
         last = "\n  ".join(self._lines)
-        return f"{self.name} has ended with status {status}" + (f":\n  {last}" if last else "")
+        return f"{self.name} ended with status {status}" + (f":\n  {last}" if last else "")
 
     async def stop(self, seconds: float, hurry: asyncio.Event) -> None:
         """Ask the process to end; make it end after `seconds`, or when there is a hurry."""

@@ -18,7 +18,7 @@ TIMEOUT_SECONDS = 5
 
 
 class Settings(argparse.Namespace):
-    """What was given on the command line."""
+    """The command's arguments."""
 
     name: str | None
     port: int
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("name", nargs="?", metavar="NAME", help="one object's name (default: all)")
     add("--port", type=int, default=OPERATOR_PORT, help="forebay up's --operator-port")
-    add("-o", "--output", choices=("table", "json"), default="table", help="form of the output")
+    add("-o", "--output", choices=("table", "json"), default="table", help="output format")
 
 
 def run(settings: Settings) -> int:
@@ -51,7 +51,7 @@ def run(settings: Settings) -> int:
     if settings.name is not None:
         items = [item for item in items if item["metadata"]["name"] == settings.name]
         if not items:
-            raise CommandError(f"there is no policy or model {settings.name}")
+            raise CommandError(f"no policy or model is named {settings.name}")
     if settings.output == "json":
         print(json.dumps({"items": items}, indent=2))  # noqa: T201  # what was asked for
         return 0

@@ -1,4 +1,4 @@
-"""The terminal, as all commands write to it."""
+"""The terminal output of all commands."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from rich.console import Console
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Return a console that shows what manifests hold as it is: no markup, no emoji."""
+    """Return a console that prints text as it is: no markup, no emoji."""
     file = sys.stderr if stderr else sys.stdout
     return Console(file=file, highlight=False, soft_wrap=True, markup=False, emoji=False)

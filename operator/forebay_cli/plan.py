@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Settings(argparse.Namespace):
-    """What was given on the command line."""
+    """The command's arguments."""
 
     paths: list[Path]
     output: str
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add = parser.add_argument
     add("paths", type=Path, nargs="+", metavar="FILE", help="a YAML file, or a folder of them")
-    add("-o", "--output", choices=("tree", "json"), default="tree", help="form of the output")
+    add("-o", "--output", choices=("tree", "json"), default="tree", help="output format")
 
 
 def run(settings: Settings) -> int:
@@ -71,7 +71,7 @@ def tree(snapshot: pb.Snapshot) -> Tree:
         branch.add(f"{band.fairness} between models, {band.ordering} within one")
         branch.add(
             f"at most {band.max_requests} requests and {_bytes(band.max_bytes)}, "
-            f"each up to {band.ttl_seconds:g} s"
+            f"each for up to {band.ttl_seconds:g} s"
         )
         if (band.flow_max_requests, band.flow_max_bytes) != (band.max_requests, band.max_bytes):
             branch.add(
@@ -91,7 +91,7 @@ def tree(snapshot: pb.Snapshot) -> Tree:
         root.add("objectives have no effect: trust.objectiveHeader is not set")
     limits, saturation = plan.limits, plan.saturation
     root.add(
-        f"all together at most {limits.max_requests} requests and {_bytes(limits.max_bytes)}, "
+        f"in total at most {limits.max_requests} requests and {_bytes(limits.max_bytes)}, "
         f"one at most {_bytes(limits.max_body_bytes)}"
     )
     room = (

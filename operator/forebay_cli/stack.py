@@ -1,4 +1,4 @@
-"""The processes of a standalone forebay: an endpoint picker and, in front of it, Envoy.
+"""The processes of a standalone forebay: an EPP with an Envoy in front of it.
 
 What the plan says, and when it changes, does not belong here.
 """
@@ -94,9 +94,9 @@ class Stack:
         taken: dict[int, str] = {}
         for flag, port in ports.items():
             if port == 0:
-                raise CommandError(f"{flag} 0: name a port, others have to find it")
+                raise CommandError(f"{flag} 0: choose a port, because other programs must find it")
             if port in taken:
-                raise CommandError(f"{flag} {port}: is that of {taken[port]} too")
+                raise CommandError(f"{flag} {port}: is also that of {taken[port]}")
             taken[port] = flag
             try:
                 _bind("127.0.0.1" if flag in _LOOPBACK_PORTS else given.listen, port)

@@ -1,4 +1,4 @@
-"""`forebay up DIR`: an endpoint picker and its Envoy on this machine, until Ctrl-C.
+"""`forebay up DIR`: an EPP and its Envoy on this machine, until Ctrl-C.
 
 The folder holds the manifests that kubectl takes. The operator that plans them runs in this process
 and programs the endpoint picker as it would in a cluster: edit a manifest and the picker follows.
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class Settings(StackSettings):
-    """What was given on the command line."""
+    """The command's arguments."""
 
     folder: Path
     endpoint: list[str]
@@ -54,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="a model server, instead of EndpointSlices; may be given several times",
     )
-    add("--pool", metavar="NAME", help="the InferencePool, where the folder holds several")
-    add("--no-proxy", action="store_true", help="leave Envoy out")
+    add("--pool", metavar="NAME", help="the InferencePool to serve, if the folder holds several")
+    add("--no-proxy", action="store_true", help="run no Envoy")
     add("--listen", type=_ip, default="127.0.0.1", metavar="IP", help="address of all ports")
     add("--http-port", type=_port, default=8080, metavar="PORT", help="Envoy's HTTP")
     add("--grpc-port", type=_port, default=9002, metavar="PORT", help="ext_proc")
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_port,
         default=OPERATOR_PORT,
         metavar="PORT",
-        help="what forebay get asks",
+        help="the operator's pages, for forebay get",
     )
     add("--envoy-admin-port", type=_port, default=0, metavar="PORT", help="0 picks one")
     add("--proxy-concurrency", type=_threads, default=1, metavar="N", help="Envoy's threads")
@@ -74,26 +74,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--secure-serving",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="TLS between Envoy and the endpoint picker",
+        help="TLS between Envoy and the EPP",
     )
     add(
         "--transport",
         choices=("completion-queue", "aio"),
         default="completion-queue",
-        help="the endpoint picker's gRPC server",
+        help="the EPP's gRPC server",
     )
 
 
 def _port(text: str) -> int:
     if text.isdecimal() and int(text) <= 65535:
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a port of 0 to 65535")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
 
 
 def _threads(text: str) -> int:
     if text.isdecimal() and 1 <= int(text) <= 256:
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 to 256")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 256")
 
 
 def _ip(text: str) -> str:
@@ -131,7 +131,7 @@ def address_of(text: str) -> str:
     except OSError as error:
         raise CommandError(f"--endpoint {text}: {error.strerror}") from error
     except UnicodeError as error:
-        raise CommandError(f"--endpoint {text}: is not a host name") from error
+        raise CommandError(f"--endpoint {text}: not a host name") from error
     family, *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
     if family == socket.AF_INET6:
         return join(str(ipaddress.ip_address(address[0])), int(port))
@@ -242,13 +242,13 @@ class _Up:
             pools = [pool for pool in pools if name in (pool.metadata.name, _full_name(pool))]
             if not pools:
                 raise CommandError(
-                    f"--pool {name}: {folder} has no such InferencePool; it has {names}"
+                    f"--pool {name}: {folder} contains no such InferencePool; it contains {names}"
                 )
         if not pools:
-            raise CommandError(f"{folder}: holds no InferencePool")
+            raise CommandError(f"{folder}: contains no InferencePool")
         if len(pools) > 1:
             raise CommandError(
-                f"{folder}: holds several InferencePools ({names}); choose one with --pool NAME"
+                f"{folder}: contains several InferencePools ({names}); choose one with --pool NAME"
             )
         return _full_name(pools[0])
 
@@ -284,7 +284,7 @@ class _Up:
         else:
             url = f"http://{address(given.http_port)}"
             say(f"requests   {url}\n\n  {_curl(url, models[0] if models else 'any')}")
-        say(f"\nedit {given.folder} and the endpoint picker follows; Ctrl-C ends")
+        say(f"\nedit {given.folder} and the EPP follows; Ctrl-C ends it")
 
 
 def _curl(url: str, model: str) -> str:

@@ -1,4 +1,4 @@
-"""The operator's counters, for its /metrics page. What they mean is in operator/README.md."""
+"""The operator's metrics. operator/README.md explains them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Series:
-    """The series of a gauge by namespace: those that are not shown any more are taken away."""
+    """The series of a gauge by namespace; series that are no longer set are removed."""
 
     def __init__(self, gauge: Gauge) -> None:
         self._gauge = gauge
@@ -28,17 +28,17 @@ class Series:
             self._shown[namespace] = set(values)
 
     def clear(self) -> None:
-        """Take all series away."""
+        """Remove all series."""
         for namespace in list(self._shown):
             self.show(namespace, {})
 
 
 STREAMS = Gauge("forebay_control_streams", "Open control streams", ["pool"])
 REFUSALS = Counter("forebay_control_refusals", "Control streams refused or ended", ["reason"])
-PROGRAMS = Counter("forebay_control_programs", "Programs sent to endpoint pickers")
+PROGRAMS = Counter("forebay_control_programs", "Programs sent to EPPs")
 ANSWERS = Counter("forebay_control_answers", "Answers to programs", ["answer"])
 POOL_PROBLEMS = Gauge(
-    "forebay_pool_problems", "1 for each problem that a pool has now", ["pool", "reason"]
+    "forebay_pool_problems", "1 for each current problem of a pool", ["pool", "reason"]
 )
 DESIRED = Series(
     Gauge("forebay_pool_endpoint_pickers_desired", "EPPs that a pool should have", ["pool"])
@@ -56,7 +56,7 @@ PROGRAMMED = Series(
 CONDITIONS = Series(
     Gauge(
         "forebay_policy_condition",
-        "1 for the status that a condition of a FlowControlPolicy has now",
+        "1 for the current status of each condition of a FlowControlPolicy",
         ["namespace", "name", "type", "status"],
     )
 )
@@ -73,7 +73,7 @@ LEADING = Gauge("forebay_leader_epoch", "Epoch of this replica's leadership, 0 w
 EVENTS = Counter("forebay_watch_events", "Events that watches delivered", ["kind"])
 CERTIFICATE_EXPIRES = Gauge(
     "forebay_control_certificate_expiry_timestamp_seconds",
-    "When the served certificate runs out, where the operator issues it itself",
+    "When the served certificate expires, if the operator issues it itself",
 )
 DENIED = Gauge(
     "forebay_denied_namespaces",

@@ -219,9 +219,9 @@ def plan(pool: AnyPool, resources: Iterable[Resource], unread: Iterable[Metadata
     too_large = ""
     if (size_bytes := snapshot.plan.ByteSize()) > MAX_PLAN_BYTES:
         too_large = (
-            f"the plan of InferencePool {pool.metadata.name} has {size_bytes} bytes and endpoint "
-            f"pickers take {MAX_PLAN_BYTES}: have fewer InferenceModels, or shorter names; until "
-            "then they keep the plan they have, and take endpoints"
+            f"the plan of InferencePool {pool.metadata.name} has {size_bytes} bytes and EPPs "
+            f"take {MAX_PLAN_BYTES}: have fewer InferenceModels, or shorter names; until "
+            "then EPPs keep the plan they have, and take endpoints"
         )
         problems.append(_problem("InferencePool", pool.metadata, "TooLarge", too_large))
         snapshot.ClearField("plan")

@@ -50,7 +50,7 @@ class Settings:
 def _port(text: str) -> int:
     if text.isdecimal() and int(text) <= 65535:
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a port of 0 to 65535")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
 
 
 def _label_value(text: str) -> str:
@@ -82,7 +82,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
     """Read the command line.
 
     Raises:
-        SystemExit: it is wrong (the error is printed), or asks for help.
+        SystemExit: it is invalid (the error is printed), or asks for help.
     """
     parser = argparse.ArgumentParser(
         prog="forebay_operator",
@@ -102,8 +102,8 @@ def parse(arguments: list[str] | None = None) -> Settings:
     add(
         "--endpoint-slices",
         action="store_true",
-        help="take servers from EndpointSlices that name a pool by label, too: whoever may create "
-        "one can then have requests sent to any address",
+        help="also take servers from EndpointSlices that name a pool by label; anyone who may "
+        "create one can then have requests sent to any address",
     )
     add("--control-bind-address", type=_ip, default="0.0.0.0", help="control channel")  # noqa: S104  # a pod's
     add("--control-port", type=_port, default=8443, help="control channel, gRPC")
@@ -120,16 +120,16 @@ def parse(arguments: list[str] | None = None) -> Settings:
         "--control-client-auth",
         choices=CLIENT_AUTHS,
         default="token",
-        help="how endpoint pickers prove who they are: a service account token of their pod, a "
+        help="how EPPs authenticate: a service account token of their pod, a "
         "client certificate with a SPIFFE URI, or not at all (on a loopback address only)",
     )
-    add("--control-audience", default=AUDIENCE, help="audience of endpoint pickers' tokens")
+    add("--control-audience", default=AUDIENCE, help="audience of EPPs' tokens")
     add(
         "--control-peer-address",
         choices=PEER_ADDRESSES,
         default="pod",
-        help="where a pod's token or certificate may come from: an address of the pod, or any, for "
-        "networks and meshes that rewrite addresses",
+        help="from where a pod's token or certificate is accepted: an address of the pod, or any "
+        "address, for networks and meshes that rewrite addresses",
     )
     add("--http-bind-address", type=_ip, default="0.0.0.0", help="pages")  # noqa: S104  # a pod's
     add("--http-port", type=_port, default=8080, help="/metrics, /livez, /readyz, /resources")
@@ -149,14 +149,13 @@ def parse(arguments: list[str] | None = None) -> Settings:
     add(
         "--identity",
         default=os.environ.get("POD_UID", ""),
-        help="what stays the same when this replica's container is started again "
-        "(default: $POD_UID)",
+        help="an identity that survives a restart of this replica's container (default: $POD_UID)",
     )
     add(
         "--sweep-interval",
         type=_duration,
         default=60.0,
-        help="between LISTs of everything, which correct what watches missed (default: 60s)",
+        help="interval between LISTs of everything, which correct missed events (default: 60s)",
     )
     add("-v", "--verbosity", type=int, default=1, help="0 warnings, 1 changes, 2 everything")
     given = parser.parse_args(arguments)
@@ -189,13 +188,13 @@ def parse(arguments: list[str] | None = None) -> Settings:
 
 
 def _add_issuing(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags about certificates that the operator issues itself."""
+    """Declare the flags for certificates that the operator issues itself."""
     add = parser.add_argument_group("own certificate authority").add_argument
     add(
         "--control-tls-secret",
         default="",
         metavar="NAME",
-        help="issue the control channel's certificate and keep it in this Secret, which has to "
+        help="issue the control channel's certificate and keep it in this Secret, which must "
         "exist in the Lease's namespace; instead of --control-tls-path",
     )
     add(
@@ -204,7 +203,7 @@ def _add_issuing(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[NAMESPACE/]NAME",
-        help="publish the CA in this ConfigMap, which has to exist; may be given several times",
+        help="publish the CA in this ConfigMap, which must exist; may be given several times",
     )
     add("--control-server-name", default="", metavar="DNS", help="name in that certificate")
 
@@ -240,7 +239,7 @@ def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
 
 
 def _check_issuing(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
-    """Refuse half of what issuing certificates needs."""
+    """Refuse an incomplete set of flags for issuing certificates."""
     issuing = bool(given.control_tls_secret)
     if issuing and given.control_tls_path is not None:
         parser.error("--control-tls-secret and --control-tls-path exclude each other")
@@ -251,7 +250,7 @@ def _check_issuing(parser: argparse.ArgumentParser, given: argparse.Namespace) -
 
 
 def _check_folder(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
-    """Refuse what has no effect with a folder; its control channel is plaintext and open."""
+    """Refuse flags without effect with a folder, whose control channel is plaintext and open."""
     if given.control_client_auth != "none":
         parser.error("--manifests needs --control-client-auth none: no API server reviews tokens")
     for flag in ("control_tls_path", "control_tls_secret", "endpoint_slices"):

@@ -403,7 +403,7 @@ def test_a_server_that_comes_back_is_used_again(fleet):
         )
 
     until(answered, 30)
-    assert "endpoint is in again" in plane.epp.log
+    assert "endpoint is back" in plane.epp.log
 
 
 async def _fail_with_healthy_metrics(head, writer):

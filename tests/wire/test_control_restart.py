@@ -78,4 +78,4 @@ def test_an_operator_forgets_an_epp_that_has_said_goodbye(epp):
     assert epp.stop(WAIT_SECONDS) == 0
 
     until(lambda: operator.metric("forebay_control_streams") == 0, WAIT_SECONDS)
-    assert "endpoint picker leaves" in operator.log
+    assert "EPP leaves" in operator.log

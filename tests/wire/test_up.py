@@ -318,7 +318,7 @@ def test_the_end_of_a_process_ends_all(start, word, name):
     status = program.end()
 
     assert (status, program.gone()) == (1, True)
-    assert f"forebay up: {name} has ended with status -9" in program.output
+    assert f"forebay up: {name} ended with status -9" in program.output
     assert "Traceback" not in program.output
 
 
@@ -407,7 +407,7 @@ SECOND_POOL = (QUICKSTART / "pool.yaml").read_text().replace("name: chat\n", "na
 @pytest.mark.parametrize(
     ("flags", "files", "says"),
     [
-        ((), {"pool.yaml": None}, "holds no InferencePool"),
+        ((), {"pool.yaml": None}, "contains no InferencePool"),
         ((), dict.fromkeys(("pool", "models", "policy")), "holds no .yaml file"),
         ((), {"b.yaml": SECOND_POOL}, "(default/chat, default/code); choose one with --pool NAME"),
         (("--pool=x",), {}, "--pool x: "),
@@ -419,7 +419,7 @@ SECOND_POOL = (QUICKSTART / "pool.yaml").read_text().replace("name: chat\n", "na
         (("--grpc-port=7", "--metrics-port=7"), {}, "--metrics-port 7: is that of --grpc-port too"),
         (("--http-port=x",), {}, "argument --http-port: 'x' is not a port"),
         (("--listen=localhost",), {}, "argument --listen: 'localhost' is not an IP address"),
-        (("--proxy-concurrency=0",), {}, "'0' is not a number of 1 to 256"),
+        (("--proxy-concurrency=0",), {}, "'0' is not a number from 1 to 256"),
         (("--transport=x",), {}, "argument --transport"),
         (("--nonsense",), {}, "unrecognized arguments: --nonsense"),
     ],

@@ -264,7 +264,7 @@ class ControlClient:
             try:
                 await self._apply(verdict)
             except Exception as error:
-                _log.exception("a program could not be put into force")
+                _log.exception("a program could not be applied")
                 verdict = Refused(Code.INTERNAL, (("snapshot", f"{type(error).__name__}"),))
             else:
                 self._programs.took(verdict)
@@ -275,7 +275,7 @@ class ControlClient:
             # A plan that stays refused is offered with each change of the endpoints.
             _log.log(
                 logging.INFO if refused == self._refused else logging.ERROR,
-                "program refused, what was in force stays",
+                "program refused, the one in force stays",
                 extra={
                     "code": refused.code.value,
                     "problems": list(refused.problems),

@@ -132,7 +132,7 @@ class LastGood:
         state = self.state
         state.quarantined = [sha256, *state.quarantined][:MAX_QUARANTINED]
         _log.error(
-            "a plan under which this process kept ending is set aside",
+            "a plan is quarantined: this process kept ending under it",
             extra={"sha256": sha256.hex()},
         )
 
@@ -214,12 +214,12 @@ class LastGood:
             raise ValueError("is too large")
         head, _, body = path.read_bytes().partition(b"\n")
         if hashlib.sha256(body).hexdigest().encode() != head:
-            raise ValueError("its checksum does not fit")
+            raise ValueError("its checksum does not match")
         data: dict[str, Any] = json.loads(body)
         if data["format"] != FORMAT:
             raise ValueError(f"format {data['format']!r} is not known")
         if data["pool"] != self._pool:
-            raise ValueError(f"is of pool {data['pool']!r}")
+            raise ValueError(f"is for pool {data['pool']!r}")
         return State(
             highest_epoch=_number(data["highestEpoch"]),
             epoch=_number(data["epoch"]),

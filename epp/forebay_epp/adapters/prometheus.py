@@ -61,7 +61,7 @@ _ENDPOINT_GAUGES: tuple[tuple[str, str, Callable[[EndpointSnapshot], float]], ..
     ),
     (
         "forebay_endpoint_free_slots",
-        "Requests for which the endpoint has room now.",
+        "Free slots of the endpoint.",
         lambda endpoint: endpoint.free,
     ),
     (
@@ -154,7 +154,7 @@ class _Page(Collector):
         """Yield all families."""
         yield GaugeMetricFamily(
             "forebay_controller_responding",
-            "1 when the flow controller has answered for this page.",
+            "1 when the data plane has answered for this page.",
             value=self.snapshot is not None,
         )
         if self.snapshot is not None:
@@ -169,7 +169,7 @@ class _Page(Collector):
             self._scrapes_failed,
         )
         yield _counter(
-            "forebay_plan_reloads", "Plans that were offered.", "result", self._traffic.plan_reloads
+            "forebay_plan_reloads", "Plans offered.", "result", self._traffic.plan_reloads
         )
         if (control := self._control()) is not None:
             yield from _control(control)
@@ -189,7 +189,7 @@ class _Page(Collector):
                     )
         gauge = GaugeMetricFamily(
             "forebay_flow_queue_requests",
-            "Requests that wait, of flows that have any.",
+            "Waiting requests, by flow.",
             labels=("band", "model"),
         )
         for labels, requests in waiting.items():
@@ -248,7 +248,7 @@ def _requests(traffic: Traffic) -> Iterator[Metric]:
     yield outcomes
     yield _histogram_by_band(
         "forebay_queue_wait_seconds",
-        "Time in the queue of requests that were queued and have left it.",
+        "Time that requests spent in the queue.",
         traffic.waits,
     )
     yield _histogram_by_band(
@@ -288,11 +288,11 @@ def _streams(traffic: Traffic) -> Iterator[Metric]:
     )
     yield CounterMetricFamily(
         "forebay_streams_refused",
-        "ext_proc streams beyond the limit.",
+        "ext_proc streams refused beyond the limit.",
         value=traffic.streams_refused,
     )
     lag = HistogramMetricFamily(
-        "forebay_loop_lag_seconds", "By how much turns of the data-plane loop came late."
+        "forebay_loop_lag_seconds", "How late turns of the data-plane loop are."
     )
     lag.add_metric((), *_buckets(traffic.stalls))
     yield lag

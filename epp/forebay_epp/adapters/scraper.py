@@ -177,7 +177,7 @@ class Scraper:
         """
         page = parse_page(page_text, self._engines)
         if page.running is None or page.waiting is None:
-            what = "the page does not tell what is running and waiting"
+            what = "the page does not show running and waiting requests"
             raise FetchError("unparsable", what, missing=True)
         return page.running, page.waiting, page.kv_usage
 
@@ -189,7 +189,7 @@ class Scraper:
         if address not in self._failing:
             self._failing.add(address)
             _log.warning(
-                "scraping the endpoint's metrics fails; it is treated as unknown",
+                "scraping the endpoint's metrics fails; its load is unknown",
                 extra={"endpoint": address, "cause": why, "error": text(error)},
             )
 

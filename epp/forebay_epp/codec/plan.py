@@ -65,7 +65,7 @@ def parse_endpoints(message: pb.Endpoints) -> tuple[Endpoint, ...]:
 
 def _endpoints(message: pb.Endpoints, problems: list[Problem]) -> tuple[Endpoint, ...]:
     if len(message.endpoints) > MAX_ENDPOINTS:
-        text = f"must be at most {MAX_ENDPOINTS}, are {len(message.endpoints)}"
+        text = f"must have at most {MAX_ENDPOINTS} entries, has {len(message.endpoints)}"
         problems.append(("endpoints.endpoints", text))
         return ()
     seen: set[str] = set()

@@ -10,7 +10,7 @@ emptiest server of a pool is the one that is dead. Evidence is what answers and 
   answers are good stays in although its metrics cannot be read.
 
 An endpoint that is out gets no request for a period of 1 s, then one request as a trial. If that
-succeeds the endpoint is in again; otherwise it is out for twice as long, up to 60 s. While scrapes
+succeeds the endpoint is back; otherwise it is out for twice as long, up to 60 s. While scrapes
 are refused outright they stand in for the trial, so that no request is lost to it, and the first
 one that is answered makes the trial due. Requests sent before the endpoint went out prove nothing
 either way. The period starts at 1 s again once the endpoint has been in for `WELL_SECONDS`.

@@ -110,7 +110,7 @@ class Issuer:
             await work
         except ApiError as error:
             if error.status != 409:  # 409: another replica was faster
-                _log.error("certificates of the control channel: %s", error)
+                _log.error("the control channel's certificates failed: %s", error)
             return False
         return True
 

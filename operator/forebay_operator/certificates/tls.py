@@ -39,12 +39,12 @@ def server_credentials(read: Callable[[], Pair], *, require_client_certificate: 
         except (OSError, ValueError) as error:
             if str(error) != state["error"]:  # once: every handshake comes here
                 state["error"] = str(error)
-                _log.error("the certificate before stays: %s", error)
+                _log.error("the previous certificate stays: %s", error)
             return None
         if pair == state["pair"]:
             return None
         state["pair"], state["error"] = pair, ""
-        _log.info("certificate taken")
+        _log.info("certificate loaded")
         return _configuration(pair)
 
     return grpc.dynamic_ssl_server_credentials(

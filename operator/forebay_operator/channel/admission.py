@@ -129,7 +129,7 @@ def address_of(peer: str) -> str:
 
 def not_a_message() -> RefusedError:
     """Return the refusal of bytes that mean nothing."""
-    text = "that is not a message of the control channel"
+    text = "this is not a message of the control channel"
     return RefusedError(grpc.StatusCode.INVALID_ARGUMENT, "protocol", text)
 
 
@@ -137,8 +137,8 @@ def _problem(hello: pb.Hello) -> str:
     """Return what is wrong with a Hello, if anything."""
     if hello.protocol != PROTOCOL:
         return (
-            f"protocol {hello.protocol} is not spoken here, only {PROTOCOL}: "
-            "run endpoint pickers and operator of neighbouring releases"
+            f"protocol {hello.protocol} is not supported, only {PROTOCOL}: "
+            "run EPPs and operator of neighbouring releases"
         )
     for name in ("pool", "pod_namespace", "pod_name", "pod_uid", "boot_id", "build"):
         if len(getattr(hello, name)) > MAX_NAME:
@@ -146,5 +146,5 @@ def _problem(hello: pb.Hello) -> str:
     if len(hello.features) > MAX_FEATURES:
         return f"hello.features has more than {MAX_FEATURES} entries"
     if hello.HasField("applied") and len(hello.applied.sha256) != HASH_BYTES:
-        return f"hello.applied.sha256 has not {HASH_BYTES} bytes"
+        return f"hello.applied.sha256 must have {HASH_BYTES} bytes"
     return ""

@@ -275,7 +275,7 @@ class ControlServer(rpc.ControlServicer):
         if self._epoch is not None and seen > self._epoch:
             self._higher_epoch(seen, uid, namespace_of(hello.pool))
         self._changed(hello.pool)
-        _log.info("endpoint picker connected", extra={"pool": hello.pool, "pod": hello.pod_name})
+        _log.info("EPP connected", extra={"pool": hello.pool, "pod": hello.pod_name})
         return stream
 
     def _remove(self, stream: _Stream) -> None:
@@ -421,7 +421,7 @@ class ControlServer(rpc.ControlServicer):
                 if stats is not None:
                     self._rollouts[stream.pool].reported(stream.pod_uid, stats, now)
             case "bye":
-                _log.info("endpoint picker leaves", extra={"pod": stream.pod_name})
+                _log.info("EPP leaves", extra={"pod": stream.pod_name})
                 self._end(stream)
             case _:
                 return
@@ -447,14 +447,14 @@ class ControlServer(rpc.ControlServicer):
             namespace = namespace_of(stream.pool)
             self._higher_epoch(nack.highest_epoch, stream.pod_uid, namespace)
         _log.warning(
-            "endpoint picker refuses its program",
+            "EPP refuses its program",
             extra={"pod": stream.pod_name, "pool": stream.pool, "error": stream.session.error},
         )
         self._changed(stream.pool)
 
 
 def _flood() -> RefusedError:
-    text = "too many messages: a picker has something to say every few seconds"
+    text = "too many messages: an EPP needs to send one every few seconds at most"
     return RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "flood", text)
 
 

@@ -181,7 +181,7 @@ class TokenTrust:
         """
         claims = _claims(token)
         if claims is None or not isinstance(claims.get("iss"), str) or not claims["iss"]:
-            raise self._bad_token("it is no service account token")
+            raise self._bad_token("it is not a service account token")
         audiences = claims.get("aud")
         if self._audience not in (audiences if isinstance(audiences, list) else [audiences]):
             raise self._bad_token("it is for another audience")

@@ -151,7 +151,7 @@ class Cluster:
                     yield event
         except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError) as error:
             text = str(error) or type(error).__name__
-            raise ApiError(0, f"the watch has broken: {text}") from error
+            raise ApiError(0, f"the watch broke: {text}") from error
 
     async def apply_status(
         self, kind: Kind, namespace: str, name: str, uid: str, status: dict[str, Any]
@@ -339,7 +339,7 @@ async def _lines(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         for line in lines:
             yield line
         if len(rest) > MAX_LINE_BYTES:
-            raise ValueError("an event of more than 8 MiB")
+            raise ValueError("an event is larger than 8 MiB")
 
 
 def _path(kind: Kind, namespace: str) -> str:

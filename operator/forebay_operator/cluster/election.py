@@ -178,7 +178,7 @@ class Elector:
             return
         self._told_at = self._clock()
         _log.error(
-            "an EPP claims to have seen a higher epoch than ours, which is not believed: %s. "
+            "an EPP claims to have seen a higher epoch than ours; the claim is refused: %s. "
             "If it is right, set annotation %s of the Lease to more than that",
             problem,
             EPOCH,
@@ -213,7 +213,7 @@ class Elector:
                     lease["spec"] = {**spec, "holderIdentity": ""}
                     await self._leases.put_lease(self._namespace, self._name, lease)
             except ApiError as error:
-                _log.info("the lease runs out by itself: %s", error)
+                _log.info("the lease was not released and will expire: %s", error)
 
     async def _step(self) -> None:
         async with self._writing:
@@ -235,7 +235,9 @@ class Elector:
             heal = self._seen_epoch >= epoch and now >= self._heal_at
             if heal:
                 self._heal_at = now + HEAL_SECONDS
-                _log.warning("epoch healed", extra={"from": epoch, "past": self._seen_epoch})
+                _log.warning(
+                    "epoch raised above the EPPs'", extra={"from": epoch, "past": self._seen_epoch}
+                )
             await self._write(lease, self._next_epoch(epoch) if heal else epoch, now, take=heal)
         elif self._free(lease, holder, spec, now):
             await self._write(lease, self._next_epoch(epoch), now, take=True)

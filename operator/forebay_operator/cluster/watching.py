@@ -318,7 +318,7 @@ class Watching:
         elif key not in self._held:
             self._held.add(key)
             _log.error(
-                "a LIST holds none of the objects that were there; waiting for a second one",
+                "a LIST holds none of the known objects; waiting for a second one to confirm",
                 extra={"kind": _name(kind), "namespace": namespace},
             )
         self._undelivered.update(dict.fromkeys(swept.corrected, (kind, namespace)))
@@ -417,7 +417,7 @@ class Watching:
             if scope.restart.is_set():
                 continue
             _log.warning(
-                "watches ended, starting again",
+                "watches ended, restarting",
                 extra={"namespace": scope.namespace, "error": str(error)[:500]},
             )
             for kind in kinds:  # the reason may be a right that is gone

@@ -78,7 +78,7 @@ class Deletions:
         """Note that a pool is in the store (again); its EPPs dial and are checked again."""
         suspect = self._suspects.pop(pool, None)
         if suspect is not None and suspect.deleted:
-            _log.info("pool is created again", extra={"pool": pool})
+            _log.info("pool exists again", extra={"pool": pool})
             self._control.redial(pool)
 
     def is_deleted(self, pool: str) -> bool:
@@ -110,7 +110,7 @@ class Deletions:
                 suspect.absent_since = now
             else:
                 suspect.deleted = True
-                _log.warning("pool is deleted; its endpoint pickers drain", extra={"pool": pool})
+                _log.warning("pool is deleted; its EPPs drain", extra={"pool": pool})
                 self._control.program(pool, pb.Snapshot(deleted=True, pool_uid=suspect.uid))
 
 

@@ -195,7 +195,7 @@ def _resolved(attachment: Attachment | None) -> _Verdict:
     if attachment.epps is None:
         message = (
             f"there is no InferencePool {attachment.pool} in this namespace; "
-            "it counts as soon as it is created"
+            "the policy takes effect as soon as it is created"
         )
         return "False", "TargetNotFound", message
     return "True", "ResolvedRefs", ""
@@ -336,7 +336,7 @@ def _degraded(subject: Subject, attachment: Attachment | None) -> _Verdict:
     if _failing(attachment.epps):
         message = (
             f"more than half of the endpoints of InferencePool {attachment.pool} get no requests "
-            "since they cannot be reached or answer with errors: look at the model servers"
+            "because they cannot be reached or answer with errors: look at the model servers"
         )
         return "True", "EndpointsFailing", message
     if attachment.notes:

@@ -63,7 +63,7 @@ def read_served(page: bytes) -> tuple[ServedModel, ...]:
     try:
         cards = _page.decode(page).data
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"no list of models: {error}") from None
+        raise ValueError(f"not a list of models: {error}") from None
     return tuple(
         ServedModel(
             card.id,
