@@ -1,6 +1,6 @@
-"""What Snapshots have gained since release 0.1, and what an endpoint picker without it is sent.
+"""Fields that Snapshots have gained since release 0.1, and what an EPP without them is sent.
 
-One table for both sides. An endpoint picker names all of it in its Hello; the operator leaves out
+One table for both sides. An EPP names all of it in its Hello; the operator leaves out
 what is not named there. A later field of a Snapshot, or a later value of one, needs a row here.
 """
 

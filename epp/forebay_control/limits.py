@@ -1,4 +1,4 @@
-"""How large a Snapshot may be: what the operator keeps to and an endpoint picker checks."""
+"""The maximum size of a Snapshot, which the operator keeps to and an EPP checks."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The endpoint picker: requests wait here until a model server has room."""
+"""The EPP: requests wait here until a model server has a free slot."""

@@ -1,4 +1,4 @@
-"""`python -m forebay_epp`: one endpoint picker for one pool."""
+"""`python -m forebay_epp`: one EPP for one pool."""
 
 import sys
 

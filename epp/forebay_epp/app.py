@@ -1,4 +1,4 @@
-"""Puts an endpoint picker together and takes it apart again.
+"""Assembles an EPP, runs it, and shuts it down.
 
 Two threads: the transport's, which owns the controller, and the main one, an asyncio loop for
 everything else (scrapes, the plan file or the operator, metrics). News crosses by `DataPlane.post`.

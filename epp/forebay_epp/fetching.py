@@ -1,7 +1,7 @@
 """GET one page of a model server, which is not trusted.
 
 An answer is bounded in time and size, redirects and compression are refused, and an answer that
-does not hold is the same as no answer. What pages mean and when to ask for them do not belong here.
+breaks these rules counts as none. What pages mean and when to ask for them do not belong here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where an endpoint picker's plan and endpoints come from: a file, or the operator.
+"""The source of an EPP's Plan and endpoints: a file, or the operator.
 
 Either one says what to start with and then puts what is new into force with a `put` that app.py
 gives it. What a program means belongs in codec/, what it does in the core.

@@ -1,4 +1,4 @@
-"""What an endpoint picker counts about its traffic since it started.
+"""Counts an EPP's traffic since it started.
 
 The data-plane thread calls the methods, for every request, so they cost well under a microsecond
 and never look at a clock. Other threads only read, and copy a container before they walk through

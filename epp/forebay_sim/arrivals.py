@@ -1,4 +1,4 @@
-"""When requests come: open-loop schedules, which do not wait for answers. Pure."""
+"""Arrival times of requests: open-loop schedules, which do not wait for answers. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA adapters in a simulated engine's memory: a fixed number of places, loading takes time."""
+"""LoRA adapters in a simulated engine's memory: a fixed number of them, and loading takes time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What became of the requests of a load: one result each, and statistics of them. Pure."""
+"""The results of a load's requests: one each, and their statistics. Pure."""
 
 from __future__ import annotations
 

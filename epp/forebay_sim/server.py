@@ -1,8 +1,8 @@
 """A vLLM-compatible HTTP server on a simulated engine, in real time.
 
 One task drives the engine and writes each step's tokens straight to the clients' connections; a
-handler per request waits for the end. Bodies and chunks belong in openai.py, time inside the
-batch engine.py's.
+handler per request waits for the end. Bodies and chunks belong in openai.py, time inside the batch
+in engine.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What hack/bench transport compares with: a public grpc.aio servicer that does nothing.
+"""The baseline of hack/bench transport: a public grpc.aio servicer that does nothing.
 
 It collects the body, names a fixed destination, and echoes the answer: no policy, no queue, no
 metrics, no parsing. Run as `bare_aio.py GRPC_PORT DESTINATION`.

@@ -1,7 +1,7 @@
 """10,000 requests queued at once through one Envoy: memory, answers, and cancellation of all.
 
 One round lets the model server answer them, one has every client hang up. Model server and clients
-are in this process, on loopback; the endpoint picker and Envoy are the real ones.
+are in this process, on loopback; the EPP and Envoy are real.
 """
 
 from __future__ import annotations

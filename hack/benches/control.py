@@ -1,6 +1,6 @@
-"""How fast an edit reaches the endpoint pickers and the status, on a real API server.
+"""How fast an edit reaches the EPPs and the status, on a real API server.
 
-Edits: one pool, four real endpoint pickers, one policy that is edited again and again. Cold start:
+Edits: one pool, four real EPPs, one policy that is edited again and again. Cold start:
 1,000 policies on 100 pools and 50 EPPs, all there before the operator starts; these EPPs are
 simulated (a gRPC client that acknowledges whatever it gets and keeps reporting the same stats).
 Then nothing happens for a while, and no status may be written. Needs what tests/cluster needs.

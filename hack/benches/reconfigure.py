@@ -1,10 +1,10 @@
-"""What 20 plans a second cost an endpoint picker's data plane, against none in the same run.
+"""The cost of 20 plans a second to an EPP's data plane, against none in the same run.
 
-A real endpoint picker is saturated through a real Envoy by 200 requests a second while 1,000 more
+A real EPP is saturated through a real Envoy by 200 requests a second while 1,000 more
 wait in its lowest band. A process of its own sends health checks, which the data-plane thread
-answers between requests: the slowest is the longest visible stall. Phases with and
-without plans take turns. Each plan changes fairness, so that all waiting requests are reordered,
-and adds or removes bands and models.
+answers between requests: the slowest is the longest visible stall. Phases with and without plans
+alternate. Each plan changes fairness, so that all waiting requests are reordered, and adds or
+removes bands and models.
 """
 
 from __future__ import annotations

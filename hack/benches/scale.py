@@ -1,4 +1,4 @@
-"""What an operator needs in a large cluster: memory, and how long its event loop stands still.
+"""An operator's needs in a large cluster: memory, and how long its event loop stands still.
 
 A real API server with 10,000 pods of 5.6 KB, spread over 100 pools (and half as many again in
 namespaces without a pool). Measured: VmHWM of the operator's process, the longest step of an event

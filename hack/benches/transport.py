@@ -1,7 +1,7 @@
-"""Our endpoint picker on both transports against a bare grpc.aio servicer, through one Envoy.
+"""The EPP on both transports against a bare grpc.aio servicer, through one Envoy.
 
 The bare servicer does nothing; ours does everything: reading, classifying, queueing, dispatching,
-counting. CPU is user plus system time of the endpoint picker's process, from /proc. Needs wrk and
+counting. CPU is user plus system time of the EPP's process, from /proc. Needs wrk and
 nginx (Debian: apt-get install wrk nginx-light). All traffic is on loopback.
 """
 

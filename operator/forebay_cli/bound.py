@@ -1,4 +1,4 @@
-"""Runs a command that ends with the process that started it, however that one ends.
+"""Runs a command that ends with the process that started it, however that process ends.
 
 `python -I -S bound.py PARENT COMMAND...` is a program of its own and replaces itself with COMMAND.
 The kernel then sends SIGKILL when the parent is gone (prctl(2), PR_SET_PDEATHSIG). This runs
@@ -25,7 +25,7 @@ def main() -> None:
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         sys.exit(f"prctl: {os.strerror(ctypes.get_errno())}")
     if os.getppid() != int(parent):  # it ended before the request was made: no signal will come
-        sys.exit("the process that wanted this has ended")
+        sys.exit("the parent process has ended")
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and exec hands that on
     try:
         os.execvp(command[0], command)  # noqa: S606  # what its caller chose

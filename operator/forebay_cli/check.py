@@ -1,7 +1,7 @@
 """`forebay check FILE...`: report errors in manifests, without a cluster.
 
 Errors are those the API server would give, and those of rules that no schema can hold. Warnings
-tell of what has no effect, or is valid and surely not meant.
+are about what has no effect, or is valid but surely not intended.
 """
 
 from __future__ import annotations

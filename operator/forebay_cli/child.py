@@ -1,4 +1,4 @@
-"""A process that a command starts, reads and ends, and that never outlives it.
+"""A child process that a command starts, reads and ends, and that never outlives the command.
 
 Which processes to run, and in which order they end, does not belong here.
 """

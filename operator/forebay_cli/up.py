@@ -1,7 +1,7 @@
 """`forebay up DIR`: an EPP and its Envoy on this machine, until Ctrl-C.
 
 The folder holds the manifests that kubectl takes. The operator that plans them runs in this process
-and programs the endpoint picker as it would in a cluster: edit a manifest and the picker follows.
+and programs the EPP as it would in a cluster: edit a manifest and the EPP follows.
 Planning belongs in forebay_operator, running processes in stack.py.
 """
 

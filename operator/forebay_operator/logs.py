@@ -1,4 +1,4 @@
-"""Logs as one JSON object per line, with the names that the EPP's logs have."""
+"""Logs as one JSON object per line, with the same names as the EPP's logs."""
 
 from __future__ import annotations
 

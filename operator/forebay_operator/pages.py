@@ -1,8 +1,8 @@
 """The operator's HTTP pages: probes, metrics, and what it has planned and reported.
 
 /resources names objects of every namespace, so only loopback peers get it; `kubectl port-forward`
-is one. /metrics names pools, and whoever reaches the port may read it: the chart's NetworkPolicy
-says who that is.
+is one. /metrics names pools, and anyone who reaches the port may read it; the chart's NetworkPolicy
+restricts that.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Turns the resources of one pool into the program of its EPPs. Pure.
 
-Where resources come from (sources.py) and where the snapshot goes does not belong here.
+Where resources come from and where programs go does not belong here.
 """
 
 from __future__ import annotations

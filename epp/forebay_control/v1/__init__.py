@@ -1,1 +1,1 @@
-"""The contract between operator and endpoint picker: messages only, no behaviour."""
+"""The contract between operator and EPP: messages only, no behaviour."""

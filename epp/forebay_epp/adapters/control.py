@@ -1,6 +1,6 @@
-"""The EPP's end of the control channel: dial, say who we are, apply what comes, report.
+"""The EPP's end of the control channel: dial, identify, apply programs, report.
 
-Losing the operator changes nothing about what is served. Programs are judged in codec/control.py,
+Losing the operator does not affect serving. Programs are judged in codec/control.py,
 put into force by app.py and kept by adapters/lastgood.py.
 """
 

@@ -1,4 +1,4 @@
-"""Pages for people who look into a running endpoint picker from the machine it runs on.
+"""Debug pages of a running EPP, for the machine that it runs on.
 
 They name models and flows, so only loopback peers get them; `kubectl port-forward` is one. Figures
 for machines belong in adapters/prometheus.py.

@@ -1,11 +1,11 @@
-"""What was in force last, on disk: a restarted EPP serves before any operator is up.
+"""The last program in force, on disk: a restarted EPP serves before any operator is up.
 
-Whatever is wrong with the file, it is reported and ignored; the next source counts. A plan is set
-aside (quarantined), and the one before it used, when the process has ended three times in a row
-over putting it into force, or within a minute of beginning to run it. A plan with which any process
-has lived for a minute is beyond suspicion: what ends the process later, memory that runs out under
-traffic for example, is not the plan's fault. Endpoints are never set aside. A disk that hangs holds
-up nothing for longer than a moment. What plans and endpoints mean belongs in codec/control.py.
+An invalid file is logged and ignored; the next source counts. A plan is quarantined, and the one
+before it used, when the process has ended three times in a row while applying it or within a minute
+of starting to run it. A plan that has run for a minute in any process is beyond suspicion: what
+ends the process later, such as memory that runs out under traffic, is not the plan's fault.
+Endpoints are never quarantined. A disk that hangs delays nothing for more than a moment. What plans
+and endpoints mean belongs in codec/control.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Logs as one JSON object per line.
 
-What is worth a line is decided where it happens, with `logging` and `extra={...}`. Request bodies
-are never logged; the bounds here only make sure that a mistake does not show a whole prompt.
+The code that logs decides what deserves a line, with `logging` and `extra={...}`. Request bodies
+are never logged; the bounds here only keep a mistake from showing a whole prompt.
 """
 
 from __future__ import annotations

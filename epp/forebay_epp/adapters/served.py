@@ -1,7 +1,7 @@
 """Asks every model server of the pool which models it serves, once a minute.
 
-A server's own names, its LoRA adapters among them, are for the list that clients get. What the page
-means is codec/openai/catalogue.py.
+A server's own names, including its LoRA adapters, go into the list that clients get. Reading the
+page belongs in codec/openai/catalogue.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """TLS of the ext_proc port.
 
-Without a certificate one is made up at start: proxies do not verify the endpoint picker's, they
-only want the wire encrypted. With certificate files every handshake sees the newest ones.
+Without a certificate one is generated at start: proxies do not verify an EPP's certificate, they
+only encrypt. With certificate files every handshake uses the newest ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""grpc.health.v1: whether this endpoint picker should get requests, and whether it lives.
+"""grpc.health.v1: whether this EPP takes requests, and whether it is alive.
 
 `liveness` asks the second, on the health port only. Every other service name asks the first,
 because proxies and charts ask under different ones. Watch is not implemented; probes use Check.

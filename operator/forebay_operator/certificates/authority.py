@@ -1,10 +1,10 @@
-"""What certificates the control channel should have, decided from those there are and the time.
+"""Decides which certificates the control channel should have, from the existing ones and the time.
 
 The operator is its own certificate authority (CA). A leaf lasts 90 days and a CA three years; each
-is replaced when two thirds of that are over. EPPs learn CAs from a ConfigMap, so a new
+is replaced after two thirds of that. EPPs learn CAs from a ConfigMap, so a new
 CA is published for a week before the first leaf that it has signed is served, and the old one for a
-week after. The last thing that an old CA signs is a leaf which outlasts the first of these weeks;
-then its key is forgotten.
+week after. The last leaf that an old CA signs outlasts the first of these weeks; then its key is
+dropped.
 
 Everything here is PEM under the names that a Secret has for it: `ca.crt` (a bundle; the first one
 signs), `ca.key`, `tls.crt` and `tls.key`. Reading and writing it belongs in issuing.py.

@@ -1,8 +1,8 @@
 """Keeps the control channel's certificates in a Secret, and their CAs published in ConfigMaps.
 
 Every replica does this and serves what the Secret holds, the leading one and the others: of two
-that write at once the API server accepts one, and the other reads again. The objects have to exist,
-because the operator may write these and create none. What they should hold authority.py decides.
+that write at once the API server accepts one, and the other reads again. The objects must exist,
+because the operator may write them but not create any. Their content is decided in authority.py.
 """
 
 from __future__ import annotations

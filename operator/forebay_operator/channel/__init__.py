@@ -1,1 +1,1 @@
-"""The control channel: EPPs dial the operator, get plans from it and acknowledge them."""
+"""The control channel: EPPs dial the operator, receive programs and acknowledge them."""

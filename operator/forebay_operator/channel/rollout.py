@@ -1,9 +1,9 @@
-"""What the EPPs of a pool should run, and what each is known to run.
+"""The desired programs of a pool's EPPs, and the program that each is known to run.
 
-An EPP of another release is sent what it knows of it, so there may be several programs for a pool
-at a time. Knowledge of an EPP outlives its stream: one that dials again is not forgotten in
-between. Pure: the moment is an argument, in monotonic seconds. What an EPP is sent when belongs in
-session.py, what people are told about it in conditions.py.
+An EPP of an older release is sent what it knows, so a pool may have several programs at a time.
+What is known of an EPP outlives its stream: it is not forgotten before it dials again. Pure: the
+moment is an argument, in monotonic seconds. When an EPP is sent a program belongs in session.py,
+what `.status` says about it in status/.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The control gRPC server: EPPs dial, get the program of their pool and answer.
 
-A version is (epoch, revision); EPPs refuse what is not newer, so of two leaders only the younger
-one counts. Everything here runs on one asyncio loop. What an EPP is sent and when belongs
+A version is (epoch, revision); EPPs refuse what is not newer, so of two leaders only the newer
+counts. Everything here runs on one asyncio loop. What an EPP is sent and when belongs
 in session.py, the state of a pool in rollout.py, access in admission.py and trust.py.
 """
 

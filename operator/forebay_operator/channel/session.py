@@ -1,7 +1,7 @@
-"""One EPP's control stream as a state machine: what it is sent, what it answers.
+"""One EPP's control stream as a state machine: messages sent and answers received.
 
-What is wanted is compared with what the EPP has *acknowledged*, never with what was sent: a
-program that got lost or was refused is not taken for running (NGINX Gateway Fabric issue 5330). At
+The desired program is compared with what the EPP has *acknowledged*, never with what was sent: a
+program that was lost or refused does not count as running (NGINX Gateway Fabric issue 5330). At
 most one program is under way. Pure: the moment is an argument, in monotonic seconds. Streams and
 pools belong in server.py.
 """

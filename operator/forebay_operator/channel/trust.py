@@ -1,12 +1,12 @@
-"""Whether a control stream comes from an EPP (EPP) of the pool it names.
+"""Authenticates a control stream: does it come from an EPP of the pool that it names?
 
 In a cluster an EPP shows a projected service account token, bound to its pod and to our audience;
-the API server says whose it is (TokenReview), and the pod has to be one behind the pool's endpoint
-EPP Service. What the token says of itself is checked first, so that hardly anything forged
-reaches the API server. With certificates instead, the service account stands in the certificate's
-URI (spiffe://<trust domain>/ns/<namespace>/sa/<name>) and the pod is taken from the Hello. Either
-has to come from the address of its pod, so that a stolen one is worth nothing elsewhere. Without
-either, on loopback, the Hello is believed. Sources: KEP-1205 (bound tokens), SPIFFE-ID.
+the API server authenticates it (TokenReview), and the pod must be behind the pool's EPP Service.
+The token's own claims are checked first, so that forged tokens rarely reach the API server. With
+certificates instead, the service account stands in the certificate's URI (spiffe://<trust
+domain>/ns/<namespace>/sa/<name>) and the pod is taken from the Hello. Either must come from the
+address of its pod, so that a stolen one is worth nothing elsewhere. Without either, on loopback,
+the Hello is trusted. Sources: KEP-1205 (bound tokens), SPIFFE-ID.
 """
 
 from __future__ import annotations

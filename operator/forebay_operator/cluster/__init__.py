@@ -1,1 +1,1 @@
-"""All that knows Kubernetes: the API's caller, watches, the store that they fill, election."""
+"""Everything that knows Kubernetes: API client, watches, the store that they fill, election."""

@@ -1,8 +1,8 @@
-"""What the API server does not let the operator do, by namespace and resource.
+"""The rights that the API server denies the operator, by namespace and resource.
 
-A right that is missing in one namespace is reported and costs that namespace only. Each change is
-told once: in the log, in a metric, and to whoever wants to post it. What to do without the right is
-decided where it is missing.
+A right that is missing in one namespace is reported and costs only that namespace. Each change is
+reported once: in the log, in a metric, and to listeners. What to do without the right is decided
+where it is missing.
 """
 
 from __future__ import annotations

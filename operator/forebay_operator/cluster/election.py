@@ -1,4 +1,4 @@
-"""Who leads: a Lease, and an epoch that grows with each leadership.
+"""Leader election: a Lease, and an epoch that grows with each leadership.
 
 The Lease alone does not keep an old leader from acting (it may have been asleep while its lease
 ran out), so every leadership has an epoch and EPPs refuse a lower one. The epoch is an
@@ -10,9 +10,9 @@ grow by one. Lease times are monotonic; other machines' clocks are never compare
 
 Lease: 15 s; a leader that could not renew for 10 s is quiet; it tries every 2 s (client-go's).
 
-A leader takes a new epoch when an EPP (EPP) has seen one above its own, because that
-EPP would refuse every program. Each new epoch makes every EPP be programmed again, so `Claims`
-limits what an EPP can claim: one that lies causes one new epoch, not one after the other.
+A leader takes a new epoch when an EPP has seen one above its own, because that EPP would refuse
+every program. With each new epoch every EPP is programmed again, so `Claims` limits what an EPP can
+claim: one that lies causes one new epoch, not one after the other.
 """
 
 from __future__ import annotations

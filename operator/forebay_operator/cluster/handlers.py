@@ -1,7 +1,7 @@
-"""Every kopf decorator there is, the index of what the operator reacts to, and how kopf is run.
+"""All kopf decorators, which index what the operator reacts to, and how kopf is run.
 
 Only `on.event`: kopf's other handlers write annotations or finalizers on objects that are not ours
-(facts/reliability.md 1.4). Handlers pass on what they are told; nothing else happens here.
+(facts/reliability.md 1.4). Handlers only pass events on.
 """
 
 from __future__ import annotations

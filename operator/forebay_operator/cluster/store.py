@@ -1,4 +1,4 @@
-"""What is known of the objects: one entry per uid, kept true by LISTs.
+"""The known objects: one entry per uid, corrected by LISTs.
 
 kopf's own index keeps objects that were deleted while a watch was broken (facts: kopf never diffs a
 LIST against what it knew), so every event goes here and a regular LIST sweeps. Pure: the moment is

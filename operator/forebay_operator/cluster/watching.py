@@ -1,13 +1,13 @@
-"""What a cluster holds, kept true: watches for speed, LISTs for truth.
+"""The content of a cluster: watches for speed, LISTs for correctness.
 
 A first LIST of every kind fills the store, watches deliver what changes, and once a minute (and
 whenever kopf lists again, which is a sign of a gap) a LIST corrects what the watches missed. If two
-sweeps in a row find changes that no watch delivers, the watches are deaf and the process has to
-start again.
+sweeps in a row find changes that no watch delivers, the watches are deaf and the process must
+restart.
 
-Every watched namespace is read by itself, by kopf; all namespaces together are one scope. Where the
-API server denies a kind, that scope goes on without it, and what was known of it stays. Pods are
-many and large: they are read only where a pool is ours, page by page, by a watch of our own,
+Every watched namespace is read separately, by kopf; all namespaces together are one scope. Where
+the API server denies a kind, that scope continues without it, and what was known of it stays. Pods
+are many and large: they are read only where a pool is ours, page by page, by a watch of our own,
 because kopf would keep several copies of each. How kopf is run does not belong here (handlers.py).
 """
 

@@ -1,9 +1,9 @@
-"""Tells the EPPs of a pool that the pool is deleted, once that is certain.
+"""Notifies the EPPs of a pool that the pool is deleted, once that is certain.
 
-A wrong word would end a pool that is served, so the absence of a pool is believed only after two
-looks that are ten seconds apart, and never where the look fails: not before the store is filled,
+A mistake would end a pool in use, so a pool counts as absent only after two looks ten seconds
+apart, and never if a look fails: not before the store is filled,
 not for a namespace that may not be read, not while the kind itself is not installed. An EPP that
-was away is told when it dials. What an EPP does then stands in control.proto. Who acts on a pool
+was away is notified when it dials. control.proto says what an EPP does then. Who acts on a pool
 that exists does not belong here.
 """
 

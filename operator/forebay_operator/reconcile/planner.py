@@ -197,7 +197,7 @@ class Planner:
                 if self._deletions is not None and name not in everything:
                     self._deletions.suspect(name, gone.metadata.uid)
                 _log.info(
-                    "pool is %s; its endpoint pickers keep their program",
+                    "pool is %s; its EPPs keep their program",
                     "not claimed any more" if name in everything else "gone",
                     extra={"pool": name},
                 )

@@ -69,7 +69,7 @@ class PoolProblems:
             self._told[name] = set(problems)
         for reason in before - problems.keys():
             metrics.POOL_PROBLEMS.remove(name, reason)
-            _log.info("pool is better", extra={"pool": name, "reason": reason})
+            _log.info("problem of pool is solved", extra={"pool": name, "reason": reason})
         new = [reason for reason in problems if reason not in before]
         for reason in new:
             metrics.POOL_PROBLEMS.labels(name, reason).set(1)

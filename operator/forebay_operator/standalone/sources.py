@@ -1,6 +1,6 @@
-"""Where resources come from when there is no cluster: YAML files, and a folder of them, watched.
+"""Reads resources from YAML files, or from a watched folder of them, instead of a cluster.
 
-What the resources mean does not belong here; folder.py hands them to an operator.
+What resources mean does not belong here; folder.py passes them to an operator.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What `.status` says of resources, and what an author should look at again. Pure."""
+"""The content of `.status`, and advice to authors of resources. Pure."""

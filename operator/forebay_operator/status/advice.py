@@ -1,7 +1,7 @@
-"""What is valid and surely not meant, as a platform engineer would tell a colleague. Pure.
+"""Advice about settings that are valid but surely not intended. Pure.
 
-Nothing here changes what is planned, and none of it is an error: each could be meant. What has no
-effect at all is planning's to say.
+Nothing here changes the plan, and none of it is an error: each setting could be intended. What has
+no effect at all is reported by planning.
 """
 
 from __future__ import annotations

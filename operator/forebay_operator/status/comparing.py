@@ -1,4 +1,4 @@
-"""What of a status is new: times of conditions, differences and transitions. Pure.
+"""Compares statuses: times of conditions, differences and transitions. Pure.
 
 Only what this operator writes is compared: other controllers' ancestors and conditions are theirs.
 """

@@ -1,6 +1,6 @@
-"""What the operator has observed of EPPs, and of the object that a status is for.
+"""Observed state of EPPs, and of the object that a status is for.
 
-How this is said in `.status` does not belong here.
+Putting it into `.status` does not belong here.
 """
 
 from __future__ import annotations
