@@ -15,8 +15,9 @@ import yaml
 from control_driver import Driver
 from control_peers import POOL, snapshot
 from control_plane import EPPProcess
-from envoy_process import BINARY, ModelServer, free_port
+from envoy_process import BINARY, ModelServer
 from ext_proc_peer import until
+from ports import free_port
 
 from forebay_cli import envoy
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 from control_driver import Driver
-from control_plane import EPPProcess, FolderOperator, History, check_log, free_port, policy, pool
+from control_plane import EPPProcess, FolderOperator, History, check_log, policy, pool
 from ext_proc_peer import until
 from ext_proc_queue import Waiting
+from ports import free_port
 from wall_clock import WallClock
 
 from forebay_operator import planning, resources

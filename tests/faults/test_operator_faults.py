@@ -18,10 +18,11 @@ from itertools import pairwise
 from threading import Event
 
 import pytest
-from control_plane import Forwarder, History, apply, check_log, free_port, model
+from control_plane import Forwarder, History, apply, check_log, model
 from ext_proc_peer import until
 from ext_proc_queue import Waiting
 from loop_thread import LoopThread
+from ports import free_port
 
 # Enough to see what is not rare; before a release: 50.
 KILLS = int(os.environ.get("FOREBAY_KILLS", "10"))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 
-from control_plane import apply, check_log, conditions, free_port, model, pool
+from control_plane import apply, check_log, conditions, model, pool
 from ext_proc_peer import until
 from operator_site import answer, endpoints
+from ports import free_port
 
 WAIT_SECONDS = 90
 SERVER = "10.0.0.1:8000"

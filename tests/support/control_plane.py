@@ -29,8 +29,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from envoy_process import free_port
 from ext_proc_peer import until
+from ports import free_port
 from prometheus_client.parser import text_string_to_metric_families
 
 from forebay_cli.child import dying_with_us

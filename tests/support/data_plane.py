@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from control_plane import Process
-from envoy_process import Envoy, free_port
+from envoy_process import Envoy
 from ext_proc_peer import until
 from loop_thread import LoopThread
+from ports import free_port
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

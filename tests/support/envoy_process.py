@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
-import socket
 import subprocess
 import sys
 import threading
@@ -14,18 +13,12 @@ from pathlib import Path
 
 from aiohttp import web
 from ext_proc_peer import until
+from ports import free_port
 
 from forebay_cli import envoy
 from forebay_cli.child import dying_with_us
 
 BINARY = Path(sys.executable).with_name("envoy")
-
-
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class ModelServer:

@@ -21,8 +21,8 @@ from control_plane import (
     programmed,
     service,
 )
-from envoy_process import free_port
 from ext_proc_peer import Stream, channel, until
+from ports import free_port
 
 if TYPE_CHECKING:
     import grpc

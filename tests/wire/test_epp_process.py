@@ -14,10 +14,11 @@ from urllib.request import urlopen
 
 import grpc
 import pytest
-from envoy_process import free_port
+from control_plane import START_SECONDS
 from ext_proc_peer import Stream, channel, until
 from google.protobuf import json_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from ports import free_port
 
 from forebay_control.v1 import control_pb2
 from forebay_epp.transport import health
@@ -116,7 +117,7 @@ def start(tmp_path):
     def begin(*flags, wait=True, **options) -> Process:
         started.append(Process(tmp_path, *flags, **options))
         if wait:
-            until(started[-1].serving, 20)
+            until(started[-1].serving, START_SECONDS)
         return started[-1]
 
     yield begin

@@ -16,8 +16,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from envoy_process import free_port
 from ext_proc_peer import Stream, channel, until
+from ports import free_port
 
 from forebay_cli import CommandError, up
 
