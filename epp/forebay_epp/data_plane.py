@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from forebay_epp.codec.answers import verdict
 from forebay_epp.codec.extproc.stream import Event, ExtProcStream, State
-from forebay_epp.codec.openai import Catalogue, Usage
+from forebay_epp.codec.openai import Catalogue
 from forebay_epp.core.terms import Dispatched, Outcome, Request
 
 if TYPE_CHECKING:
@@ -37,8 +37,6 @@ TIMEOUT_MARGIN_SECONDS = 10.0
 # So many of the oldest unfinished bodies are compared to find the one to give up. More would not
 # find a better one, and a connection can hold thousands.
 COMPARED_BODIES = 64
-
-_NO_USAGE = Usage()
 
 
 class Exchange:
@@ -318,6 +316,7 @@ class DataPlane:
             case Event.FIRST_CHUNK:
                 request = exchange.request
                 if request is not None and exchange.id in self._queued_or_sent:
+                    self.controller.first_token(exchange.id, now)
                     self.traffic.first_token(request.band, now - request.dispatched_at)
                 self._current = None
                 return
@@ -396,16 +395,16 @@ class DataPlane:
         if self._queued_or_sent.pop(exchange.id, None) is None or request is None:
             return
         stream = exchange.stream
-        usage = stream.usage() or _NO_USAGE
+        usage = stream.usage()
         judged = verdict(stream.status, whole=stream.answered)
-        self.controller.complete(exchange.id, now, judged, blind=blind)
+        self.controller.complete(exchange.id, usage, now, judged, blind=blind)
         self.traffic.completed(
             request.band,
             request.flow,
             stream.status,
             now - request.enqueued_at,
-            usage.prompt_tokens,
-            usage.completion_tokens,
+            usage.prompt_tokens if usage else 0,
+            usage.completion_tokens if usage else 0,
         )
 
     def _settle(self, now: float) -> None:

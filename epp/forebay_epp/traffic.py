@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from forebay_epp.core.bands import UNMATCHED_FLOW
+from forebay_epp.core.classification import UNMATCHED_FLOW
 from forebay_epp.core.health import CAUSES
 from forebay_epp.core.terms import Outcome
 

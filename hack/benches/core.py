@@ -79,7 +79,7 @@ class Pool:
             self._now += 0.001
             self._submit()
             self._poll()
-            self._controller.complete(self._in_flight.popleft(), self._now, Verdict.GOOD)
+            self._controller.complete(self._in_flight.popleft(), None, self._now, Verdict.GOOD)
             self._poll()
         return (time.perf_counter() - started) / LIVES * 1e6
 

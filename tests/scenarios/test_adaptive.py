@@ -108,7 +108,7 @@ class Run:
     def finish(self, request_id):
         self.server.running -= 1
         self.completed.append(self.now)
-        self.controller.complete(request_id, self.now)
+        self.controller.complete(request_id, None, self.now)
         if not self.server.step:
             self.start()
         self.poll()

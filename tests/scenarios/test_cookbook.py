@@ -87,7 +87,7 @@ class Play:
         """End what runs, one by one, and return the models of the next that get its place."""
         running = [each.request_id for each in self.decisions if isinstance(each, Dispatched)]
         for number in running:
-            self.controller.complete(number, self.now)
+            self.controller.complete(number, None, self.now)
         before = len(self.decisions)
         self._poll()
         served: list[str] = []
@@ -97,7 +97,7 @@ class Play:
             assert fresh, f"only {served} were served"
             for decision in fresh:
                 served.append(self.sent[decision.request_id])
-                self.controller.complete(decision.request_id, self.now)
+                self.controller.complete(decision.request_id, None, self.now)
             self._poll()
         return served[:count]
 

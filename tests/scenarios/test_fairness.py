@@ -68,7 +68,7 @@ def dispatched_by_flow(
         for decision in decisions:
             assert isinstance(decision, Dispatched)
             counts[arrivals[decision.request_id]] += 1
-            controller.complete(decision.request_id, 0.0)
+            controller.complete(decision.request_id, None, 0.0)
         capacity -= len(decisions)
     return counts
 
@@ -100,3 +100,40 @@ def test_first_come_first_served_is_not_max_min():
 
     assert counts == [20, 0]
     assert max_min([20, 20], 20) == [10, 10]
+
+
+def served(arrivals: list[tuple[str, frozenset[str] | None]], *addresses: str) -> list[str]:
+    """Queue requests of these models and hints, give one slot after another away, return whose."""
+    plan = Plan(
+        bands=(BandPlan("Standard", 0, fairness=FairnessName.ROUND_ROBIN),),
+        models=tuple(
+            ModelPlan(name, "Standard") for name in sorted({name for name, _ in arrivals})
+        ),
+        saturation=SaturationPlan(SaturationMode.CONCURRENCY, max_concurrency=1),
+    )
+    controller = FlowController(plan, Random(1))
+    for number, (name, subset) in enumerate(arrivals):
+        controller.submit(Request(number, name, 1, subset), 0.0)
+    controller.poll(0.0)
+    controller.set_endpoints([Endpoint(address) for address in addresses], 0.0)
+    names = []
+    while decisions := controller.poll(0.0):
+        for decision in decisions:
+            assert isinstance(decision, Dispatched)
+            names.append(arrivals[decision.request_id][0])
+            controller.complete(decision.request_id, None, 0.0)
+    return names
+
+
+def test_a_flood_with_a_subset_hint_does_not_push_in_before_another_flow():
+    """The hint splits the queue into lanes, and fairness is between flows all the same."""
+    names = served([("flood", frozenset({ADDRESS}))] * 50 + [("chat", None)] * 5, ADDRESS)
+
+    assert names[:10] == ["flood", "chat"] * 5
+
+
+def test_a_flow_gets_no_more_turns_for_having_many_different_hints():
+    """Fifty lanes of one flow against one lane of the other."""
+    flood = [("flood", frozenset({ADDRESS, f"10.9.9.{number}:8000"})) for number in range(50)]
+
+    assert served([*flood, *[("chat", None)] * 5], ADDRESS)[:10] == ["flood", "chat"] * 5

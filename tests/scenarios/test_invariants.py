@@ -217,7 +217,7 @@ class Flow(RuleBasedStateMachine):
         for _ in range(len(self.in_flight) if many else 1):
             request_id = list(self.in_flight)[number % len(self.in_flight)]
             del self.in_flight[request_id]
-            self.call("complete", request_id, self.now, verdict, blind=blind)
+            self.call("complete", request_id, None, self.now, verdict, blind=blind)
         self.polled()
 
     @rule(seconds=st.sampled_from([0.0, 0.05, 0.25, 0.5, 1.0, 3.0, 10.0, 30.0]))
@@ -337,7 +337,7 @@ class Flow(RuleBasedStateMachine):
         self.call("flush", self.now)
         self.polled()
         for request_id in list(self.in_flight):
-            self.call("complete", request_id, self.now)
+            self.call("complete", request_id, None, self.now)
         self.in_flight.clear()
         self.polled()
         snapshot = self.controller.snapshot(self.now)

@@ -107,7 +107,7 @@ class Run:
         if self.now - seconds >= self.measured_from:
             server.seconds_running += seconds
         self.admit(server)
-        self.controller.complete(request_id, self.now, Verdict.GOOD)
+        self.controller.complete(request_id, None, self.now, Verdict.GOOD)
         self.poll()
 
     def scrape(self, address):
@@ -187,7 +187,7 @@ def test_requests_one_after_another_leave_no_idle_server_out():
         run.controller.submit(Request(number, "chat", 1), number)
         (decision,) = run.controller.poll(number)
         counts[decision.endpoint] += 1
-        run.controller.complete(number, number + 0.5, Verdict.GOOD)
+        run.controller.complete(number, None, number + 0.5, Verdict.GOOD)
 
     assert min(counts.values()) >= 3, counts
 

@@ -105,7 +105,7 @@ class Story:
         judged = verdict(int(options.get("status", 0)))
         for number in arguments:
             if number != "blind":
-                self.controller.complete(int(number), self.now, judged, blind=blind)
+                self.controller.complete(int(number), None, self.now, judged, blind=blind)
                 self.poll()
 
     def do_scrape(self, arguments, _options, _more):

@@ -70,7 +70,7 @@ def test_expiring_one_touches_it_and_the_next_to_expire(queue):
 
 def test_a_completion_touches_the_one_that_ends_and_the_one_that_follows(queue):
     """The slot passes from one to the next."""
-    queue.complete(0, 20.0)
+    queue.complete(0, None, 20.0)
     (decision,) = queue.poll(20.0)
 
     assert Watched.touched == {0, decision.request_id}

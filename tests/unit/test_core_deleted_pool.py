@@ -39,7 +39,7 @@ def decisions(controller, now) -> dict[int, Outcome]:
 
 def test_a_new_request_is_refused(controller):
     """At once and for the reason that it is, also while there is a free slot."""
-    controller.complete(1, 5.0)
+    controller.complete(1, None, 5.0)
     controller.submit(Request(4, "m", 1), 11.0)
     refused = [d for d in controller.poll(11.0) if isinstance(d, Refused)]
 
@@ -49,7 +49,7 @@ def test_a_new_request_is_refused(controller):
 
 def test_what_waits_is_dispatched_for_a_while(controller):
     """Slots that become free go to it."""
-    controller.complete(1, 5.0)
+    controller.complete(1, None, 5.0)
 
     assert decisions(controller, 11.0) == {2: Outcome.DISPATCHED}
 
@@ -65,7 +65,7 @@ def test_what_still_waits_in_the_end_is_evicted(controller):
         3: Outcome.EVICTED_POOL_DELETED,
     }
     assert controller.snapshot(end).in_flight == 1
-    controller.complete(1, 5.0)
+    controller.complete(1, None, 5.0)
 
 
 def test_being_told_again_gives_no_more_time(controller):

@@ -118,7 +118,7 @@ def test_a_full_kv_cache_takes_one_request_whose_end_nobody_reports():
     while decisions := controller.poll(1.0):
         for decision in decisions:
             sent.append(decision.request_id)
-            controller.complete(decision.request_id, 1.0, blind=True)
+            controller.complete(decision.request_id, None, 1.0, blind=True)
 
     assert sent == [0]
 
@@ -159,16 +159,16 @@ def test_a_request_that_ends_on_the_old_pod_frees_no_slot_on_the_new_one():
         controller.submit(Request(number, "m", 1), 2.0)
     assert len(controller.poll(2.0)) == limit
 
-    controller.complete(1, 3.0)
+    controller.complete(1, None, 3.0)
     controller.cancel(2, 2.0)
     assert controller.poll(2.0) == []
     state = state_of(controller, 2.0)
     assert (state.in_flight, state.free, controller.waiting) == (limit, 0, 1)
 
-    controller.complete(3, 2.0)
+    controller.complete(3, None, 2.0)
     assert [decision.request_id for decision in controller.poll(2.0)] == [3 + limit]
     for number in range(4, 3 + limit + 1):
-        controller.complete(number, 2.0)
+        controller.complete(number, None, 2.0)
     assert controller.snapshot(2.0).in_flight == 0
     assert state_of(controller, 2.0).in_flight == 0
 
@@ -201,7 +201,7 @@ def test_a_pod_that_left_with_requests_does_not_lend_them_to_its_successor():
     controller.set_endpoints([Endpoint(A, "new", "pod-2")], 3.0)
     assert state_of(controller, 3.0).in_flight == 0
 
-    controller.complete(1, 3.0)
-    controller.complete(2, 3.0)
+    controller.complete(1, None, 3.0)
+    controller.complete(2, None, 3.0)
     assert state_of(controller, 3.0).in_flight == 0
     assert controller.snapshot(3.0).in_flight == 0

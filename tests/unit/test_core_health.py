@@ -197,7 +197,7 @@ class Driver:
         for number, address in list(self.at.items()):
             del self.at[number]
             self.controller.complete(
-                number, now, verdicts.get(address[:8].replace(".", "_"), Verdict.GOOD)
+                number, None, now, verdicts.get(address[:8].replace(".", "_"), Verdict.GOOD)
             )
 
     def state(self, address, now):
@@ -209,7 +209,7 @@ def fail(driver, address, now):
     for number, at in list(driver.at.items()):
         del driver.at[number]
         good = Verdict.UNREACHABLE if at == address else Verdict.GOOD
-        driver.controller.complete(number, now, good)
+        driver.controller.complete(number, None, now, good)
 
 
 def test_what_waits_goes_to_the_healthy_ones():
@@ -291,7 +291,7 @@ def test_a_fast_failing_server_gets_its_share_and_then_trials():
     for step in range(400):
         now = step * 0.05
         for number, _ in [e for e in ends if e[1] <= now]:
-            driver.controller.complete(number, now, Verdict.GOOD)
+            driver.controller.complete(number, None, now, Verdict.GOOD)
         ends = [e for e in ends if e[1] > now]
         driver.send(1, now)
         while driver.at:
@@ -299,7 +299,7 @@ def test_a_fast_failing_server_gets_its_share_and_then_trials():
                 del driver.at[number]
                 if address == A:
                     got.append(now)
-                    driver.controller.complete(number, now + 0.001, Verdict.ERROR)
+                    driver.controller.complete(number, None, now + 0.001, Verdict.ERROR)
                 else:
                     ends.append((number, now + 0.1))
             driver.poll(now + 0.001)

@@ -17,10 +17,11 @@ from forebay_control.plan import (
     SaturationMode,
     SaturationPlan,
 )
-from forebay_epp.core import selection
-from forebay_epp.core.bands import MAX_RETRY_AFTER_SECONDS, UNMATCHED_FLOW
+from forebay_epp.core.bands import MAX_RETRY_AFTER_SECONDS
+from forebay_epp.core.classification import UNMATCHED_FLOW
 from forebay_epp.core.controller import FlowController
-from forebay_epp.core.endpoints import EndpointState
+from forebay_epp.core.endpoints import EndpointSet, EndpointState
+from forebay_epp.core.selection import Selection
 from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Request
 
 A = "10.0.0.1:8000"
@@ -63,10 +64,10 @@ def test_completing_what_is_not_in_flight_is_an_error():
     controller = controller_of(Plan(), A)
     controller.submit(Request(1, "m", 1), 0.0)
     controller.poll(0.0)
-    controller.complete(1, 0.0)
+    controller.complete(1, None, 0.0)
 
     with pytest.raises(KeyError):
-        controller.complete(1, 0.0)
+        controller.complete(1, None, 0.0)
 
 
 def test_invented_names_are_one_flow_whatever_they_are():
@@ -154,9 +155,19 @@ def endpoint_with(address, limit, taken):
     return state
 
 
+class Pool(EndpointSet):
+    """Endpoints as the test has made them."""
+
+    def __init__(self, states, largest):
+        super().__init__(SaturationPlan())
+        self.largest = largest
+        for state in states:
+            self._moved(state)
+
+
 def picked(*states, largest=8, lot=0):
     lots = Lots(lot)
-    state = selection.pick(states, largest, lots, 0.0)
+    state = Selection(Pool(states, largest), lots).pick(Request(1, "m", 1), 0.0)
     return state and state.address, lots.stops
 
 
@@ -209,7 +220,7 @@ def test_places_held_blindly_are_free_when_limits_are_given():
     controller.observe(EndpointMetrics(A, 0, 0, 0.1, 1.0), 1.0)
     controller.submit(Request(1, "m", 1), 1.0)
     controller.poll(1.0)
-    controller.complete(1, 1.0, blind=True)
+    controller.complete(1, None, 1.0, blind=True)
     controller.reconfigure(Plan(saturation=concurrency(4)), 1.0)
 
     (endpoint,) = controller.snapshot(1.0).endpoints
@@ -224,7 +235,7 @@ def test_a_burst_completed_blindly_still_counts_once_the_server_reports_it():
     for number in range(4):
         controller.submit(Request(number, "m", 1), 1.0)
     for decision in controller.poll(1.0):
-        controller.complete(decision.request_id, 1.0, blind=True)
+        controller.complete(decision.request_id, None, 1.0, blind=True)
     controller.observe(EndpointMetrics(A, 4, 1, 0.1, 1.2), 1.2)
 
     (endpoint,) = controller.snapshot(1.2).endpoints
@@ -301,7 +312,7 @@ def calls_of_one_life(queued, fairness):
     try:
         controller.submit(request, 1.0)
         controller.poll(1.0)
-        controller.complete(1_000_000, 1.0)
+        controller.complete(1_000_000, None, 1.0)
         decisions = controller.poll(1.0)
     finally:
         sys.setprofile(previous)

@@ -1,58 +1,167 @@
-"""Who waits where: bands, the flows in them, and which request belongs to which.
+"""Who waits where: bands, the flows in them, their lanes, and when requests expire.
 
-Counts, caps and deadlines of queues; deciding when to dispatch, and to where, is the controller's.
+Deciding when to dispatch, and to which endpoint, does not belong here (controller.py), nor which
+band and flow a request belongs to (classification.py).
 """
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
-from forebay_control.plan import UnmatchedAction
-from forebay_epp.core import fairness, ordering
-from forebay_epp.core.terms import BandSnapshot, FlowSnapshot
+from forebay_epp.core.fairness import FAIRNESS
+from forebay_epp.core.least import Least
+from forebay_epp.core.ordering import ORDERINGS
+from forebay_epp.core.terms import NEVER, BandSnapshot, Cost, FlowSnapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection, Iterable
 
-    from forebay_control.plan import BandPlan, ModelPlan, Plan
-    from forebay_epp.core.terms import RandomSource, Request
+    from forebay_control.plan import BandPlan, Plan
+    from forebay_epp.core.ordering import Ordering
+    from forebay_epp.core.terms import Request, Usage
 
-UNMATCHED_FLOW = ""  # no model has this name
 DRAIN_RATE_SECONDS = 10.0
 MAX_RETRY_AFTER_SECONDS = 60
+SPARE_DEADLINES = 64
+
+_ONE_REQUEST = Cost(requests=1)
+_ANYWHERE = ""  # the site of a lane that any endpoint will do for
 
 Subset = frozenset[str] | None
 
 
 class Flow:
-    """What one flow holds in one band."""
+    """What one flow has in one band.
 
-    __slots__ = ("requests", "size_bytes")
+    Attributes:
+        name: the model's, or `UNMATCHED_FLOW`.
+        rank: written by the band's fairness policy.
+        requests: how many wait.
+        size_bytes: of those that wait.
+        lanes: those in which a request waits, by subset hint.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("lanes", "name", "rank", "requests", "size_bytes")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.rank = 0.0
         self.requests = 0
         self.size_bytes = 0
+        self.lanes: dict[Subset, Lane] = {}
+
+
+class Lane:
+    """The requests of one flow that may go to the same endpoints.
+
+    Attributes:
+        flow: whose they are.
+        subset: addresses of the endpoints, or None for all.
+        sites: the same in a fixed order; `_ANYWHERE` for all.
+        queue: the requests, at least one.
+        head: the rank of the first of them by the ordering.
+        parked: whether the lane waits at its sites because none of them had a free slot.
+    """
+
+    __slots__ = ("flow", "head", "parked", "queue", "sites", "subset")
+
+    def __init__(self, flow: Flow, subset: Subset, queue: Ordering) -> None:
+        self.flow = flow
+        self.subset = subset
+        self.sites = (_ANYWHERE,) if subset is None else tuple(sorted(subset))
+        self.queue = queue
+        self.head = NEVER
+        self.parked = False
+
+    def key(self) -> tuple[float, float]:
+        """Return what decides between lanes of all flows: the flow's turn, then the ordering."""
+        return self.flow.rank, self.head
+
+    def rank(self) -> float:
+        """Return what decides between lanes of one flow."""
+        return self.head
+
+
+class Site:
+    """The lanes that wait for a slot of one endpoint, flow by flow."""
+
+    __slots__ = ("_flows", "_next", "address")
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._flows: dict[Flow, Least[Lane]] = {}
+        self._next: Least[Flow] = Least(self._flow_key)
+
+    def __len__(self) -> int:
+        return len(self._flows)
+
+    def _flow_key(self, flow: Flow) -> tuple[float, float] | None:
+        lane = self._flows[flow].first()
+        return None if lane is None else lane.key()
+
+    def add(self, lane: Lane) -> None:
+        """Let a lane wait here, or take note that its next request has become another."""
+        lanes = self._flows.get(lane.flow)
+        if lanes is None:
+            lanes = self._flows[lane.flow] = Least(Lane.rank)
+        lanes.add(lane, lane.head)
+        self._next.add(lane.flow, self._flow_key(lane.flow))
+
+    def discard(self, lane: Lane) -> None:
+        """Let a lane wait here no longer."""
+        lanes = self._flows[lane.flow]
+        lanes.discard(lane)
+        if not lanes:
+            self._next.discard(lane.flow)
+            del self._flows[lane.flow]
+
+    def first(self) -> Lane | None:
+        """Return the lane whose turn it is, or None if none waits here."""
+        flow = self._next.first()
+        return None if flow is None else self._flows[flow].first()
+
+    def key(self) -> tuple[tuple[float, float], str] | None:
+        """Return what decides between sites."""
+        lane = self.first()
+        return None if lane is None else (lane.key(), self.address)
 
 
 class Band:
     """The queue of one priority.
 
-    Requests that may go to the same endpoints compete in one lane, which the band's fairness
-    policy orders; there is one lane but for requests with a subset hint. `arrival` holds the same
-    requests by age: deadlines are the same time after arrival for all, so the first of it is the
-    first to expire and no timer structure is needed.
+    Fairness is between flows, and a flow's requests wait in lanes by subset hint. A lane is open
+    until none of its endpoints is found to have a free slot; then it is parked at each of them.
+    There it costs nothing until a slot of one becomes free: `wake` names that endpoint, and of all
+    lanes, open or parked there, the one whose turn it is comes next.
+
+    `arrival` holds the same requests by age. The band's TTL is the same for all, so the first of it
+    is the first to expire by it. Deadlines that requests bring themselves are in a heap.
+
+    Attributes:
+        plan: the band's part of the plan.
+        draining: whether the plan no longer names the band.
+        arrival: what waits, by id, the oldest first.
+        flows: those that have something waiting, by name.
+        size_bytes: of all that waits.
+        sites: those of parked lanes, by address.
     """
 
     __slots__ = (
+        "_contested",
+        "_deadlines",
         "_drained",
         "_drained_at",
-        "_lanes",
+        "_fairness",
+        "_open",
+        "_sequence",
         "arrival",
         "draining",
         "flows",
         "plan",
+        "sites",
         "size_bytes",
     )
 
@@ -62,26 +171,38 @@ class Band:
         self.arrival: OrderedDict[int, Request] = OrderedDict()
         self.flows: dict[str, Flow] = {}
         self.size_bytes = 0
-        self._lanes: dict[Subset, fairness.Fairness] = {}
+        self._fairness = FAIRNESS[plan.fairness]()
+        self._sequence = 0
+        self._open: Least[Lane] = Least(Lane.key)
+        self.sites: dict[str, Site] = {}
+        self._contested: Least[Site] = Least(Site.key)
+        self._deadlines: list[tuple[float, int, Request]] = []
         self._drained = 0.0
         self._drained_at = 0.0
 
-    def reconfigure(self, plan: BandPlan) -> None:
-        """Take a new plan; waiting requests are reordered where the policies have changed."""
-        policies = (self.plan.fairness, self.plan.ordering)
+    def reconfigure(self, plan: BandPlan, now: float) -> None:
+        """Take a new plan; waiting requests are reordered where the policies have changed.
+
+        All lanes with a subset hint are parked then, so the caller has to `wake` every endpoint
+        that has a free slot.
+        """
+        old = self.plan
         self.plan = plan
         self.draining = False
-        if policies != (plan.fairness, plan.ordering):
-            self._lanes.clear()
+        if (old.fairness, old.ordering) != (plan.fairness, plan.ordering):
+            self._fairness = FAIRNESS[plan.fairness]()
+            self._open = Least(Lane.key)
+            self.sites.clear()
+            for flow in self.flows.values():
+                flow.rank = 0.0
+                flow.lanes.clear()
             for request in self.arrival.values():
-                self._lane(request.subset).push(request)
+                flow = self.flows[request.flow]
+                if not flow.lanes:
+                    self._fairness.activate(flow, now)
+                self._enter(flow, request, parked=request.subset is not None)
 
-    def _lane(self, subset: Subset) -> fairness.Fairness:
-        lane = self._lanes.get(subset)
-        if lane is None:
-            order = ordering.ORDERINGS[self.plan.ordering]
-            lane = self._lanes[subset] = fairness.FAIRNESS[self.plan.fairness](order)
-        return lane
+    # --- requests
 
     def full(self, request: Request) -> str | None:
         """Name the cap that this request would exceed, or None."""
@@ -99,53 +220,150 @@ class Band:
             return f"{whose} is full ({plan.flow_max_bytes} bytes)"
         return None
 
-    def push(self, request: Request) -> None:
-        """Queue the request."""
+    def push(self, request: Request, now: float, *, blocked: bool) -> None:
+        """Queue the request; `blocked`: no endpoint that it may go to has a free slot."""
         flow = self.flows.get(request.flow)
         if flow is None:
-            flow = self.flows[request.flow] = Flow()
+            flow = self.flows[request.flow] = Flow(request.flow)
+        if not flow.requests:
+            self._fairness.activate(flow, now)
         flow.requests += 1
         flow.size_bytes += request.size_bytes
         self.size_bytes += request.size_bytes
+        self._sequence += 1
+        request.sequence = self._sequence
         self.arrival[request.id] = request
-        self._lane(request.subset).push(request)
+        if request.deadline < NEVER:
+            self._note_deadline(request)
+        self._enter(flow, request, parked=blocked and request.subset is not None)
 
-    def candidates(self) -> list[tuple[Request, Subset]]:
-        """Return the next request of each lane, oldest first."""
-        if len(self._lanes) == 1:
-            ((subset, lane),) = self._lanes.items()
-            return [(lane.head(), subset)]
-        heads = [(lane.head(), subset) for subset, lane in self._lanes.items()]
-        heads.sort(key=lambda head: (head[0].enqueued_at, head[0].id))
-        return heads
-
-    def pop(self, subset: Subset, now: float) -> Request:
+    def pop(self, lane: Lane, now: float) -> Request:
         """Take out the lane's next request because it is dispatched now."""
-        lane = self._lanes[subset]
-        request = lane.pop()
-        if not lane:
-            del self._lanes[subset]
+        request = lane.queue.pop()
+        flow = lane.flow
+        self._fairness.charge(flow, _ONE_REQUEST, now)
         self._drained = self._drained * self._decay(now) + 1.0
         self._drained_at = now
-        self._forget(request)
+        self._leave(request, lane, now)
         return request
 
-    def remove(self, request: Request) -> None:
+    def remove(self, request: Request, now: float) -> None:
         """Take out this request without dispatching it."""
-        lane = self._lanes[request.subset]
-        lane.remove(request)
-        if not lane:
-            del self._lanes[request.subset]
-        self._forget(request)
+        lane = self.flows[request.flow].lanes[request.subset]
+        lane.queue.remove(request)
+        self._leave(request, lane, now)
 
-    def _forget(self, request: Request) -> None:
+    def charge(self, request: Request, usage: Usage, now: float) -> None:
+        """Charge the flow of a request that was dispatched for the tokens it took."""
+        flow = self.flows.get(request.flow) or Flow(request.flow)
+        self._fairness.charge(flow, Cost(0, usage.prompt_tokens, usage.completion_tokens), now)
+
+    def _enter(self, flow: Flow, request: Request, *, parked: bool) -> None:
+        lane = flow.lanes.get(request.subset)
+        if lane is None:
+            queue = ORDERINGS[self.plan.ordering]()
+            lane = flow.lanes[request.subset] = Lane(flow, request.subset, queue)
+            lane.parked = parked
+        request.subset = lane.subset  # equal hints are one object
+        head = lane.queue.push(request)
+        if head != lane.head:
+            lane.head = head
+            if lane.parked:
+                self._wait_at_sites(lane)
+            else:
+                self._open.add(lane, (flow.rank, head))
+
+    def _leave(self, request: Request, lane: Lane, now: float) -> None:
         del self.arrival[request.id]
         self.size_bytes -= request.size_bytes
-        flow = self.flows[request.flow]
+        flow = lane.flow
         flow.requests -= 1
         flow.size_bytes -= request.size_bytes
-        if not flow.requests:
-            del self.flows[request.flow]
+        lane.head = lane.queue.rank()
+        if lane.head == NEVER:
+            del flow.lanes[lane.subset]
+            if lane.parked:
+                self._leave_sites(lane)
+            else:
+                self._open.discard(lane)
+            if not flow.requests:
+                self._fairness.deactivate(flow, now)
+                del self.flows[flow.name]
+
+    # --- whose turn it is
+
+    def wake(self, addresses: Iterable[str]) -> None:
+        """Name the endpoints that may have got a free slot since the last call."""
+        self._contested = Least(Site.key)
+        for address in (*addresses, _ANYWHERE):
+            site = self.sites.get(address)
+            if site is not None:
+                self._contested.add(site, site.key())
+
+    def next(self, is_open: Callable[[str], bool]) -> Lane | None:
+        """Return the lane whose next request is the next of the band, or None.
+
+        Args:
+            is_open: says whether the endpoint of this address has a free slot.
+        """
+        lane = self._open.first()
+        if self.sites:
+            parked = self._first_parked(self._contested, is_open)
+            if parked is not None and (lane is None or parked.key() < lane.key()):
+                return parked
+        return lane
+
+    def _first_parked(self, contested: Least[Site], is_open: Callable[[str], bool]) -> Lane | None:
+        while (site := contested.first()) is not None:
+            if site.address == _ANYWHERE or is_open(site.address):
+                return site.first()
+            contested.discard(site)
+        return None
+
+    def park(self, lane: Lane) -> None:
+        """Let a lane wait until an endpoint that it may go to gets a free slot."""
+        if not lane.parked:
+            self._open.discard(lane)
+            lane.parked = True
+            self._wait_at_sites(lane)
+        for address in lane.sites:
+            self._contested.discard(self.sites[address])
+
+    def _wait_at_sites(self, lane: Lane) -> None:
+        for address in lane.sites:
+            site = self.sites.get(address)
+            if site is None:
+                site = self.sites[address] = Site(address)
+            site.add(lane)
+
+    def _leave_sites(self, lane: Lane) -> None:
+        for address in lane.sites:
+            site = self.sites[address]
+            site.discard(lane)
+            if not site:
+                del self.sites[address]
+
+    # --- time
+
+    def _note_deadline(self, request: Request) -> None:
+        deadlines = self._deadlines
+        if len(deadlines) > 2 * len(self.arrival) + SPARE_DEADLINES:
+            deadlines[:] = [entry for entry in deadlines if self._waits(entry[2])]
+            heapify(deadlines)
+        heappush(deadlines, (request.deadline, request.sequence, request))
+
+    def _waits(self, request: Request) -> bool:
+        return self.arrival.get(request.id) is request
+
+    def first_deadline(self) -> tuple[float, Request | None]:
+        """Return the first deadline that a request has brought itself, and that request."""
+        deadlines = self._deadlines
+        while deadlines:
+            deadline, _, request = deadlines[0]
+            if self._waits(request):
+                return deadline, request
+            heappop(deadlines)
+        return NEVER, None
 
     def _decay(self, now: float) -> float:
         return math.exp((self._drained_at - now) / DRAIN_RATE_SECONDS)
@@ -176,119 +394,58 @@ class Band:
             drain_rate=self.drain_rate(now),
             draining=self.draining,
             flows=tuple(
-                FlowSnapshot(name, flow.requests, flow.size_bytes)
-                for name, flow in self.flows.items()
+                FlowSnapshot(flow.name, flow.requests, flow.size_bytes)
+                for flow in self.flows.values()
             ),
         )
 
 
-class Registry:
-    """The bands of a plan, highest priority first, and the models that lead to them."""
+class Bands:
+    """The bands of a plan.
 
-    def __init__(self, plan: Plan, random: RandomSource) -> None:
-        self._random = random
-        self._by_name: dict[str, Band] = {}
-        self._models: dict[str, ModelPlan] = {}
-        self._targeting: dict[str, ModelPlan] = {}
-        self._objectives: dict[str, str] = {}
-        self.bands: tuple[Band, ...] = ()
-        self.reconfigure(plan)
+    Attributes:
+        by_name: all of them.
+        all: the same, highest priority first.
+    """
 
-    def reconfigure(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan) -> None:
+        self.by_name = {band.name: Band(band) for band in plan.bands}
+        self.all: tuple[Band, ...] = ()
+        self._sort()
+
+    def reconfigure(self, plan: Plan, now: float) -> None:
         """Take a new, valid plan.
 
         A band that it no longer names drains in its old place, before a new one of the same
         priority: who waits there came first, and there are no more of them.
         """
-        self._unmatched_band = (
-            plan.unmatched.band if plan.unmatched.action is UnmatchedAction.QUEUE else None
-        )
-        self._models = {model.name: model for model in plan.models}
-        self._targeting = _targeting(plan)
-        self._objectives = (
-            {objective.name: objective.band for objective in plan.objectives}
-            if plan.trust_objective_header
-            else {}
-        )
         wanted = {band.name for band in plan.bands}
-        for name, band in list(self._by_name.items()):
+        for name, band in self.by_name.items():
             if name not in wanted:
                 band.draining = True
         for band_plan in plan.bands:
-            existing = self._by_name.get(band_plan.name)
+            existing = self.by_name.get(band_plan.name)
             if existing is None:
-                self._by_name[band_plan.name] = Band(band_plan)
+                self.by_name[band_plan.name] = Band(band_plan)
             else:
-                existing.reconfigure(band_plan)
+                existing.reconfigure(band_plan, now)
         self._sort()
 
     def _sort(self) -> None:
-        for name, band in list(self._by_name.items()):
+        for name, band in list(self.by_name.items()):
             if band.draining and not band.arrival:
-                del self._by_name[name]
-        self.bands = tuple(
-            sorted(
-                self._by_name.values(), key=lambda band: (-band.plan.priority, not band.draining)
-            )
+                del self.by_name[name]
+        self.all = tuple(
+            sorted(self.by_name.values(), key=lambda band: (-band.plan.priority, not band.draining))
         )
 
     def sweep(self) -> None:
         """Forget bands that have drained."""
-        if any(band.draining and not band.arrival for band in self.bands):
-            self._sort()
-
-    def band(self, name: str) -> Band:
-        """Return the band of this name."""
-        return self._by_name[name]
-
-    def classify(self, request: Request) -> Band | None:
-        """Find the request's band and flow, and write them on it.
-
-        A model of the plan is a flow of its own. A name that models of the plan are rewritten to
-        joins the least critical of them: whoever asks for it directly gets no better band than
-        those it is configured for. Every other name, and none, is in one flow: names come from
-        callers, and invented ones must not take turns.
-
-        Returns:
-            The band, or None when the plan rejects unmatched models and this is one.
-        """
-        model = self._models.get(request.model) or self._targeting.get(request.model)
-        if model is not None:
-            name, request.flow = model.band, model.name
-        else:
-            if self._unmatched_band is None:
-                return None
-            name, request.flow = self._unmatched_band, UNMATCHED_FLOW
-        if request.objective:
-            name = self._objectives.get(request.objective, name)
-        request.band = name
-        return self._by_name[name]
-
-    def draw_target(self, model_name: str) -> str | None:
-        """Draw the name to send upstream by weight, or None to keep the client's.
-
-        A name that is only a target is kept: the client has chosen already.
-        """
-        model = self._models.get(model_name)
-        if model is None or not model.targets:
-            return None
-        drawn = self._random.randrange(sum(target.weight for target in model.targets))
-        for target in model.targets:
-            drawn -= target.weight
-            if drawn < 0:
-                return target.name if target.name != model_name else None
-        raise AssertionError("weights are positive")
+        for band in self.all:
+            if band.draining and not band.arrival:
+                self._sort()
+                return
 
     def waiting(self) -> Collection[Band]:
         """Return the bands with waiting requests, highest priority first."""
-        return [band for band in self.bands if band.arrival]
-
-
-def _targeting(plan: Plan) -> dict[str, ModelPlan]:
-    """Return by target name the model of the lowest band that targets it, the first of equals."""
-    priorities = {band.name: band.priority for band in plan.bands}
-    found: dict[str, ModelPlan] = {}
-    for model in sorted(plan.models, key=lambda model: priorities[model.band]):
-        for target in model.targets:
-            found.setdefault(target.name, model)
-    return found
+        return [band for band in self.all if band.arrival]

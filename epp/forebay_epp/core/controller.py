@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from forebay_epp.core import selection
-from forebay_epp.core.bands import Registry
+from forebay_epp.core.bands import Bands
+from forebay_epp.core.classification import Classifier
 from forebay_epp.core.endpoints import EndpointSet
+from forebay_epp.core.selection import Selection
 from forebay_epp.core.terms import (
+    NEVER,
     ControllerSnapshot,
     Decision,
     Dispatched,
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from forebay_control.plan import Plan
-    from forebay_epp.core.bands import Band
+    from forebay_epp.core.bands import Band, Lane
     from forebay_epp.core.endpoints import EndpointState
     from forebay_epp.core.terms import (
         Endpoint,
@@ -35,9 +37,9 @@ if TYPE_CHECKING:
         HealthChange,
         RandomSource,
         Request,
+        Usage,
     )
 
-NEVER = float("inf")
 DELETED_POOL_SECONDS = 30.0  # for what waits when the pool is deleted
 _DELETED_RETRY_SECONDS = 60
 _DELETED = "the InferencePool of this endpoint picker is deleted"
@@ -58,8 +60,10 @@ class FlowController:
         plan.validate()
         self._plan = plan
         self._random = random
-        self._registry = Registry(plan, random)
+        self._classifier = Classifier(plan)
+        self._bands = Bands(plan)
         self._endpoints = EndpointSet(plan.saturation)
+        self._selection = Selection(self._endpoints, random)
         self._regime_since = -NEVER
         self._waiting: dict[int, Request] = {}
         self._size_bytes = 0
@@ -88,7 +92,8 @@ class FlowController:
         """
         plan.validate()
         self._plan = plan
-        self._registry.reconfigure(plan)
+        self._classifier = Classifier(plan)
+        self._bands.reconfigure(plan, now)
         self._endpoints.reconfigure(plan.saturation)
         self._reschedule(now)
 
@@ -160,25 +165,28 @@ class FlowController:
         if request.id in self._waiting or request.id in self._dispatched:
             raise ValueError(f"request id {request.id} is in use")
         request.enqueued_at = now
-        band = self._registry.classify(request)
+        known = self._classifier.classify(request)
         if self.pool_deleted:
             self._reject(request, Outcome.REJECTED_POOL_DELETED, _DELETED_RETRY_SECONDS, _DELETED)
             return
-        if band is None:
+        if not known:
             self._reject(
                 request, Outcome.REJECTED_UNKNOWN_MODEL, 1, "the pool does not serve this model"
             )
             return
-        if self._draining and not self._admissible(request):
+        absent = False
+        blocked = self._endpoints.free <= 0
+        if request.subset is not None and self._endpoints.present:
+            allowed = self._endpoints.within(request.subset)
+            absent = not allowed
+            blocked = not any(endpoint.free > 0 for endpoint in allowed)
+        if self._draining and blocked:
             self._reject(
                 request, Outcome.REJECTED_SHUTTING_DOWN, 1, "the endpoint picker shuts down"
             )
             return
-        if (
-            request.subset is not None
-            and self._endpoints.present
-            and not self._endpoints.within(request.subset)
-        ):
+        band = self._bands.by_name[request.band]
+        if absent:
             self._reject(
                 request,
                 Outcome.REJECTED_NO_ENDPOINTS,
@@ -191,10 +199,10 @@ class FlowController:
             retry_after = band.retry_after_seconds(now)
             self._reject(request, Outcome.REJECTED_QUEUE_FULL, retry_after, full)
             return
-        band.push(request)
+        band.push(request, now, blocked=blocked)
         self._waiting[request.id] = request
         self._size_bytes += request.size_bytes
-        self._next_expiry = min(self._next_expiry, self._deadline(band, now))
+        self._next_expiry = min(self._next_expiry, self._deadline(band, now), request.deadline)
         self._changed = True
 
     def cancel(self, request_id: int, now: float) -> None:
@@ -206,11 +214,21 @@ class FlowController:
         if request is not None:
             self._evict(request, Outcome.EVICTED_CANCELLED, "the client has gone", now)
         elif request_id in self._dispatched:
-            self.complete(request_id, now)
+            self.complete(request_id, None, now)
+
+    def first_token(self, request_id: int, now: float) -> None:
+        """The answer to a dispatched request has begun. Only the first call of a request counts.
+
+        Raises:
+            KeyError: the request is not in flight.
+        """
+        request = self._dispatched[request_id][0]
+        request.first_token_at = min(request.first_token_at, now)
 
     def complete(
         self,
         request_id: int,
+        usage: Usage | None,
         now: float,
         verdict: Verdict = Verdict.UNKNOWN,
         *,
@@ -220,6 +238,7 @@ class FlowController:
 
         Args:
             request_id: the request.
+            usage: the tokens that its flow is charged for, or None if they are not known.
             now: monotonic seconds.
             verdict: what the answer says about the server.
             blind: the proxy will not tell of the end, so the slot is held until metrics do.
@@ -228,6 +247,8 @@ class FlowController:
             KeyError: the request is not in flight.
         """
         request, endpoint = self._dispatched.pop(request_id)
+        if usage is not None and request.band in self._bands.by_name:
+            self._bands.by_name[request.band].charge(request, usage, now)
         self._endpoints.completed(endpoint, request.dispatched_at, verdict, now, blind=blind)
 
     def poll(self, now: float) -> list[Decision]:
@@ -236,15 +257,18 @@ class FlowController:
             self._endpoints.elapse(now)
         if now >= self._next_expiry:
             self._expire_requests(now)
-        if self._changed or self._endpoints.opened:
-            self._changed = self._endpoints.opened = False
+        opened = self._endpoints.opened
+        if self._changed or opened:
+            self._changed = False
             if self._waiting and self._endpoints.free > 0:
-                self._dispatch(now)
+                self._dispatch(opened, now)
+            if opened:
+                opened.clear()
         decisions = self._decisions
         if not decisions:
             return []
         self._decisions = []
-        self._registry.sweep()
+        self._bands.sweep()
         return decisions
 
     def next_wakeup(self) -> float | None:
@@ -279,14 +303,11 @@ class FlowController:
             in_flight=len(self._dispatched),
             saturation=self.saturation(),
             draining=self._draining,
-            bands=tuple(band.snapshot(now) for band in self._registry.bands),
+            bands=tuple(band.snapshot(now) for band in self._bands.all),
             endpoints=tuple(state.snapshot(now) for state in self._endpoints.present),
         )
 
     # --- inside
-
-    def _admissible(self, request: Request) -> bool:
-        return any(endpoint.free > 0 for endpoint in self._endpoints.within(request.subset))
 
     def _full(self, request: Request) -> str | None:
         limits = self._plan.limits
@@ -296,24 +317,32 @@ class FlowController:
             return f"the pool's queue is full ({limits.max_bytes} bytes)"
         return None
 
-    def _dispatch(self, now: float) -> None:
-        """Give free slots away, strictly by band, until there is none or no request can use one."""
+    def _dispatch(self, opened: list[str], now: float) -> None:
+        """Give free slots away, strictly by band, until there is none or no request can use one.
+
+        Args:
+            opened: endpoints that may have got a free slot since the last time. At all others
+                nothing waits that could be dispatched, unless it has come since.
+            now: monotonic seconds.
+        """
         endpoints = self._endpoints
-        for band in self._registry.waiting():
+        for band in self._bands.waiting():
+            if band.sites:
+                band.wake(opened)
             while band.arrival:
+                lane = band.next(endpoints.is_open)
+                if lane is None:
+                    break
+                endpoint = self._selection.pick(lane.queue.head(), now)
+                if endpoint is None:
+                    band.park(lane)
+                    continue
+                self._send(lane, band, endpoint, now)
                 if endpoints.free <= 0:
                     return
-                for _, subset in band.candidates():
-                    endpoint = selection.pick(
-                        endpoints.within(subset), endpoints.largest, self._random, now
-                    )
-                    if endpoint is not None:
-                        self._send(band.pop(subset, now), endpoint, now)
-                        break
-                else:
-                    break
 
-    def _send(self, request: Request, endpoint: EndpointState, now: float) -> None:
+    def _send(self, lane: Lane, band: Band, endpoint: EndpointState, now: float) -> None:
+        request = band.pop(lane, now)
         self._leave_queue(request)
         request.endpoint = endpoint.address
         request.dispatched_at = now
@@ -324,7 +353,7 @@ class FlowController:
                 request.id,
                 endpoint.address,
                 now - request.enqueued_at,
-                self._registry.draw_target(request.model),
+                self._classifier.draw_target(request.model, self._random),
             )
         )
 
@@ -338,9 +367,9 @@ class FlowController:
         self._decisions.append(Refused(request.id, outcome, retry_after_seconds, 0.0, message))
 
     def _evict(self, request: Request, outcome: Outcome, message: str, now: float) -> None:
-        band = self._registry.band(request.band)
+        band = self._bands.by_name[request.band]
         retry_after = band.retry_after_seconds(now)
-        band.remove(request)
+        band.remove(request, now)
         self._leave_queue(request)
         self._decisions.append(
             Refused(request.id, outcome, retry_after, now - request.enqueued_at, message)
@@ -372,19 +401,33 @@ class FlowController:
 
     def _expire_requests(self, now: float) -> None:
         self._next_expiry = NEVER
-        for band in self._registry.waiting():
+        for band in self._bands.waiting():
+            self._expire_deadlines(band, now)
             while band.arrival:
                 request = next(iter(band.arrival.values()))
                 deadline = self._deadline(band, request.enqueued_at)
                 if deadline > now:
                     self._next_expiry = min(self._next_expiry, deadline)
                     break
-                waited = f"waited {now - request.enqueued_at:.1f} s"
                 if now >= self._served_until:
                     self._evict(request, Outcome.EVICTED_POOL_DELETED, _DELETED, now)
-                elif self._endpoints.within(request.subset):
-                    message = f"{waited} for a free slot, longer than band {request.band} allows"
-                    self._evict(request, Outcome.EVICTED_TTL, message, now)
                 else:
-                    message = f"{waited} while the pool had no endpoint for it"
-                    self._evict(request, Outcome.EVICTED_NO_ENDPOINTS, message, now)
+                    self._evict_expired(request, f"band {request.band} allows", now)
+
+    def _expire_deadlines(self, band: Band, now: float) -> None:
+        """Evict what the requests' own deadlines say, however long the band lets them wait."""
+        while True:
+            deadline, request = band.first_deadline()
+            if request is None or deadline > now:
+                self._next_expiry = min(self._next_expiry, deadline)
+                return
+            self._evict_expired(request, "its deadline allows", now)
+
+    def _evict_expired(self, request: Request, limit: str, now: float) -> None:
+        waited = f"waited {now - request.enqueued_at:.1f} s"
+        if self._endpoints.within(request.subset):
+            message = f"{waited} for a free slot, longer than {limit}"
+            self._evict(request, Outcome.EVICTED_TTL, message, now)
+        else:
+            message = f"{waited} while the pool had no endpoint for it"
+            self._evict(request, Outcome.EVICTED_NO_ENDPOINTS, message, now)

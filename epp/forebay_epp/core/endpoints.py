@@ -12,17 +12,16 @@ from collections import deque
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
-from forebay_control.plan import SaturationMode, SaturationPlan
 from forebay_epp.core.health import Health
-from forebay_epp.core.limits import AdaptiveLimit, FixedLimit, Limit
-from forebay_epp.core.terms import EndpointSnapshot, HealthChange
+from forebay_epp.core.limits import LIMITS
+from forebay_epp.core.terms import NEVER, EndpointSnapshot, HealthChange
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
+    from forebay_control.plan import SaturationPlan
     from forebay_epp.core.terms import Endpoint, EndpointMetrics, Verdict
 
-NEVER = float("inf")
 STALE_SECONDS = 2.0
 SCRAPE_SECONDS = 1.0
 PROBE_SECONDS = 10.0
@@ -58,7 +57,7 @@ class EndpointState:
         "_blind",
         "_foreign_then",
         "_idle_since",
-        "_kv_threshold",
+        "_mode",
         "_observed_at",
         "_peak",
         "_probing",
@@ -90,7 +89,8 @@ class EndpointState:
         self.present = True
         self.spared = False
         self.health = Health()
-        self.limit: Limit = FixedLimit(1)
+        self._mode = plan.mode
+        self.limit = LIMITS[plan.mode](plan)
         self.in_flight = 0
         self.foreign = 0
         self.running = 0
@@ -109,19 +109,18 @@ class EndpointState:
         self._probing = False
         self._arrivals = 0
         self._blind: deque[float] = deque()
-        self.reconfigure(plan)
+        self.refresh()
 
     def reconfigure(self, plan: SaturationPlan) -> None:
-        """Take a new plan; what has been learned stays when the mode stays Adaptive."""
-        if plan.mode is SaturationMode.CONCURRENCY:
-            self.limit = FixedLimit(plan.max_concurrency)
-            self._kv_threshold: float | None = None
+        """Take a new plan; what has been learned stays when the mode does."""
+        if plan.mode is self._mode:
+            self.limit.reconfigure(plan)
+        else:
+            self._mode = plan.mode
+            self.limit = LIMITS[plan.mode](plan)
+        if not self.limit.learned:
             self.foreign = self._foreign_then = 0
             self._blind.clear()
-        else:
-            if not isinstance(self.limit, AdaptiveLimit):
-                self.limit = AdaptiveLimit()
-            self._kv_threshold = plan.kv_cache_usage_threshold
         self.refresh()
 
     def dispatched(self) -> None:
@@ -141,7 +140,7 @@ class EndpointState:
         """
         self.in_flight -= 1
         self._idle_since = now
-        if blind and self.fresh and isinstance(self.limit, AdaptiveLimit):
+        if blind and self.fresh and self.limit.learned:
             self._blind.append(dispatched_at)
             self._peak -= 1  # it may still run: the scrape that frees its slot counts it foreign
         self.health.answered(verdict, dispatched_at, now)
@@ -162,7 +161,7 @@ class EndpointState:
         self.waiting = metrics.waiting
         self.kv_usage = metrics.kv_usage
         self.health.scraped(now)
-        if isinstance(self.limit, AdaptiveLimit):
+        if self.limit.learned:
             # The page may be older than the last completion: what was in flight at any moment
             # since the scrape before is not foreign.
             own = self._peak + len(self._blind)
@@ -210,10 +209,9 @@ class EndpointState:
         if (
             free > 0
             and self.fresh
-            and self._kv_threshold is not None
             and self.kv_usage is not None
-            and self.kv_usage >= self._kv_threshold
             and occupancy + self.running > 0
+            and self.limit.closes(self.kv_usage)
         ):
             free = 0  # an idle server takes a request whatever it says, or nothing would move
         if free <= 0 and not self.in_flight:
@@ -279,15 +277,16 @@ class EndpointSet:
         present: endpoints of the pool; others only have requests that still run.
         free: slots that can be given away now.
         largest: the largest limit, in slots.
-        opened: whether a slot has become free since the caller last set this to False.
+        opened: addresses of endpoints that have got a free slot since the caller cleared this.
     """
 
     def __init__(self, plan: SaturationPlan) -> None:
         self.present: tuple[EndpointState, ...] = ()
         self.free = 0
         self.largest = 1
-        self.opened = False
+        self.opened: list[str] = []
         self._plan = plan
+        self._open: dict[EndpointState, None] = {}  # those with a free slot
         self._states: dict[str, EndpointState] = {}
         self._alarms: list[tuple[float, int, EndpointState]] = []
         self._alarm_number = 0
@@ -300,6 +299,7 @@ class EndpointSet:
             state.reconfigure(plan)
             self._moved(state)
         self._measure()
+        self.opened = [state.address for state in self.present if state.free > 0]
 
     def replace(self, endpoints: Iterable[Endpoint], now: float) -> None:
         """Take these endpoints for the pool; what is in flight on others may still complete.
@@ -387,7 +387,7 @@ class EndpointSet:
 
     # --- looking
 
-    def within(self, subset: frozenset[str] | None) -> Iterable[EndpointState]:
+    def within(self, subset: frozenset[str] | None) -> Sequence[EndpointState]:
         """Return the pool's endpoints, or those that have one of these addresses."""
         if subset is None:
             return self.present
@@ -397,6 +397,17 @@ class EndpointSet:
             for address in sorted(subset)
             if address in states and states[address].present
         ]
+
+    def open_within(self, subset: frozenset[str] | None) -> Sequence[EndpointState]:
+        """Return those of them that have a free slot."""
+        if subset is None:
+            return list(self._open)
+        return [state for state in self.within(subset) if state.free > 0]
+
+    def is_open(self, address: str) -> bool:
+        """Whether the endpoint of this address has a free slot."""
+        state = self._states.get(address)
+        return state is not None and state.free > 0
 
     def load(self) -> float:
         """Return slots taken over slots there are, of the endpoints in use; 1.0 without any."""
@@ -415,10 +426,13 @@ class EndpointSet:
         """Account for a change of an endpoint's free slots, and look at it again in time."""
         if state.free != state.counted:
             more = max(0, state.free) - state.counted
+            if more > 0:
+                self.opened.append(state.address)
+                self._open[state] = None
+            elif state.free <= 0:
+                self._open.pop(state, None)
             state.counted += more
             self.free += more
-            if more > 0:
-                self.opened = True
         if state.wake_at < state.scheduled_at:
             state.scheduled_at = state.wake_at
             self._alarm_number += 1

@@ -22,9 +22,8 @@ pool are left out is up to the controller, which sees all of them.
 
 from __future__ import annotations
 
-from forebay_epp.core.terms import Verdict
+from forebay_epp.core.terms import NEVER, Verdict
 
-NEVER = float("inf")
 FIRST_PERIOD_SECONDS = 1.0
 MAX_PERIOD_SECONDS = 60.0
 WELL_SECONDS = 60.0

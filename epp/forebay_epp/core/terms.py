@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+NEVER = float("inf")
+
 
 class RandomSource(Protocol):
     """What the core needs of randomness; `random.Random` fits."""
@@ -54,12 +56,29 @@ class Verdict(StrEnum):
     """There was no answer to judge, because the client went away for example."""
 
 
+@dataclass(slots=True, frozen=True)
+class Usage:
+    """Tokens as the model server counted them."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(slots=True, frozen=True)
+class Cost:
+    """What a flow is charged for: a dispatch, or the tokens of an answer once they are known."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """One request on its way through flow control.
 
-    The first five fields are the caller's; the rest belongs to the controller and is written by
-    `FlowController.submit` and at dispatch.
+    The first six fields are the caller's; the rest belongs to the controller and is written by
+    `FlowController.submit`, at dispatch and later.
 
     Attributes:
         id: unique among all requests the controller ever sees.
@@ -67,7 +86,15 @@ class Request:
         size_bytes: what the request holds in memory while it waits.
         subset: addresses the proxy restricts the choice to; None means all.
         objective: what the request's header names as its objective; "" for none.
+        deadline: monotonic seconds after which the caller does not want the answer any more. It
+            ends the wait where it comes before the end of the band's TTL.
+        band: the band's name.
         flow: the name of the plan's model that the request belongs to; "" where it matches none.
+        sequence: grows by order of arrival in the band.
+        enqueued_at: monotonic seconds.
+        dispatched_at: monotonic seconds.
+        first_token_at: monotonic seconds, infinity until then.
+        endpoint: address of the endpoint that it was dispatched to.
     """
 
     id: int
@@ -75,10 +102,13 @@ class Request:
     size_bytes: int
     subset: frozenset[str] | None = None
     objective: str = ""
+    deadline: float = NEVER
     band: str = ""
     flow: str = ""
+    sequence: int = 0
     enqueued_at: float = 0.0
     dispatched_at: float = 0.0
+    first_token_at: float = NEVER
     endpoint: str = ""
 
 

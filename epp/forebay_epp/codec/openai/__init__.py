@@ -16,7 +16,8 @@ from forebay_epp.codec.openai.errors import HTTP_STATUS, BadRequestError, error_
 from forebay_epp.codec.openai.paths import ModelField, model_field
 from forebay_epp.codec.openai.renaming import ModelRestorer
 from forebay_epp.codec.openai.requests import read_cut_model, read_model, with_model
-from forebay_epp.codec.openai.usage import EventUsageReader, JSONUsageReader, Usage
+from forebay_epp.codec.openai.usage import EventUsageReader, JSONUsageReader
+from forebay_epp.core.terms import Usage
 
 __all__ = [
     "HTTP_STATUS",

@@ -8,9 +8,10 @@ itself, so that memory does not depend on what servers answer.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 import msgspec
+
+from forebay_epp.core.terms import Usage
 
 MAX_HELD_BYTES = 16 << 10
 MAX_USAGE_BYTES = 8 << 10
@@ -21,14 +22,6 @@ _EVENT = b"data:"
 
 # Objects around a usage: `response` in the Responses API's events, `message` in Anthropic's.
 _WRAPPERS = (b"response", b"message")
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens as the model server counted them."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
 
 
 class _Fields(msgspec.Struct):

@@ -1,12 +1,17 @@
-"""Fairness policies: which flow of one band is next.
+"""Fairness policies: which flow of a band is next.
 
-A policy is the queue of all requests that compete for the same endpoints in one band; inside a
-flow the ordering decides. Adding a policy is a class, a line in FAIRNESS and a plan.FairnessName.
+A policy is arithmetic on ranks. Of the flows that could use a free slot, the one of the lowest rank
+is next, and of equal ranks the one whose next request comes first by the band's ordering. Finding
+it, past all flows that wait for another endpoint, is the work of bands.py, so no policy needs a
+queue of its own or has to know which flows are blocked.
+
+To add a policy, write a class with the three methods of `Fairness` in a file of its own, name it in
+`forebay_control.plan.FairnessName` and enter it in `FAIRNESS`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from forebay_control.plan import FairnessName
 from forebay_epp.core.fairness.fcfs import FCFS
@@ -15,11 +20,40 @@ from forebay_epp.core.fairness.round_robin import RoundRobin
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from forebay_epp.core.ordering import Ordering
+    from forebay_epp.core.terms import Cost
 
-Fairness = FCFS | RoundRobin
 
-FAIRNESS: dict[FairnessName, Callable[[Callable[[], Ordering]], Fairness]] = {
+class Ranked(Protocol):
+    """What a policy sees of a flow.
+
+    Attributes:
+        name: of the flow.
+        rank: decides whose turn it is, the lowest first. Only the policy writes it. While the flow
+            is active it may only grow.
+    """
+
+    name: str
+    rank: float
+
+
+class Fairness(Protocol):
+    """One policy of one band, which lives as long as the band keeps it."""
+
+    def activate(self, flow: Ranked, now: float) -> None:
+        """Rank a flow that had nothing waiting, and has now."""
+
+    def charge(self, flow: Ranked, cost: Cost, now: float) -> None:
+        """Charge a flow for what it got.
+
+        It may have nothing waiting by then, and be another object of the same name when it is
+        activated next. A policy that remembers idle flows does so by name, and bounds how many.
+        """
+
+    def deactivate(self, flow: Ranked, now: float) -> None:
+        """Take note that a flow has nothing waiting any more."""
+
+
+FAIRNESS: dict[FairnessName, Callable[[], Fairness]] = {
     FairnessName.FCFS: FCFS,
     FairnessName.ROUND_ROBIN: RoundRobin,
 }

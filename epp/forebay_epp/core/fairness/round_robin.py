@@ -2,60 +2,36 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from forebay_epp.core.ordering import Ordering
-    from forebay_epp.core.terms import Request
+    from forebay_epp.core.fairness import Ranked
+    from forebay_epp.core.terms import Cost
 
 
 class RoundRobin:
     """Each flow with requests waiting gets one dispatch in turn (Nagle, RFC 970).
 
-    Among n backlogged flows none is ever more than one dispatch ahead of another. A flow that
-    becomes active joins behind all others. Every operation is O(1) in requests and in flows.
+    A rank is the number of a turn. Among n flows that could use any free slot none is ever more
+    than one dispatch ahead of another. A flow that becomes active joins behind all others, and one
+    that is blocked for a while keeps its turn.
     """
 
-    __slots__ = ("_flows", "_length", "_ordering")
+    __slots__ = ("_turns",)
 
-    def __init__(self, ordering: Callable[[], Ordering]) -> None:
-        self._ordering = ordering
-        self._flows: OrderedDict[str, Ordering] = OrderedDict()
-        self._length = 0
+    def __init__(self) -> None:
+        self._turns = 0
 
-    def __len__(self) -> int:
-        return self._length
+    def activate(self, flow: Ranked, now: float) -> None:  # noqa: ARG002  # turns are not timed
+        """Put the flow behind all others."""
+        self._turns += 1
+        flow.rank = self._turns
 
-    def push(self, request: Request) -> None:
-        """Add the request to its flow."""
-        queue = self._flows.get(request.flow)
-        if queue is None:
-            queue = self._flows[request.flow] = self._ordering()
-        queue.push(request)
-        self._length += 1
+    def charge(self, flow: Ranked, cost: Cost, now: float) -> None:  # noqa: ARG002
+        """Put the flow behind all others, once for each dispatch."""
+        if cost.requests:
+            self._turns += 1
+            flow.rank = self._turns
 
-    def head(self) -> Request:
-        """Return the next request of the flow whose turn it is."""
-        return next(iter(self._flows.values())).head()
-
-    def pop(self) -> Request:
-        """Take the next request of the flow whose turn it is; the turn passes on."""
-        flow, queue = next(iter(self._flows.items()))
-        request = queue.pop()
-        self._length -= 1
-        if queue:
-            self._flows.move_to_end(flow)
-        else:
-            del self._flows[flow]
-        return request
-
-    def remove(self, request: Request) -> None:
-        """Take out this request; it does not use up its flow's turn."""
-        queue = self._flows[request.flow]
-        queue.remove(request)
-        self._length -= 1
-        if not queue:
-            del self._flows[request.flow]
+    def deactivate(self, flow: Ranked, now: float) -> None:
+        """Keep nothing: a flow that returns joins behind all others."""

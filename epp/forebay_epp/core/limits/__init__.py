@@ -1,11 +1,64 @@
 """How many slots an endpoint has: a limit that the plan gives, or one that is learned.
 
 A limit estimates a number from what scrapes show. Spending it does not belong here (endpoints.py).
+To add a strategy, write a class with the methods of `Limit` in a file of its own, name it in
+`forebay_control.plan.SaturationMode` and enter it in `LIMITS`.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from forebay_control.plan import SaturationMode
 from forebay_epp.core.limits.adaptive import AdaptiveLimit
 from forebay_epp.core.limits.fixed import FixedLimit
 
-Limit = FixedLimit | AdaptiveLimit
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-__all__ = ["AdaptiveLimit", "FixedLimit", "Limit"]
+    from forebay_control.plan import SaturationPlan
+
+
+class Limit(Protocol):
+    """The limit of one endpoint.
+
+    Attributes:
+        value: slots.
+        settled_until: until when, in monotonic seconds, `value` is taken for the server's capacity.
+    """
+
+    value: int
+    settled_until: float
+
+    @property
+    def learned(self) -> bool:
+        """Whether scrapes count.
+
+        Only then do other clients' requests that they show take slots, and do requests whose end
+        is not reported hold theirs until a scrape.
+        """
+
+    def reconfigure(self, plan: SaturationPlan) -> None:
+        """Take a new plan of the same mode."""
+
+    def observe(
+        self, running: int, waiting: int, occupancy: int, arrivals: int, now: float
+    ) -> None:
+        """Learn from one scrape.
+
+        Args:
+            running: requests in the server's batch.
+            waiting: requests queued in the server.
+            occupancy: slots this EPP counts as taken.
+            arrivals: requests sent to the server since the scrape before was started.
+            now: monotonic seconds.
+        """
+
+    def closes(self, kv_usage: float) -> bool:
+        """Whether a KV cache this full, as a fraction, closes an endpoint that is not idle."""
+
+
+LIMITS: dict[SaturationMode, Callable[[SaturationPlan], Limit]] = {
+    SaturationMode.ADAPTIVE: AdaptiveLimit,
+    SaturationMode.CONCURRENCY: FixedLimit,
+}

@@ -11,6 +11,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from forebay_control.plan import SaturationPlan
 
 INITIAL_LIMIT = 4
 MAX_LIMIT = 100_000
@@ -47,12 +51,15 @@ class AdaptiveLimit:
         "_climbing",
         "_crowded",
         "_known",
+        "_kv_threshold",
         "_observed_at",
         "settled_until",
         "value",
     )
 
-    def __init__(self) -> None:
+    learned = True
+
+    def __init__(self, plan: SaturationPlan) -> None:
         self.value = INITIAL_LIMIT
         self._known = False
         self._climbing = False
@@ -62,6 +69,15 @@ class AdaptiveLimit:
         # Of the last scrapes, without a gap, that found a request waiting: running, waiting,
         # arrivals before them, seconds before them.
         self._crowded: deque[tuple[int, int, int, float]] = deque(maxlen=CROWDED_SCRAPES)
+        self.reconfigure(plan)
+
+    def reconfigure(self, plan: SaturationPlan) -> None:
+        """Take a new plan and keep what has been learned."""
+        self._kv_threshold = plan.kv_cache_usage_threshold
+
+    def closes(self, kv_usage: float) -> bool:
+        """Whether a cache this full closes a busy endpoint."""
+        return kv_usage >= self._kv_threshold
 
     def observe(
         self, running: int, waiting: int, occupancy: int, arrivals: int, now: float

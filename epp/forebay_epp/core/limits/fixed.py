@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from forebay_control.plan import SaturationPlan
 
 
 class FixedLimit:
-    """A limit given by the plan; scrapes do not change it, and it is settled for good."""
+    """The number of the plan. Scrapes do not change it, and it is settled for good."""
 
     __slots__ = ("settled_until", "value")
 
-    def __init__(self, value: int) -> None:
-        self.value = value
+    learned = False
+
+    def __init__(self, plan: SaturationPlan) -> None:
         self.settled_until = math.inf
+        self.reconfigure(plan)
+
+    def reconfigure(self, plan: SaturationPlan) -> None:
+        """Take the number of a new plan."""
+        self.value = plan.max_concurrency
 
     def observe(
         self, running: int, waiting: int, occupancy: int, arrivals: int, now: float
     ) -> None:
-        """Ignore a scrape."""
+        """Learn nothing."""
+
+    def closes(self, kv_usage: float) -> bool:  # noqa: ARG002  # the plan has no say in it
+        """Whether a cache this full closes a busy endpoint: never."""
+        return False

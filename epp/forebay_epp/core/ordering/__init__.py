@@ -1,6 +1,10 @@
 """Ordering policies: which request of one flow is next.
 
-An ordering is the queue of one flow. How flows share does not belong here (fairness/).
+An ordering is the queue of one lane: the requests of one flow that may go to the same endpoints.
+How flows share does not belong here (fairness/).
+
+To add a policy, write a class with the methods of `Ordering` in a file of its own, name it in
+`forebay_control.plan.OrderingName` and enter it in `ORDERINGS`.
 """
 
 from __future__ import annotations
@@ -17,18 +21,22 @@ if TYPE_CHECKING:
 
 
 class Ordering(Protocol):
-    """A queue of requests. `head` and `pop` need a non-empty queue."""
+    """A queue of requests.
 
-    def __len__(self) -> int: ...
+    The lowest rank is first, and no two requests of a band have the same.
+    """
 
-    def push(self, request: Request) -> None:
-        """Add a request that is not in the queue."""
+    def push(self, request: Request) -> float:
+        """Add a request that is not in the queue; return the rank of the next one."""
+
+    def rank(self) -> float:
+        """Return the rank of the next request, or infinity if there is none."""
 
     def head(self) -> Request:
-        """Return the next request and leave it."""
+        """Return the next request of a queue that is not empty, and leave it."""
 
     def pop(self) -> Request:
-        """Take the next request out."""
+        """Take the next request out of a queue that is not empty."""
 
     def remove(self, request: Request) -> None:
         """Take out a request that is in the queue, wherever it stands."""

@@ -1,53 +1,78 @@
 """Endpoint selection: where the request at the head goes.
 
-A filter (free slots, subset) and a ranking; when to dispatch does not belong here.
+Of the endpoints that the proxy allows and that have a free slot, filters leave some out, scorers
+rate the others, and a picker takes one by its score. Each step sees the request. When to dispatch
+does not belong here (controller.py).
+
+To add a filter or a scorer, write a class with the method of `Filter` or `Scorer` and enter it in
+`FILTERS` or `SCORERS`. A filter may refuse an endpoint that has a free slot; if it refuses all of
+them the request's lane waits until one of its endpoints gets another free slot.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+
+from forebay_epp.core.selection.pickers import MaxScore
+from forebay_epp.core.selection.scorers import Load
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Sequence
 
-    from forebay_epp.core.endpoints import EndpointState
-    from forebay_epp.core.terms import RandomSource
+    from forebay_epp.core.endpoints import EndpointSet, EndpointState
+    from forebay_epp.core.terms import RandomSource, Request
 
 
-def pick(
-    candidates: Iterable[EndpointState], largest: int, random: RandomSource, now: float
-) -> EndpointState | None:
-    """Pick the least occupied of the endpoints that have a free slot, one at random of equals.
+class Filter(Protocol):
+    """Leaves out endpoints that cannot take the request."""
 
-    Occupancy is relative: slots taken over slots there are, so that servers of different size are
-    used evenly. A limit that is not settled says little about the server, whose size may be that
-    of the largest: it counts as `largest`. Servers that are equal are so loaded equally whatever
-    their limits have come to, and one whose limit was cut is filled until it shows what it takes.
+    def keep(self, request: Request, endpoints: Sequence[EndpointState]) -> Sequence[EndpointState]:
+        """Return those that can, in the same order."""
+
+
+class Scorer(Protocol):
+    """Rates endpoints from one point of view."""
+
+    def score(
+        self, request: Request, endpoints: Sequence[EndpointState], now: float
+    ) -> list[float]:
+        """Return how well each suits the request, from 0 (not at all) to 1."""
+
+
+FILTERS: tuple[Callable[[EndpointSet], Filter], ...] = ()  # besides presence, subset and slots
+SCORERS: tuple[tuple[Callable[[EndpointSet], Scorer], float], ...] = ((Load, 1.0),)  # with weights
+
+
+class Selection:
+    """The steps, in the order in which they are taken.
 
     Args:
-        candidates: endpoints to choose from.
-        largest: the largest limit of the pool, in slots.
+        pool: the endpoints to choose from.
         random: decides between equals.
-        now: monotonic seconds.
-
-    Returns:
-        An endpoint, or None when no candidate has a free slot.
     """
-    best: EndpointState | None = None
-    equals: list[EndpointState] | None = None
-    best_taken = best_limit = 0
-    for endpoint in candidates:
-        if endpoint.free <= 0:
-            continue
-        taken = endpoint.occupancy
-        own = endpoint.limit
-        limit = own.value if now < own.settled_until else largest
-        # taken / limit < best_taken / best_limit, in whole numbers
-        if best is None or taken * best_limit < best_taken * limit:
-            best, best_taken, best_limit = endpoint, taken, limit
-            equals = None
-        elif taken * best_limit == best_taken * limit:
-            if equals is None:
-                equals = [best]
-            equals.append(endpoint)
-    return best if equals is None else equals[random.randrange(len(equals))]
+
+    def __init__(self, pool: EndpointSet, random: RandomSource) -> None:
+        self._pool = pool
+        self._filters = [make(pool) for make in FILTERS]
+        self._scorers = [(make(pool), weight) for make, weight in SCORERS]
+        self._picker = MaxScore(random)
+
+    def pick(self, request: Request, now: float) -> EndpointState | None:
+        """Choose among the endpoints of its subset that have a free slot, or None if none can be.
+
+        Args:
+            request: the request to choose for.
+            now: monotonic seconds.
+        """
+        endpoints = self._pool.open_within(request.subset)
+        for step in self._filters:
+            endpoints = step.keep(request, endpoints)
+        if len(endpoints) < 2:
+            return endpoints[0] if endpoints else None
+        totals: list[float] = []
+        for scorer, weight in self._scorers:
+            scores = scorer.score(request, endpoints, now)
+            if weight != 1.0:
+                scores = [weight * score for score in scores]
+            totals = [sum(pair) for pair in zip(totals, scores, strict=True)] if totals else scores
+        return self._picker.pick(endpoints, totals)

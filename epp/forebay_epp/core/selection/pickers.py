@@ -1,0 +1,26 @@
+"""Pickers: which endpoint is taken, given their scores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from forebay_epp.core.endpoints import EndpointState
+    from forebay_epp.core.terms import RandomSource
+
+
+class MaxScore:
+    """Takes the best one, and one at random of equals."""
+
+    def __init__(self, random: RandomSource) -> None:
+        self._random = random
+
+    def pick(self, endpoints: Sequence[EndpointState], scores: Sequence[float]) -> EndpointState:
+        """Take one of at least one endpoint."""
+        best = max(scores)
+        if scores.count(best) == 1:
+            return endpoints[scores.index(best)]
+        equals = [number for number, score in enumerate(scores) if score == best]
+        return endpoints[equals[self._random.randrange(len(equals))]]
