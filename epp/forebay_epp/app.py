@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from aiohttp import web
 
+from forebay_control.channel import host_port
 from forebay_control.plan import MetricsPlan, Plan, SaturationMode, UnmatchedAction
 from forebay_epp.adapters import debug, logs, prometheus
 from forebay_epp.adapters.scraper import Scraper
@@ -123,7 +124,7 @@ class EndpointPicker:
 
     def _bind(self) -> Transport:
         settings = self._settings
-        address = _address(settings.bind_address, settings.grpc_port)
+        address = host_port(settings.bind_address, settings.grpc_port)
         bind = TRANSPORTS[settings.transport]
         try:
             return bind(
@@ -137,7 +138,7 @@ class EndpointPicker:
 
     def _serve_health(self) -> grpc.Server:
         settings = self._settings
-        address = _address(settings.bind_address, settings.grpc_health_port)
+        address = host_port(settings.bind_address, settings.grpc_health_port)
         try:
             server, _ = health.serve(address, lambda: self._data_plane.serving, self._alive)
         except RuntimeError as error:
@@ -342,7 +343,7 @@ class EndpointPicker:
         try:
             await site.start()
         except OSError as error:
-            address = _address(settings.bind_address, settings.metrics_port)
+            address = host_port(settings.bind_address, settings.metrics_port)
             raise StartError(f"--metrics-port: cannot bind {address}: {error.strerror}") from error
 
 
@@ -382,10 +383,6 @@ def _told(update: Update) -> dict[str, object]:
     """Say what is new, for the log."""
     endpoints = None if update.endpoints is None else len(update.endpoints)
     return {"plan": update.plan is not None, "endpoints": endpoints, "deleted": update.deleted}
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _credentials(settings: Settings) -> grpc.ServerCredentials | None:

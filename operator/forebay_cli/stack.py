@@ -23,6 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from forebay_cli import CommandError, envoy
 from forebay_cli.child import Child
+from forebay_control.channel import host_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -65,7 +66,7 @@ class Stack:
 
     def address(self, port: int) -> str:
         """Return host:port as seen from this machine."""
-        return join(self._host, port)
+        return host_port(self._host, port)
 
     def check(self) -> None:
         """Check that Envoy is installed and all ports are free; choose its admin port if it is 0.
@@ -200,11 +201,6 @@ class Stack:
         """
         for child in self._children:
             await child.stop(STOP_SECONDS, hurry)
-
-
-def join(host: str, port: int) -> str:
-    """Write host:port, an IPv6 address in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _bind(host: str, port: int) -> int:

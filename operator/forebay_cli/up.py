@@ -21,7 +21,8 @@ from rich.table import Table
 
 from forebay_cli import OPERATOR_PORT, CommandError
 from forebay_cli.output import console
-from forebay_cli.stack import Stack, StackSettings, join
+from forebay_cli.stack import Stack, StackSettings
+from forebay_control.channel import host_port
 from forebay_operator import planning
 from forebay_operator.resources import messages
 from forebay_operator.standalone import sources
@@ -134,8 +135,8 @@ def address_of(text: str) -> str:
         raise CommandError(f"--endpoint {text}: not a host name") from error
     family, *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
     if family == socket.AF_INET6:
-        return join(str(ipaddress.ip_address(address[0])), int(port))
-    return join(str(address[0]), int(port))
+        return host_port(str(ipaddress.ip_address(address[0])), int(port))
+    return host_port(str(address[0]), int(port))
 
 
 class _Up:

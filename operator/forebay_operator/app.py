@@ -15,11 +15,12 @@ import uuid
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from forebay_control.channel import host_port
 from forebay_operator import metrics, pages
 from forebay_operator.certificates import tls
 from forebay_operator.certificates.issuing import Issuer, Places
-from forebay_operator.channel.server import ControlServer, join, namespace_of
-from forebay_operator.channel.trust import CertificateTrust, Pods, TokenTrust, believe
+from forebay_operator.channel.server import ControlServer, namespace_of
+from forebay_operator.channel.trust import CertificateTrust, Pods, TokenTrust, unauthenticated
 from forebay_operator.cluster.api import FIELD_MANAGER, ApiError, Cluster
 from forebay_operator.cluster.denials import Denial, Denials
 from forebay_operator.cluster.election import Elector, Leadership
@@ -203,7 +204,7 @@ class ClusterOperator:
                 return TokenTrust(self._cluster.review_token, pods, settings.control_audience)
             case "certificate":
                 return CertificateTrust(pods)
-        return believe
+        return unauthenticated
 
     def _tell(self, denial: Denial, new: bool) -> None:  # noqa: FBT001  # as Denials calls it
         """Post an Event about the operator's own Lease: elsewhere it may lack the right."""
@@ -317,7 +318,7 @@ class ClusterOperator:
 
     async def _serve_control(self) -> None:
         settings = self._settings
-        address = join(settings.control_bind_address, settings.control_port)
+        address = host_port(settings.control_bind_address, settings.control_port)
         credentials = self._credentials()
         try:
             port = await self._control.serve(address, credentials)

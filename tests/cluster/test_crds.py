@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from api_server import APPLY, error_fields
 from control_plane import model, policy, pool
+from manifest_reading import resource_of
 
 from forebay_control.v1 import control_pb2 as pb
 from forebay_operator import planning, resources
@@ -43,7 +44,7 @@ def test_a_policy_that_names_its_pool_is_complete(somewhere):
     }
     manifest["metadata"]["namespace"] = somewhere.name
     plans = [
-        planning.plan(resources.parse(chat), [resources.parse(each)]).snapshot.plan
+        planning.plan(resource_of(chat), [resource_of(each)]).snapshot.plan
         for each in (manifest, stored)
     ]
     assert plans[0] == plans[1]
@@ -87,7 +88,7 @@ def test_unknown_fields_are_dropped(somewhere, manifest):
     stored = somewhere.create({**manifest, "spec": {**manifest["spec"], "future": "new"}})
 
     assert "future" not in stored["spec"]
-    assert resources.parse(stored).spec == resources.parse(manifest).spec
+    assert resource_of(stored).spec == resource_of(manifest).spec
 
 
 def test_an_empty_status_of_a_model_says_that_it_waits(somewhere):

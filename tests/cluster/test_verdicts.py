@@ -12,6 +12,7 @@ from api_server import error_fields
 from control_plane import policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from manifest_reading import resource_of
 
 from forebay_operator import resources
 
@@ -22,7 +23,7 @@ def test_a_valid_example_is_taken(somewhere, example):
     status, answer = somewhere.judge(example.manifest)
 
     assert status == 201, answer["message"]
-    read, written = resources.parse(answer), resources.parse(example.manifest)
+    read, written = resource_of(answer), resource_of(example.manifest)
     assert read.model_dump(exclude={"metadata"}) == written.model_dump(exclude={"metadata"})
 
 
@@ -139,14 +140,14 @@ def test_both_readers_agree_on_any_policy(somewhere, spec):
     manifest = policy("any", "") | {"spec": spec}
     problems: list[tuple[str, str]] = []
     try:
-        ours = resources.parse(manifest)
+        ours = resource_of(manifest)
     except resources.ResourceError as error:
         problems = error.problems
     status, answer = somewhere.judge(manifest)
 
     if status == 201:
         assert not problems
-        assert resources.parse(answer).spec == ours.spec
+        assert resource_of(answer).spec == ours.spec
     else:
         assert problems, answer["message"]
         paths = [path for path, _ in problems]

@@ -14,10 +14,11 @@ from control_driver import Driver
 from control_plane import EPPProcess, FolderOperator, History, check_log, policy, pool
 from ext_proc_peer import until
 from ext_proc_queue import Waiting
+from manifest_reading import resource_of
 from ports import free_port
 from wall_clock import WallClock
 
-from forebay_operator import planning, resources
+from forebay_operator import planning
 
 if TYPE_CHECKING:
     from forebay_control.v1 import control_pb2 as pb
@@ -100,7 +101,7 @@ def snapshot(number: int) -> pb.Snapshot:
         noEndpoints={"ttl": f"{TTL_SECONDS}s"},
         limits={"maxRequests": 1000 + number},
     )
-    found = [resources.parse(manifest) for manifest in (pool("chat"), chat)]
+    found = [resource_of(manifest) for manifest in (pool("chat"), chat)]
     return planning.plan(found[0], found).snapshot
 
 

@@ -18,6 +18,7 @@ from envoy_process import Envoy
 from ext_proc_peer import until
 from ext_proc_queue import Waiting
 from ledger import Traffic
+from manifest_reading import resource_of
 
 from forebay_control.v1 import control_pb2 as pb
 from forebay_operator import planning, resources
@@ -154,7 +155,7 @@ SLICE = {
 
 def planned(*manifests: dict) -> pb.Snapshot:
     """What the operator plans for the pool from these."""
-    found = [resources.parse(manifest) for manifest in (pool("chat"), *manifests)]
+    found = [resource_of(manifest) for manifest in (pool("chat"), *manifests)]
     return planning.plan(found[0], found).snapshot
 
 

@@ -8,7 +8,7 @@ from ext_proc_peer import until
 from loop_thread import LoopThread
 
 from forebay_operator.channel.server import ControlServer
-from forebay_operator.channel.trust import believe
+from forebay_operator.channel.trust import unauthenticated
 from forebay_operator.status.observed import EPPState
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class Driver:
     A leader that hears of a higher epoch takes the next one, as a folder's operator does.
     """
 
-    def __init__(self, epoch: int = 1, authorize=believe, credentials=None) -> None:
+    def __init__(self, epoch: int = 1, authorize=unauthenticated, credentials=None) -> None:
         self._authorize, self._credentials = authorize, credentials
         self.thread = LoopThread()
         self.port = self.thread.do(self._start(epoch))

@@ -10,10 +10,11 @@ from queue import Empty, Queue
 from typing import TYPE_CHECKING
 
 import grpc
+from manifest_reading import resource_of
 
 from forebay_control.v1 import control_pb2 as pb
 from forebay_control.v1 import control_pb2_grpc as rpc
-from forebay_operator import planning, resources
+from forebay_operator import planning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 CONNECT = "/forebay.control.v1.Control/Connect"
 WAIT_SECONDS = 30
 POOL = "default/chat"
-_POOL = resources.parse(
+_POOL = resource_of(
     {
         "apiVersion": "inference.networking.k8s.io/v1",
         "kind": "InferencePool",

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from manifest_reading import resource_of
 
 from forebay_cli import check, plan
-from forebay_operator.resources import parse
 from forebay_operator.status.advice import advice
 
 BASE = """
@@ -53,7 +53,7 @@ spec: {selector: {app: vllm}, targetPortNumber: 8000, extensionRef: {name: REF, 
 
 
 def read(text):
-    return [parse(document) for document in yaml.safe_load_all(text)]
+    return [resource_of(document) for document in yaml.safe_load_all(text)]
 
 
 def objectives(*priorities):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from forebay_operator.channel.server import ControlServer
-from forebay_operator.channel.trust import believe
+from forebay_operator.channel.trust import unauthenticated
 from forebay_operator.cluster.store import Store
 from forebay_operator.reconcile.planner import Planner
 from forebay_operator.reconcile.statuses import Statuses
@@ -31,7 +31,7 @@ class World:
 
     def __init__(self):
         self.store = Store()
-        self.control = ControlServer(believe, lambda _: None, lambda *_: None)
+        self.control = ControlServer(unauthenticated, lambda _: None, lambda *_: None)
         self.planner = Planner(self.store, self.control, OURS)
         self.statuses = Statuses(self.store, self.planner, OURS)
         for name in (OURS, THEIRS, ""):

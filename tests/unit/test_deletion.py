@@ -10,7 +10,7 @@ import pytest
 from forebay_control.v1 import control_pb2 as pb
 from forebay_operator.channel.admission import RefusedError
 from forebay_operator.channel.server import ControlServer
-from forebay_operator.channel.trust import Pods, believe
+from forebay_operator.channel.trust import Pods, unauthenticated
 from forebay_operator.cluster.api import ApiError, Page
 from forebay_operator.reconcile import deletion
 from forebay_operator.reconcile.deletion import CONFIRM_SECONDS, Deletions, is_absent
@@ -25,7 +25,9 @@ class World:
     def __init__(self, *answers: bool | None) -> None:
         self.now = 100.0
         self.answers = list(answers)
-        self.control = ControlServer(believe, lambda _: None, lambda _: None, lambda: self.now)
+        self.control = ControlServer(
+            unauthenticated, lambda _: None, lambda _: None, lambda: self.now
+        )
         self.deletions = Deletions(self.control, self._is_absent, lambda: self.now)
 
     async def _is_absent(self, _namespace: str, _name: str) -> bool | None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import examples
 import pytest
+from manifest_reading import resource_of
 
 from forebay_cli import check
 from forebay_operator import resources
@@ -14,7 +15,7 @@ from forebay_operator import resources
 @pytest.mark.parametrize("example", [*examples.VALID, *examples.SHOWN], ids=str)
 def test_a_valid_example_is_read(example):
     """It becomes a resource."""
-    assert resources.parse(example.manifest) is not None
+    assert resource_of(example.manifest) is not None
 
 
 @pytest.mark.parametrize(
@@ -23,7 +24,7 @@ def test_a_valid_example_is_read(example):
 def test_an_invalid_example_is_refused_at_its_field(example):
     """The error names the field and nothing else, and says what the file says."""
     with pytest.raises(resources.ResourceError) as error:
-        resources.parse(example.manifest)
+        resource_of(example.manifest)
 
     assert [path for path, _ in error.value.problems] == [example.field]
     assert example.says in error.value.problems[0][1]
@@ -34,7 +35,7 @@ def test_an_invalid_example_is_refused_at_its_field(example):
 )
 def test_what_is_not_used_of_a_foreign_kind_is_not_judged(example):
     """Its owner may have added a value since."""
-    assert resources.parse(example.manifest) is not None
+    assert resource_of(example.manifest) is not None
 
 
 def test_check_tells_valid_files_from_invalid_ones():

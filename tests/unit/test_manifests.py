@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 import yaml
+from manifest_reading import resource_of
 
 from forebay_operator import resources
 from forebay_operator.standalone import sources
@@ -35,7 +36,7 @@ def parse(text: str, spec: str = ""):
     """Read a manifest, with more of a spec merged in."""
     manifest = yaml.safe_load(text)
     manifest["spec"].update(yaml.safe_load(spec) or {})
-    return resources.parse(manifest)
+    return resource_of(manifest)
 
 
 def problems(text: str, spec: str) -> list[tuple[str, str]]:
@@ -145,7 +146,7 @@ def test_the_older_pool_is_read_too():
         "extensionRef": {"name": "epp"},
     }
 
-    assert resources.parse(manifest).ports == (8000,)
+    assert resource_of(manifest).ports == (8000,)
 
 
 # --- folders

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from forebay_operator import pages
 from forebay_operator.channel.server import ControlServer
-from forebay_operator.channel.trust import believe
+from forebay_operator.channel.trust import unauthenticated
 from forebay_operator.cluster.store import Store
 from forebay_operator.reconcile.planner import Planner
 from forebay_operator.reconcile.statuses import Statuses
@@ -24,7 +24,7 @@ def client_of(remote: str) -> TestClient:
     async def pretend(request, handler):
         return await handler(request.clone(remote=remote))
 
-    control = ControlServer(believe, lambda _: None, lambda *_: None)
+    control = ControlServer(unauthenticated, lambda _: None, lambda *_: None)
     store = Store()
     app = web.Application(middlewares=[pretend])
     statuses = Statuses(store, Planner(store, control, None), None)

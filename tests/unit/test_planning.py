@@ -9,17 +9,18 @@ import pytest
 from google.protobuf import json_format
 from hypothesis import given
 from hypothesis import strategies as st
+from manifest_reading import resource_of
 
 from forebay_control import plan as core
 from forebay_epp.codec import metricstext
 from forebay_epp.codec import plan as plan_codec
-from forebay_operator import planning, resources
+from forebay_operator import planning
 
 X = "inference.networking.x-k8s.io/v1alpha2"
 
 
 def pool(name="chat", namespace="default", ports=(8000,)):
-    return resources.parse(
+    return resource_of(
         {
             "apiVersion": "inference.networking.k8s.io/v1",
             "kind": "InferencePool",
@@ -34,7 +35,7 @@ def pool(name="chat", namespace="default", ports=(8000,)):
 
 def model(name, model_name=None, created=None, namespace="default", **spec):
     metadata = {"name": name, "namespace": namespace, "creationTimestamp": created}
-    return resources.parse(
+    return resource_of(
         {
             "apiVersion": X,
             "kind": "InferenceModel",
@@ -45,7 +46,7 @@ def model(name, model_name=None, created=None, namespace="default", **spec):
 
 
 def policy(name="p", created=None, namespace="default", **spec):
-    return resources.parse(
+    return resource_of(
         {
             "apiVersion": "forebay.dev/v1alpha1",
             "kind": "FlowControlPolicy",
@@ -56,7 +57,7 @@ def policy(name="p", created=None, namespace="default", **spec):
 
 
 def endpoint_slice(*endpoints, ports=(), label="chat"):
-    return resources.parse(
+    return resource_of(
         {
             "apiVersion": "discovery.k8s.io/v1",
             "kind": "EndpointSlice",
@@ -396,7 +397,7 @@ def test_no_text_raises_anything_else(text):
 @pytest.mark.parametrize("trusted", [False, True])
 def test_a_header_names_an_objective_where_the_policy_trusts_callers(trusted):
     """By default it does not: who may send requests could put itself before the others."""
-    objective = resources.parse(
+    objective = resource_of(
         {
             "apiVersion": X,
             "kind": "InferenceObjective",

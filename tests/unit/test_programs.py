@@ -7,6 +7,7 @@ import hashlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from manifest_reading import resource_of
 
 from forebay_control.limits import MAX_ENDPOINTS, MAX_PLAN_BYTES, MAX_SNAPSHOT_BYTES
 from forebay_control.v1 import control_pb2 as pb
@@ -19,10 +20,10 @@ from forebay_epp.codec.control import (
     Version,
 )
 from forebay_epp.core.terms import Endpoint
-from forebay_operator import planning, resources
+from forebay_operator import planning
 
 POOL = "default/chat"
-INFERENCE_POOL = resources.parse(
+INFERENCE_POOL = resource_of(
     {
         "apiVersion": "inference.networking.k8s.io/v1",
         "kind": "InferencePool",

@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY
 from forebay_control.v1 import control_pb2 as pb
 from forebay_operator import metrics, planning
 from forebay_operator.channel.server import ControlServer
-from forebay_operator.channel.trust import believe
+from forebay_operator.channel.trust import unauthenticated
 from forebay_operator.cluster.api import ApiError
 from forebay_operator.cluster.store import Store
 from forebay_operator.reconcile.planner import Planner
@@ -37,7 +37,7 @@ class Pickers(ControlServer):
     """A control server whose EPPs' reports the test sets: no EPP connects."""
 
     def __init__(self, clock):
-        super().__init__(believe, lambda _: None, lambda _: None, clock)
+        super().__init__(unauthenticated, lambda _: None, lambda _: None, clock)
         self.programs = {}
         self.programmed = asyncio.Event()
         self.state, self.generation, self.stats = EPPState.PROGRAMMED, None, None

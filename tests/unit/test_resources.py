@@ -8,6 +8,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from manifest_reading import resource_of
 
 from forebay_operator import planning, resources
 from forebay_operator.standalone import sources
@@ -75,7 +76,7 @@ def test_whatever_is_in_a_manifest_it_is_read_or_refused(kind, metadata, spec):
     """A resource, or problems with a path and words; never another exception."""
     problems = [("unset", "unset")]
     try:
-        resource = resources.parse(manifest(kind, metadata=metadata, spec=spec, endpoints=spec))
+        resource = resource_of(manifest(kind, metadata=metadata, spec=spec, endpoints=spec))
     except resources.ResourceError as error:
         resource, problems = None, error.problems
 
@@ -94,15 +95,15 @@ def test_null_counts_as_unset():
       queue:
     """
 
-    parsed = resources.parse(policy(**yaml.safe_load(text)))
+    parsed = resource_of(policy(**yaml.safe_load(text)))
 
-    assert parsed == resources.parse(policy(bands=[{"criticality": "Critical"}]))
+    assert parsed == resource_of(policy(bands=[{"criticality": "Critical"}]))
 
 
 def test_null_is_no_name():
     """What is required is missed."""
     with pytest.raises(resources.ResourceError) as error:
-        resources.parse(policy(targetRefs=[{"name": None}]))
+        resource_of(policy(targetRefs=[{"name": None}]))
 
     assert error.value.problems == [("spec.targetRefs[0].name", "is required")]
 
@@ -111,7 +112,7 @@ def test_lists_that_the_api_server_writes_as_null_are_empty():
     """An EndpointSlice of a Service without pods."""
     fields = {"addressType": "IPv4", "endpoints": None, "ports": None}
 
-    parsed = resources.parse(manifest(resources.EndpointSlice, **fields))
+    parsed = resource_of(manifest(resources.EndpointSlice, **fields))
 
     assert (parsed.endpoints, parsed.ports) == ((), ())
 
@@ -130,7 +131,7 @@ def test_lists_that_the_api_server_writes_as_null_are_empty():
 def test_a_wrong_value_is_shown_in_short(value, shown):
     """An error line stays a line, whatever the value is."""
     with pytest.raises(resources.ResourceError) as error:
-        resources.parse(policy(noEndpoints={"ttl": value}))
+        resource_of(policy(noEndpoints={"ttl": value}))
 
     assert f", not {shown}" in error.value.problems[0][1]
 
@@ -140,7 +141,7 @@ def test_the_first_problems_are_told_and_how_many_more_there_are():
     models = [{"name": f"m{number}", "criticality": "No"} for number in range(1000)]
 
     with pytest.raises(resources.ResourceError) as error:
-        resources.parse(policy(models=models))
+        resource_of(policy(models=models))
 
     assert len(error.value.problems) == 11
     assert error.value.problems[-1] == ("...", "and 990 more problems")
@@ -150,14 +151,14 @@ def test_the_first_problems_are_told_and_how_many_more_there_are():
 def test_what_is_no_duration_is_refused(text):
     """Units in order of size, ASCII digits, nothing around."""
     with pytest.raises(resources.ResourceError, match="must be a duration"):
-        resources.parse(policy(noEndpoints={"ttl": text}))
+        resource_of(policy(noEndpoints={"ttl": text}))
 
 
 @pytest.mark.parametrize("value", ["", "Mi", "1.5Gi", "-1", "1mi", "0x10", True, 1.5])
 def test_what_is_no_size_is_refused(value):
     """Whole numbers with Kubernetes' suffixes."""
     with pytest.raises(resources.ResourceError, match="must be a number of bytes"):
-        resources.parse(policy(limits={"maxBytes": value}))
+        resource_of(policy(limits={"maxBytes": value}))
 
 
 @pytest.mark.parametrize("created", ["2026-01-01", "2026-01-01T00:00:00"])
@@ -166,7 +167,7 @@ def test_a_time_without_a_zone_is_refused(created):
     metadata = {"name": "x", "creationTimestamp": yaml.safe_load(created)}
 
     with pytest.raises(resources.ResourceError, match=r"metadata\.creationTimestamp"):
-        resources.parse(policy() | {"metadata": metadata})
+        resource_of(policy() | {"metadata": metadata})
 
 
 @pytest.mark.parametrize(
@@ -184,6 +185,6 @@ def test_a_time_without_a_zone_is_refused(created):
 def test_everything_is_bounded(spec, path):
     """Each list, name and number has an end."""
     with pytest.raises(resources.ResourceError) as error:
-        resources.parse(policy(**spec))
+        resource_of(policy(**spec))
 
     assert path in [found for found, _ in error.value.problems]

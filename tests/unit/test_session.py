@@ -150,7 +150,7 @@ def test_a_changed_program_is_sent_at_once_after_a_refusal():
     for now in (0.0, 5.0, 15.0):
         session.on_nack(nack(session.offer(A, 5, now)), now)
 
-    session.wanted_anew()
+    session.desired_changed()
     session.on_nack(nack(session.offer(B, 5, 16.0)), 16.0)
     assert session.offer_at(16.0) == 21.0
 
@@ -171,7 +171,7 @@ def test_a_version_refused_is_replaced_once_the_epoch_is_healed(code):
 
     assert session.on_nack(nack(session.offer(A, 5, 0.0), code), 0.0) is Answer.STALE
     assert session.offer(A, 5, 1.0) is None
-    session.led_anew()
+    session.epoch_changed()
     assert session.offer(A, 9, 1.0).version.epoch == 9
 
 
@@ -179,9 +179,9 @@ def test_a_picker_that_refuses_every_version_is_not_flooded():
     """Each healed epoch would otherwise bring the next refusal at once."""
     session = Session(0.0)
     session.on_nack(nack(session.offer(A, 5, 0.0), "StaleEpoch"), 0.0)
-    session.led_anew()
+    session.epoch_changed()
     session.on_nack(nack(session.offer(A, 6, 0.0), "StaleEpoch"), 0.0)
-    session.led_anew()
+    session.epoch_changed()
 
     assert session.offer(A, 7, 0.0) is None
     assert session.offer_at(0.0) == 10.0
@@ -191,7 +191,7 @@ def test_a_refusal_of_the_program_is_not_healed_by_an_epoch():
     """Its content is what was refused."""
     session = Session(0.0)
     session.on_nack(nack(session.offer(A, 5, 0.0)), 0.0)
-    session.led_anew()
+    session.epoch_changed()
 
     assert session.offer(A, 6, 1.0) is None
 
@@ -275,7 +275,7 @@ class Stream(RuleBasedStateMachine):
     def want(self, number):
         self.revision += 1
         self.desired = Desired(b"%d" % number, b"%d" % number * 32, self.revision)
-        self.session.wanted_anew()
+        self.session.desired_changed()
 
     @rule(seconds=st.sampled_from([0.5, 4.0, 10.0, 400.0]))
     def wait(self, seconds):
@@ -284,7 +284,7 @@ class Stream(RuleBasedStateMachine):
     @rule(by=st.integers(1, 3))
     def lead(self, by):
         self.epoch += by
-        self.session.led_anew()
+        self.session.epoch_changed()
 
     @precondition(lambda self: self.under_way is not None)
     @rule()

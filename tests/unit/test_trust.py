@@ -19,7 +19,7 @@ from forebay_operator.channel.trust import (
     CertificateTrust,
     Pods,
     TokenTrust,
-    believe,
+    unauthenticated,
 )
 from forebay_operator.cluster.api import ApiError
 
@@ -464,5 +464,5 @@ def test_a_certificate_is_good_at_the_addresses_of_its_pod_only():
 
 def test_on_loopback_the_hello_is_believed():
     """A process outside a cluster has no pod: its boot stands for it."""
-    assert ask(believe) == "uid-0"
-    assert ask(believe, pb.Hello(boot_id="b")) == "b"
+    assert ask(unauthenticated) == "uid-0"
+    assert ask(unauthenticated, pb.Hello(boot_id="b")) == "b"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from forebay_control import features
+from forebay_control.channel import PROTOCOL, SILENCE_SECONDS, host_port
 from forebay_control.v1 import control_pb2 as pb
 from forebay_control.v1 import control_pb2_grpc as rpc
 from forebay_epp.codec.control import Accepted, Code, Refused
@@ -28,9 +29,7 @@ if TYPE_CHECKING:
 
     from forebay_epp.codec.control import Programs
 
-PROTOCOL = 1
 PING_SECONDS = 10.0
-SILENCE_SECONDS = 30.0
 MIN_BACKOFF_SECONDS = 0.2
 MAX_BACKOFF_SECONDS = 10.0
 MAX_RETRY_AFTER_SECONDS = 60.0
@@ -150,7 +149,7 @@ class ControlClient:
         except OSError as error:
             self._say(f"--control-address: {self._dial.host}: {error.strerror or error}")
             return []
-        addresses = list({_join(*entry[4][:2]) for entry in found})
+        addresses = list({host_port(*entry[4][:2]) for entry in found})
         random.shuffle(addresses)
         return addresses
 
@@ -408,7 +407,3 @@ def _read(flag: str, path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise NotReadyError(f"{flag}: {path}: {error.strerror}") from error
-
-
-def _join(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

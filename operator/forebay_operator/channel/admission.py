@@ -15,6 +15,7 @@ from urllib.parse import unquote
 import grpc
 from google.protobuf.message import DecodeError
 
+from forebay_control.channel import PROTOCOL
 from forebay_control.v1 import control_pb2 as pb
 from forebay_operator.channel.session import MAX_NAME
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     Authorize = Callable[[pb.Hello, "Caller"], Awaitable[str]]
 
-PROTOCOL = 1
 HELLO_SECONDS = 10.0
 MAX_SILENT_STREAMS = 250
 HASH_BYTES = 32

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from forebay_control import features
+from forebay_control.channel import SILENCE_SECONDS
 from forebay_control.v1 import control_pb2 as pb
 from forebay_operator.channel.session import Desired
 from forebay_operator.status.observed import EPP, EPPState
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from forebay_operator.channel.session import Session
 
-SILENCE_SECONDS = 30.0
 REMEMBERED_PROGRAMS = 16
 MAX_VARIANTS = 8  # of a snapshot: EPPs of a pool are of one or two releases
 

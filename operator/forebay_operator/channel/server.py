@@ -21,11 +21,12 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from forebay_control import features
+from forebay_control.channel import SILENCE_SECONDS
 from forebay_control.v1 import control_pb2 as pb
 from forebay_control.v1 import control_pb2_grpc as rpc
 from forebay_operator import metrics
 from forebay_operator.channel.admission import Admission, RefusedError, not_a_message
-from forebay_operator.channel.rollout import SILENCE_SECONDS, Rollout
+from forebay_operator.channel.rollout import Rollout
 from forebay_operator.channel.session import (
     MAX_SENDS,
     Answer,
@@ -117,7 +118,7 @@ class ControlServer(rpc.ControlServicer):
             if self._epoch is None:
                 self._leading_since = self._clock()
             for stream in self._all():
-                stream.session.led_anew()
+                stream.session.epoch_changed()
         self._epoch, self._quiet, self._hint = epoch, quiet, hint
         for stream in self._all():
             if epoch is None:
@@ -131,7 +132,7 @@ class ControlServer(rpc.ControlServicer):
             return False
         self._revision += 1
         for stream in self._streams.get(pool, ()):
-            stream.session.wanted_anew()
+            stream.session.desired_changed()
             stream.wake.set()
         return True
 
@@ -461,8 +462,3 @@ def _flood() -> RefusedError:
 def namespace_of(pool: str) -> str:
     """Return the namespace of a pool, which is also that of its EPPs' pods."""
     return pool.partition("/")[0]
-
-
-def join(host: str, port: int) -> str:
-    """Write host:port, an IPv6 address in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -145,11 +145,11 @@ class Session:
             return self._retry_at
         return math.inf
 
-    def wanted_anew(self) -> None:
+    def desired_changed(self) -> None:
         """Note that something else is desired: a refusal of it would be the first one."""
         self._refusals = 0
 
-    def led_anew(self) -> None:
+    def epoch_changed(self) -> None:
         """Note that the epoch is another: a program whose version was refused gets a new one.
 
         Once only: an EPP that refuses every version must not be sent one after the other.

@@ -1,7 +1,7 @@
 """All kopf decorators, which index what the operator reacts to, and how kopf is run.
 
-Only `on.event`: kopf's other handlers write annotations or finalizers on objects that are not ours
-(facts/reliability.md 1.4). Handlers only pass events on.
+Only `on.event`: kopf's other handlers write annotations or finalizers on objects that are not ours.
+Handlers only pass events on.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _watch(found: kopf.OperatorRegistry, kind: Kind, on_event: Callable[[Kind, A
 
 
 def _settings(kinds: tuple[Kind, ...]) -> kopf.OperatorSettings:
-    """Return kopf's settings; the reasons are in facts/reliability.md 1.3."""
+    """Return kopf's settings: it watches, and writes nothing."""
     settings = kopf.OperatorSettings()
     settings.posting.enabled = False
     settings.persistence.finalizer = "forebay.dev/none"  # none is ever added: only on.event is used

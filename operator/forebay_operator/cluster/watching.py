@@ -308,9 +308,9 @@ class Watching:
         if kind in self._absent:
             _log.info("the CRD is installed now", extra={"kind": _name(kind)})
             self._absent.discard(kind)
-            self._begin_anew("")
+            self._restart_watches("")
         elif self._denials.allow(_name(kind), namespace) and kind != POD:
-            self._begin_anew(namespace)
+            self._restart_watches(namespace)
         swept = sweep.finish(self._clock())
         key = (kind, namespace)
         if not swept.held:
@@ -345,7 +345,7 @@ class Watching:
         """
         if error.status == 403:
             if self._denials.deny(_name(kind), namespace, str(error)) and kind != POD:
-                self._begin_anew(namespace)
+                self._restart_watches(namespace)
             return True
         if error.status == 404 and kind.group:
             if kind not in self._absent:
@@ -354,7 +354,7 @@ class Watching:
             return True
         return False
 
-    def _begin_anew(self, namespace: str) -> None:
+    def _restart_watches(self, namespace: str) -> None:
         """Have kopf find out what there is to watch in a namespace, "" for all of them."""
         for scope in self._scopes:
             if namespace in ("", scope.namespace):

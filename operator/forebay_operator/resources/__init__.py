@@ -157,19 +157,6 @@ def kind_of(manifest: dict[str, Any]) -> Kind | None:
     return kind if kind is not None and kind.in_files else None
 
 
-def parse(manifest: dict[str, Any]) -> Resource | None:
-    """Turn a manifest of a folder into its resource.
-
-    Returns:
-        None for a kind that has no effect there.
-
-    Raises:
-        ResourceError: with every problem found.
-    """
-    kind = kind_of(manifest)
-    return None if kind is None else read(kind, manifest)
-
-
 def read(kind: Kind, manifest: dict[str, Any]) -> Resource:
     """Turn a manifest of a known kind into its resource.
 

@@ -13,9 +13,10 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from forebay_control.channel import host_port
 from forebay_operator import pages, planning
-from forebay_operator.channel.server import ControlServer, join, namespace_of
-from forebay_operator.channel.trust import believe
+from forebay_operator.channel.server import ControlServer, namespace_of
+from forebay_operator.channel.trust import unauthenticated
 from forebay_operator.cluster.election import MAX_EPOCH
 from forebay_operator.cluster.store import Store
 from forebay_operator.reconcile.deletion import Deletions
@@ -171,7 +172,7 @@ class FolderOperator:
         self._store = Store()
         self._folder = Folder(self._store, pool, endpoints)
         self._control = ControlServer(
-            believe, changed=self._epps_changed, higher_epoch=self._lead_from
+            unauthenticated, changed=self._epps_changed, higher_epoch=self._lead_from
         )
         self._deletions = Deletions(self._control, self._is_absent)
         self._planner = Planner(
@@ -228,7 +229,7 @@ class FolderOperator:
             lambda: self._writer.alive_at,
             lambda: "",
         )
-        return await self._control.serve(join(control_host, control_port), None)
+        return await self._control.serve(host_port(control_host, control_port), None)
 
     async def run(self) -> None:
         """Follow the folder and the EPPs, until cancelled.

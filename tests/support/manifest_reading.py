@@ -1,0 +1,13 @@
+"""Reads one manifest as the folder source does, without the folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from forebay_operator import resources
+
+
+def resource_of(manifest: dict[str, Any]) -> resources.Resource | None:
+    """Turn a manifest into its resource; None for a kind that has no effect in a folder."""
+    kind = resources.kind_of(manifest)
+    return None if kind is None else resources.read(kind, manifest)
