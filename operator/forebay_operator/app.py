@@ -24,8 +24,9 @@ from forebay_operator.channel.trust import CertificateTrust, Pods, TokenTrust, u
 from forebay_operator.cluster.api import FIELD_MANAGER, ApiError, Cluster
 from forebay_operator.cluster.denials import Denial, Denials
 from forebay_operator.cluster.election import Elector, Leadership
+from forebay_operator.cluster.scopes import DeafError
 from forebay_operator.cluster.store import Store
-from forebay_operator.cluster.watching import DeafError, Watching
+from forebay_operator.cluster.watching import Watching
 from forebay_operator.reconcile.deletion import Deletions, is_absent
 from forebay_operator.reconcile.planner import Planner
 from forebay_operator.reconcile.statuses import Statuses

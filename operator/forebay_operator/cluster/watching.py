@@ -18,11 +18,12 @@ import gc
 import logging
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from forebay_operator import metrics
-from forebay_operator.cluster import api, handlers
+from forebay_operator.cluster import api
+from forebay_operator.cluster.pods import PodWatches
+from forebay_operator.cluster.scopes import DELIVERY_SECONDS, DeafError, Scope, Scopes
 from forebay_operator.pacing import Backoff, jittered
 from forebay_operator.resources import (
     KINDS,
@@ -44,31 +45,13 @@ HELD_SECONDS = 14.0  # with jitter still more than store.EMPTY_SECONDS
 GAP_SECONDS = 1.0
 MIN_SWEEP_SECONDS = 5.0  # between sweeps, however often kopf lists
 DISCOVERY_SECONDS = 10.0
-MAX_BACKOFF_SECONDS = 10.0  # each time kopf lists everything in the scope
-STEADY_SECONDS = 60.0
 DEAF_SWEEPS = 2
-DELIVERY_SECONDS = 5.0  # what is younger may still be on its way
-END_SECONDS = 10.0
 STEP_OBJECTS = 50  # between two turns of the loop: 5 ms
 
 _POOLS = [kind for kind in KINDS if kind.model in (InferencePool, InferencePoolV1Alpha2)]
 _CLAIMS = [*_POOLS, *(kind for kind in KINDS if kind.model is Service)]
 
 _log = logging.getLogger(__name__)
-
-
-class DeafError(Exception):
-    """Watches do not deliver; only a new process gets new ones."""
-
-
-@dataclass(slots=True)
-class _Scope:
-    """A namespace, or "" for all, and how kopf's watches of it stand; `began_at`: not None."""
-
-    namespace: str
-    restart: asyncio.Event = field(default_factory=asyncio.Event)
-    began_at: float | None = None
-    listed_by_kopf_until: float = 0.0
 
 
 class Watching:
@@ -104,7 +87,6 @@ class Watching:
         self._touch = touch
         self._acts_on = acts_on
         self._denials = denials
-        self._scopes = [_Scope(namespace) for namespace in namespaces or ("",)]
         self._sweep_seconds = sweep_seconds
         self._kinds = tuple(kind for kind in kinds if kind != POD)
         self._clock = time.monotonic
@@ -114,10 +96,10 @@ class Watching:
         self._read: set[tuple[Kind, str]] = set()
         self._undelivered: dict[str, tuple[Kind, str]] = {}  # uids, and where each was listed
         self._deaf = 0
-        self._pods: dict[str, asyncio.Task[None]] = {}
-        self._pod_versions: dict[str, str] = {}
-        self._pods_watched_at: dict[str, float] = {}
-        self._pod_lists = asyncio.Semaphore(1)
+        self._pods = PodWatches(cluster, self._list_pods, self._on_pod, self._clock)
+        self._scopes = Scopes(
+            namespaces, self._readable, self._list, self.on_event, self._gap.set, self._clock
+        )
         self._filled = False
         self.waits_for = "the first LIST"
 
@@ -133,7 +115,7 @@ class Watching:
 
     # --- events
 
-    def on_event(self, kind: Kind, event: Any, scope: _Scope | None = None) -> None:
+    def on_event(self, kind: Kind, event: Any, scope: Scope | None = None) -> None:
         """Take an event of a watch; kopf gives what it lists itself the type None."""
         metrics.EVENTS.labels(kind.kind).inc()
         now = self._clock()
@@ -188,7 +170,9 @@ class Watching:
             if self._absent.issuperset(kinds):
                 lacking.append(f"the CRD {names} to be installed")
             elif not any(
-                (kind, scope.namespace) in self._read for kind in kinds for scope in self._scopes
+                (kind, namespace) in self._read
+                for kind in kinds
+                for namespace in self._scopes.namespaces
             ):
                 lacking.append(f"the right to list {names}")
         return lacking
@@ -229,12 +213,9 @@ class Watching:
         """Return what is watched for long enough to be delivered: kinds and their namespaces."""
         late = self._clock() - DELIVERY_SECONDS
         kopfs = {
-            (kind, scope.namespace)
-            for scope in self._scopes
-            if scope.began_at is not None and scope.began_at < late
-            for kind in self._kinds
+            (kind, namespace) for namespace in self._scopes.steady(late) for kind in self._kinds
         }
-        return kopfs | {(POD, name) for name, at in self._pods_watched_at.items() if at < late}
+        return kopfs | {(POD, namespace) for namespace in self._pods.steady(late)}
 
     def _listen(self, steady: set[tuple[Kind, str]], *, gap: bool) -> None:
         """Count sweeps that found what watches should have delivered."""
@@ -271,8 +252,8 @@ class Watching:
                 continue
             try:
                 version = await self._list(POD, namespace)
-                if version is not None and namespace not in self._pods:
-                    self._pod_versions[namespace] = version
+                if version is not None:
+                    self._pods.listed(namespace, version)
             except api.ApiError as error:
                 failures[f"{_name(POD)}: {error}" if error.status else str(error)] = None
         return list(failures)
@@ -280,9 +261,9 @@ class Watching:
     async def _list_kind(self, kind: Kind) -> None:
         """Sweep one kind in every scope; one that fails does not keep the others from it."""
         error: api.ApiError | None = None
-        for scope in self._scopes:
+        for namespace in self._scopes.namespaces:
             try:
-                await self._list(kind, scope.namespace)
+                await self._list(kind, namespace)
             except api.ApiError as what:
                 error = error or what
         if error is not None:
@@ -308,9 +289,9 @@ class Watching:
         if kind in self._absent:
             _log.info("the CRD is installed now", extra={"kind": _name(kind)})
             self._absent.discard(kind)
-            self._restart_watches("")
+            self._scopes.restart("")
         elif self._denials.allow(_name(kind), namespace) and kind != POD:
-            self._restart_watches(namespace)
+            self._scopes.restart(namespace)
         swept = sweep.finish(self._clock())
         key = (kind, namespace)
         if not swept.held:
@@ -345,7 +326,7 @@ class Watching:
         """
         if error.status == 403:
             if self._denials.deny(_name(kind), namespace, str(error)) and kind != POD:
-                self._restart_watches(namespace)
+                self._scopes.restart(namespace)
             return True
         if error.status == 404 and kind.group:
             if kind not in self._absent:
@@ -354,13 +335,7 @@ class Watching:
             return True
         return False
 
-    def _restart_watches(self, namespace: str) -> None:
-        """Have kopf find out what there is to watch in a namespace, "" for all of them."""
-        for scope in self._scopes:
-            if namespace in ("", scope.namespace):
-                scope.restart.set()
-
-    # --- watches by kopf
+    # --- watches
 
     async def run_watches(self) -> None:
         """Keep kopf running in every scope, until cancelled.
@@ -368,119 +343,34 @@ class Watching:
         Raises:
             DeafError: kopf does not stop when asked.
         """
-        tasks = [asyncio.create_task(self._run_scope(scope)) for scope in self._scopes]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks, timeout=END_SECONDS)
-
-    async def _run_scope(self, scope: _Scope) -> None:
-        """Keep kopf running in one scope.
-
-        It ends when a watch fails for good or a CRD goes, and starts again. So it does when a CRD
-        or a right has come or gone, since it finds out about kinds at its start only.
-        """
-        running = asyncio.get_running_loop()
-
-        def on_event(kind: Kind, event: Any) -> None:
-            with suppress(RuntimeError):  # this loop has ended
-                running.call_soon_threadsafe(self.on_event, kind, event, scope)
-
-        backoff = Backoff(MAX_BACKOFF_SECONDS)
-        while True:
-            scope.restart.clear()
-            kinds = self._readable(scope)
-            if not kinds:
-                await scope.restart.wait()
-                continue
-            began_at = scope.began_at = self._clock()
-            scope.listed_by_kopf_until = began_at + DELIVERY_SECONDS
-            # What has changed between our LIST and its own is found by a sweep.
-            settled = running.call_later(DELIVERY_SECONDS, self._gap.set)
-            namespaces = (scope.namespace,) if scope.namespace else ()
-            watches = handlers.Watches(on_event, kinds, namespaces)
-            restarting = asyncio.create_task(scope.restart.wait())
-            ended = watches.start()
-            try:
-                await asyncio.wait((restarting, ended), return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                scope.began_at = None
-                settled.cancel()
-                restarting.cancel()
-                watches.stop()
-                await asyncio.wait((ended,), timeout=END_SECONDS)
-                error = ended.exception() if ended.done() else None
-            if not ended.done():
-                raise DeafError("the watches do not end")
-            if scope.restart.is_set():
-                continue
-            _log.warning(
-                "watches ended, restarting",
-                extra={"namespace": scope.namespace, "error": str(error)[:500]},
-            )
-            for kind in kinds:  # the reason may be a right that is gone
-                with suppress(api.ApiError):
-                    await self._list(kind, scope.namespace)
-            if self._clock() - began_at > STEADY_SECONDS:
-                backoff.reset()
-            await asyncio.sleep(backoff.next_seconds())
-
-    def _readable(self, scope: _Scope) -> tuple[Kind, ...]:
-        """Return the kinds that may be read in a scope."""
-        return tuple(
-            kind for kind in self._kinds if not self._denials.holds(_name(kind), scope.namespace)
-        )
-
-    # --- watches of pods
+        await self._scopes.run()
 
     async def stop(self) -> None:
         """End the watches of pods."""
-        for task in self._pods.values():
-            task.cancel()
-        if self._pods:
-            await asyncio.wait(self._pods.values(), timeout=END_SECONDS)
+        await self._pods.stop()
+
+    def _readable(self, namespace: str) -> tuple[Kind, ...]:
+        """Return the kinds that may be read in a namespace, "" for all."""
+        return tuple(
+            kind for kind in self._kinds if not self._denials.holds(_name(kind), namespace)
+        )
+
+    async def _list_pods(self, namespace: str) -> str | None:
+        return await self._list(POD, namespace)
+
+    def _on_pod(self, event: Any) -> None:
+        self.on_event(POD, event)
 
     def _follow(self, namespace: str) -> None:
         """Begin to read the pods of a namespace in which a pool is ours, or end it."""
         acts = self._acts_on(namespace)
         if acts and namespace not in self._pods:
-            self._pods[namespace] = asyncio.create_task(self._follow_pods(namespace))
+            self._pods.begin(namespace)
         elif not acts and namespace in self._pods:
-            self._pods.pop(namespace).cancel()
+            self._pods.end(namespace)
             self._read.discard((POD, namespace))
             self._denials.allow(_name(POD), namespace)
             self._store.forget(POD, namespace, self._clock())
-
-    async def _follow_pods(self, namespace: str) -> None:
-        """List and watch the pods of a namespace, until cancelled."""
-        version = self._pod_versions.pop(namespace, None)
-        backoff = Backoff(MAX_BACKOFF_SECONDS)
-        while True:
-            began_at = self._clock()
-            try:
-                if version is None:
-                    async with self._pod_lists:
-                        version = await self._list(POD, namespace)
-                if version is not None:
-                    began_at = self._pods_watched_at[namespace] = self._clock()
-                    async for event in self._cluster.watch(POD, namespace, version):
-                        version = event["object"]["metadata"]["resourceVersion"]
-                        if event["type"] != "BOOKMARK":
-                            self.on_event(POD, event)
-            except api.ApiError as error:
-                _log.info("pods: %s", error, extra={"namespace": namespace})
-                if error.status in (403, 410):
-                    version = None
-            except Exception:  # one namespace must not stop the others, nor stay deaf
-                _log.exception("the watch of pods failed", extra={"namespace": namespace})
-                version = None
-            finally:
-                self._pods_watched_at.pop(namespace, None)
-            if self._clock() - began_at > STEADY_SECONDS:
-                backoff.reset()
-            await asyncio.sleep(backoff.next_seconds())
 
 
 def _name(kind: Kind) -> str:
