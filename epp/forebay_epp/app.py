@@ -26,6 +26,8 @@ from forebay_epp.adapters.scraper import Scraper
 from forebay_epp.adapters.served import ServedModels
 from forebay_epp.core.controller import FlowController
 from forebay_epp.data_plane import DataPlane
+from forebay_epp.handover import ask, hand_over
+from forebay_epp.observers import Observer, Observers
 from forebay_epp.sources import Operator, PlanFile, PlanFileError
 from forebay_epp.traffic import Traffic
 from forebay_epp.transport import Connections, credentials, health
@@ -93,7 +95,7 @@ class EndpointPicker:
         if first.deleted:
             self._controller.delete_pool(time.monotonic())
         self._data_plane = DataPlane(
-            self._controller, self._traffic, settings.max_streams, health_changed=_log_health
+            self._controller, Observers(self._traffic, _HealthLog()), settings.max_streams
         )
         self._scraper = Scraper(
             lambda metrics: self._data_plane.post(
@@ -238,17 +240,7 @@ class EndpointPicker:
 
     async def _ask(self, question: Callable[[float], _T]) -> _T:
         """Have the data-plane thread answer."""
-        running = asyncio.get_running_loop()
-        answer: asyncio.Future[_T] = running.create_future()
-
-        def ask(now: float) -> None:
-            result = question(now)
-            running.call_soon_threadsafe(
-                lambda: None if answer.done() else answer.set_result(result)
-            )
-
-        self._data_plane.post(ask)
-        return await asyncio.wait_for(answer, FINISH_SECONDS)
+        return await ask(self._data_plane.post, question, FINISH_SECONDS)
 
     async def _drain(self) -> None:
         """Be unready at once, let what waits be dispatched, refuse the rest, let answers end."""
@@ -289,13 +281,15 @@ class EndpointPicker:
 
     async def _put(self, update: Update) -> None:
         """Put plan and endpoints into force in one step; what is not given stays."""
-        await hand_over(self._data_plane.post, self._taker(update), FINISH_SECONDS)
+        await hand_over(self._data_plane.post, self._putting(update), FINISH_SECONDS)
         if update.endpoints is not None:
             self._endpoints = update.endpoints
         self._ask_servers(update.plan or self._controller.plan, self._endpoints)
 
-    def _taker(self, update: Update) -> Callable[[float], None]:
-        def take(now: float) -> None:
+    def _putting(self, update: Update) -> Callable[[float], None]:
+        """Return the call that puts the update into force on the data-plane thread."""
+
+        def put(now: float) -> None:
             if update.plan is not None:
                 self._data_plane.reconfigure(update.plan, now)
             if update.endpoints is not None:
@@ -304,9 +298,9 @@ class EndpointPicker:
                 self._controller.delete_pool(now)
             else:
                 self._controller.restore_pool(now)
-            _log.info("program applied", extra=_told(update))
+            _log.info("program applied", extra=_logged(update))
 
-        return take
+        return put
 
     def _ask_servers(self, plan: Plan, endpoints: tuple[Endpoint, ...]) -> None:
         """Ask for metrics where they decide anything, and for models where unmatched ones pass."""
@@ -347,39 +341,7 @@ class EndpointPicker:
             raise StartError(f"--metrics-port: cannot bind {address}: {error.strerror}") from error
 
 
-async def hand_over(
-    post: Callable[[Callable[[float], None]], None],
-    call: Callable[[float], None],
-    patience_seconds: float,
-) -> None:
-    """Have another thread do something, or, if it is late, not do it at all.
-
-    Raises:
-        TimeoutError: it has not begun in time, and will not.
-    """
-    running = asyncio.get_running_loop()
-    done: asyncio.Future[None] = running.create_future()
-    undecided = [None]  # who pops it decides: the thread to begin, or this one to give up
-
-    def begin(now: float) -> None:
-        try:
-            undecided.pop()
-        except IndexError:
-            return
-        call(now)
-        running.call_soon_threadsafe(lambda: None if done.done() else done.set_result(None))
-
-    post(begin)
-    await asyncio.wait((done,), timeout=patience_seconds)
-    try:
-        undecided.pop()
-    except IndexError:
-        await done
-    else:
-        raise TimeoutError("the data plane is busy")
-
-
-def _told(update: Update) -> dict[str, object]:
+def _logged(update: Update) -> dict[str, object]:
     """Say what is new, for the log."""
     endpoints = None if update.endpoints is None else len(update.endpoints)
     return {"plan": update.plan is not None, "endpoints": endpoints, "deleted": update.deleted}
@@ -396,9 +358,12 @@ def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
         raise StartError(f"--cert-path: {error}") from error
 
 
-def _log_health(change: HealthChange) -> None:
-    extra = {"endpoint": change.address, "pod": change.name, "cause": change.cause}
-    if change.out:
-        _log.warning("endpoint fails and is left out", extra=extra)
-    else:
-        _log.info("endpoint is back", extra=extra)
+class _HealthLog(Observer):
+    """Logs which endpoints are left out."""
+
+    def health_changed(self, change: HealthChange) -> None:
+        extra = {"endpoint": change.address, "pod": change.name, "cause": change.cause}
+        if change.out:
+            _log.warning("endpoint fails and is left out", extra=extra)
+        else:
+            _log.info("endpoint is back", extra=extra)

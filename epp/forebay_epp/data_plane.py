@@ -3,138 +3,44 @@
 A transport owns the thread and the sockets. It opens an `Exchange` per ext_proc stream, hands it
 what arrives, sends what it has to say, and calls `tick` when `timeout` has passed. Everything here
 and in the core runs on that one thread, so there is no lock; other threads `post` what they know.
-How bytes travel (transport/) and what they mean (codec/) does not belong here.
+How bytes travel (transport/), what they mean (codec/) and what is counted (observers) does not
+belong here.
 """
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
+from forebay_epp import reading
 from forebay_epp.codec.answers import verdict
-from forebay_epp.codec.extproc.stream import Event, ExtProcStream, State
+from forebay_epp.codec.extproc.events import (
+    Abandoned,
+    Arrived,
+    BodyPart,
+    Finished,
+    FirstChunk,
+    Rejected,
+)
+from forebay_epp.codec.extproc.stream import ExtProcStream
 from forebay_epp.codec.openai import Catalogue
 from forebay_epp.core.terms import Dispatched, Outcome, Request
+from forebay_epp.exchange import Exchange
 
 if TYPE_CHECKING:
-    from collections import deque
     from collections.abc import Callable
 
     from forebay_control.plan import Plan
+    from forebay_epp.codec.extproc.events import Event
     from forebay_epp.core.controller import FlowController
-    from forebay_epp.core.terms import Decision, HealthChange
-    from forebay_epp.traffic import Traffic
+    from forebay_epp.core.terms import Decision
+    from forebay_epp.observers import Observer
+    from forebay_epp.reading import Unread
 
-SILENT_STREAM_SECONDS = 10.0
-READ_REQUEST_SECONDS = 30.0
 BUSY_TICK_SECONDS = 0.005
 IDLE_TICK_SECONDS = 0.05
 TIMEOUT_MARGIN_SECONDS = 10.0
-
-# So many of the oldest unfinished bodies are compared to find the one to give up. More would not
-# find a better one, and a connection can hold thousands.
-COMPARED_BODIES = 64
-
-
-class Exchange:
-    """One ext_proc stream and its request.
-
-    The transport calls `receive`, `half_close` and `close`, then sends what `outbox` holds and, if
-    `ended`, closes its side. `on_output` tells it that there is something to send although nothing
-    has arrived. `close` is owed exactly once, whatever happened before.
-    """
-
-    __slots__ = (
-        *("_data_plane", "id", "on_output", "opened_at", "peer"),
-        *("read_bytes", "reading", "refused", "request", "stream"),
-    )
-
-    def __init__(
-        self,
-        data_plane: DataPlane,
-        exchange_id: int,
-        on_output: Callable[[], None],
-        peer: str,
-        opened_at: float,
-    ) -> None:
-        self._data_plane = data_plane
-        self.id = exchange_id
-        self.on_output = on_output
-        self.peer = peer
-        self.opened_at = opened_at
-        self.stream = ExtProcStream(
-            data_plane.max_body_bytes, data_plane.controller.plan.default_model
-        )
-        self.request: Request | None = None
-        self.reading = True
-        self.refused = False
-        self.read_bytes = 0
-
-    @property
-    def outbox(self) -> deque[bytes]:
-        """Messages to send, in order; the transport takes them out."""
-        return self.stream.outbox
-
-    @property
-    def ended(self) -> bool:
-        """Whether the stream is to be closed once the outbox is sent."""
-        return self.stream.ended
-
-    @property
-    def failure(self) -> str | None:
-        """The text of the error status to close with, or None for OK."""
-        return self.stream.failure
-
-    @property
-    def lockstep(self) -> bool:
-        """Whether nothing will be sent before the next message has come."""
-        return self.stream.state is State.RESPONSE
-
-    def receive(self, data: bytes) -> None:
-        """Take a message."""
-        event = self.stream.receive(data)
-        if self.reading:
-            self._data_plane.read(self, event)
-        elif event is not None:
-            self._data_plane.handle(self, event)
-
-    def half_close(self) -> None:
-        """The peer will send nothing more."""
-        event = self.stream.half_close()
-        if self.ended:
-            self._data_plane.stop_reading(self)
-        if event is not None:
-            self._data_plane.handle(self, event)
-
-    def close(self) -> None:
-        """The stream is gone."""
-        event = self.stream.reset()
-        self._data_plane.forget(self)
-        if event is not None:
-            self._data_plane.handle(self, event)
-
-
-class _Unread:
-    """What one connection holds of requests that are not complete.
-
-    Attributes:
-        exchanges: theirs, the oldest first; a dict for its order.
-        size_bytes: of the bodies so far.
-    """
-
-    __slots__ = ("exchanges", "size_bytes")
-
-    def __init__(self) -> None:
-        self.exchanges: dict[Exchange, None] = {}
-        self.size_bytes = 0
-
-    def slowest(self, now: float) -> Exchange:
-        """Return the body that has kept most bytes for longest, of the oldest ones."""
-        oldest = islice(self.exchanges, COMPARED_BODIES)
-        return max(oldest, key=lambda e: e.read_bytes * (now - e.opened_at))
 
 
 class DataPlane:
@@ -142,11 +48,10 @@ class DataPlane:
 
     Args:
         controller: the pool's flow controller; from now on only the data plane calls it.
-        traffic: counters to feed.
+        observer: told of everything that happens.
         max_streams: how many may be open. One more costs the slowest unread request of the
             connection that has most of them its stream; where there is none it is refused with 429.
         clock: monotonic seconds.
-        health_changed: called for every endpoint that is left out or comes back.
 
     Attributes:
         catalogue: the models that clients may ask for.
@@ -155,30 +60,26 @@ class DataPlane:
     def __init__(
         self,
         controller: FlowController,
-        traffic: Traffic,
+        observer: Observer,
         max_streams: int = 40_000,
         clock: Callable[[], float] = time.monotonic,
-        health_changed: Callable[[HealthChange], None] = lambda _: None,
     ) -> None:
         self.controller = controller
-        self.traffic = traffic
         self.clock = clock
+        self._observer = observer
         self._welcome = False
-        self._health_changed = health_changed
         self._max_streams = max_streams
         self._inbox: SimpleQueue[Callable[[float], None]] = SimpleQueue()
         self._next_id = 0
         self._open: dict[int, Exchange] = {}
-        self._queued_or_sent: dict[int, Exchange] = {}
-        self._silent: OrderedDict[Exchange, float] = OrderedDict()
-        self._reading: OrderedDict[Exchange, float] = OrderedDict()
-        self._unread: dict[str, _Unread] = {}
-        self._read_bytes = 0
+        self._submitted: dict[int, Exchange] = {}
+        self._reading = reading.Reading()
         self._refused = 0
         self._current: Exchange | None = None
         self._tick_at = 0.0
         self.catalogue = Catalogue(controller.plan, int(time.time()))
-        traffic.configure(model.name for model in controller.plan.models)
+        self._patience_seconds = 0.0
+        self._configure(controller.plan)
 
     @property
     def serving(self) -> bool:
@@ -200,23 +101,19 @@ class DataPlane:
         """Begin a stream of the connection `peer`. It may already have a refusal to send."""
         now = self.clock()
         self._next_id += 1
-        exchange = Exchange(self, self._next_id, on_output, peer, now)
         full = len(self._open) - self._refused >= self._max_streams and not self._give_up_stream()
+        unread = self._reading.open(self._next_id, peer, now)
+        stream = ExtProcStream(self.max_body_bytes, self.controller.plan.default_model)
+        exchange = Exchange(self, self._next_id, stream, unread, on_output)
         self._open[exchange.id] = exchange
-        self.traffic.stream_opened()
-        unread = self._unread.get(peer)
-        if unread is None:
-            unread = self._unread[peer] = _Unread()
-        unread.exchanges[exchange] = None
+        self._observer.stream_opened()
         if full:
-            self.traffic.stream_refused()
+            self._observer.stream_refused()
             self._refuse_unread(
                 exchange,
                 Outcome.REJECTED_QUEUE_FULL,
                 f"{self._max_streams} requests are open at this endpoint picker",
             )
-        else:
-            self._silent[exchange] = now + SILENT_STREAM_SECONDS
         return exchange
 
     def timeout(self, now: float) -> float:
@@ -238,7 +135,7 @@ class DataPlane:
         """Take in what other threads posted and what time brings."""
         now = self.clock()
         if self._tick_at:
-            self.traffic.stalled(max(0.0, now - self._tick_at))
+            self._observer.stalled(max(0.0, now - self._tick_at))
         while True:
             try:
                 call = self._inbox.get_nowait()
@@ -248,8 +145,7 @@ class DataPlane:
         self._time_out(now)
         self._settle(now)
         for change in self.controller.take_health_changes():
-            self.traffic.health_changed(change)
-            self._health_changed(change)
+            self._observer.health_changed(change)
         self._tick_at = now + (BUSY_TICK_SECONDS if self.controller.waiting else IDLE_TICK_SECONDS)
 
     # --- for other threads
@@ -268,7 +164,7 @@ class DataPlane:
         """
         self.controller.reconfigure(plan, now)
         self.catalogue.configure(plan)
-        self.traffic.configure(model.name for model in plan.models)
+        self._configure(plan)
 
     @property
     def open_streams(self) -> int:
@@ -278,7 +174,7 @@ class DataPlane:
     @property
     def unfinished(self) -> int:
         """How many requests wait or are in flight."""
-        return len(self._queued_or_sent)
+        return len(self._submitted)
 
     def drain(self) -> None:
         """Be unready, dispatch what waits, queue nothing new."""
@@ -290,20 +186,18 @@ class DataPlane:
         self.controller.flush(now)
         self._settle(now)
 
-    def read(self, exchange: Exchange, event: Event | None) -> None:
+    def read(self, exchange: Exchange, unread: Unread, event: Event | None) -> None:
         """Account for a message of a request that was not yet complete when it came."""
-        if self._silent.pop(exchange, None) is not None:
-            self._reading[exchange] = self.clock() + READ_REQUEST_SECONDS
-        if event is not None or exchange.ended:
+        if not unread.begun:
+            self._reading.begin(unread, self.clock())
+        if isinstance(event, BodyPart):
+            self._reading.grow(unread, event.size_bytes)
+        elif event is not None or exchange.ended:
             self.stop_reading(exchange)
             if event is not None:
                 self.handle(exchange, event)
             return
-        grown = exchange.stream.size_bytes - exchange.read_bytes
-        exchange.read_bytes += grown
-        self._unread[exchange.peer].size_bytes += grown
-        self._read_bytes += grown
-        while self._read_bytes > self.controller.plan.limits.max_bytes:
+        while self._reading.size_bytes > self.controller.plan.limits.max_bytes:
             self._give_up_body(exchange)
 
     def handle(self, exchange: Exchange, event: Event) -> None:
@@ -311,101 +205,79 @@ class DataPlane:
         now = self.clock()
         self._current = exchange
         match event:
-            case Event.ARRIVED:
-                self._submit(exchange, now)
-            case Event.FIRST_CHUNK:
+            case Arrived():
+                self._arrive(exchange, event, now)
+            case FirstChunk():
                 request = exchange.request
-                if request is not None and exchange.id in self._queued_or_sent:
+                if request is not None and exchange.id in self._submitted:
                     self.controller.first_token(exchange.id, now)
-                    self.traffic.first_token(request.band, now - request.dispatched_at)
+                    self._observer.first_token(request, now)
                 self._current = None
                 return
-            case Event.FINISHED:
-                self._complete(exchange, now, blind=False)
-            case Event.FINISHED_BLIND:
-                self._complete(exchange, now, blind=True)
-            case Event.ABANDONED:
+            case Finished():
+                self._complete(exchange, event, now)
+            case Abandoned():
                 self.controller.cancel(exchange.id, now)
-            case Event.REFUSED:
-                refusal = exchange.stream.refusal
-                if refusal is not None:
-                    self.traffic.decided("", None, refusal, 0.0)
+            case Rejected():
+                self._observer.answered(exchange.id, event.outcome, now)
         self._settle(now)
         self._current = None
 
     def forget(self, exchange: Exchange) -> None:
         """A stream is gone."""
         if self._open.pop(exchange.id, None) is not None:
-            self.traffic.stream_closed()
+            self._observer.stream_closed()
             self._refused -= exchange.refused
         self.stop_reading(exchange)
 
     def stop_reading(self, exchange: Exchange) -> None:
         """A request is complete, or not wanted any more."""
-        if not exchange.reading:
-            return
-        exchange.reading = False
-        unread = self._unread[exchange.peer]
-        del unread.exchanges[exchange]
-        unread.size_bytes -= exchange.read_bytes
-        self._read_bytes -= exchange.read_bytes
-        if not unread.exchanges:
-            del self._unread[exchange.peer]
-        self._silent.pop(exchange, None)
-        self._reading.pop(exchange, None)
+        if exchange.unread is not None:
+            self._reading.end(exchange.unread)
+            exchange.unread = None
 
     # --- inside
 
-    def _submit(self, exchange: Exchange, now: float) -> None:
-        stream = exchange.stream
-        self.traffic.body_read(stream.size_bytes)
-        asked = stream.asked_model
-        deleted = self.controller.pool_deleted
-        if asked is not None and not deleted and self._answer_from_catalogue(stream, asked):
-            return
-        request = Request(
-            exchange.id, stream.model, stream.size_bytes, stream.subset, stream.objective
-        )
+    def _configure(self, plan: Plan) -> None:
+        longest = max((band.ttl_seconds for band in plan.bands), default=0.0)
+        self._patience_seconds = longest + plan.no_endpoints_ttl_seconds + TIMEOUT_MARGIN_SECONDS
+        self._observer.reconfigured(plan)
+
+    def _arrive(self, exchange: Exchange, event: Arrived, now: float) -> None:
+        self._observer.arrived(exchange.id, event, now)
+        asked = event.asked_model
+        if asked is not None and not self.controller.pool_deleted:
+            outcome = self._answer_from_catalogue(exchange.stream, asked)
+            if outcome is not None:
+                self._observer.answered(exchange.id, outcome, now)
+                return
+        request = Request(exchange.id, event.model, event.size_bytes, event.subset, event.objective)
         exchange.request = request
-        self._queued_or_sent[exchange.id] = exchange
+        self._submitted[exchange.id] = exchange
         self.controller.submit(request, now)
         self._settle(now)
-        if stream.state is State.QUEUED:
-            plan = self.controller.plan
-            longest = max(band.ttl_seconds for band in plan.bands)
-            stream.extend_timeout(longest + plan.no_endpoints_ttl_seconds + TIMEOUT_MARGIN_SECONDS)
+        if not request.endpoint:
+            exchange.stream.extend_timeout(self._patience_seconds)
 
-    def _answer_from_catalogue(self, stream: ExtProcStream, name: str) -> bool:
-        """Tell of models, or that there is none of this name; False where a server has to."""
-        catalogue = self.catalogue
-        answer = catalogue.answer(name)
+    def _answer_from_catalogue(self, stream: ExtProcStream, name: str) -> Outcome | None:
+        """Tell of models, or that there is none of this name; None where a server has to."""
+        answer = self.catalogue.answer(name)
         if answer is not None:
-            outcome = Outcome.ANSWERED
             stream.answer(answer)
-        elif catalogue.complete:
+            return Outcome.ANSWERED
+        if self.catalogue.complete:
             outcome = Outcome.REJECTED_UNKNOWN_MODEL
             stream.refuse(outcome, "the pool does not serve this model", param="model")
-        else:
-            return False
-        self.traffic.decided("", None, outcome, 0.0)
-        return True
+            return outcome
+        return None
 
-    def _complete(self, exchange: Exchange, now: float, *, blind: bool) -> None:
+    def _complete(self, exchange: Exchange, event: Finished, now: float) -> None:
         request = exchange.request
-        if self._queued_or_sent.pop(exchange.id, None) is None or request is None:
+        if self._submitted.pop(exchange.id, None) is None or request is None:
             return
-        stream = exchange.stream
-        usage = stream.usage()
-        judged = verdict(stream.status, whole=stream.answered)
-        self.controller.complete(exchange.id, usage, now, judged, blind=blind)
-        self.traffic.completed(
-            request.band,
-            request.flow,
-            stream.status,
-            now - request.enqueued_at,
-            usage.prompt_tokens if usage else 0,
-            usage.completion_tokens if usage else 0,
-        )
+        judged = verdict(event.status, whole=event.whole)
+        self.controller.complete(exchange.id, event.usage, now, judged, blind=event.blind)
+        self._observer.completed(request, event, now)
 
     def _settle(self, now: float) -> None:
         """Apply decisions until there are none; one may free a slot and so bring the next."""
@@ -415,25 +287,18 @@ class DataPlane:
                 self._apply(decision, now)
 
     def _apply(self, decision: Decision, now: float) -> None:
-        exchange = self._queued_or_sent[decision.request_id]
+        exchange = self._submitted[decision.request_id]
         request = exchange.request
-        stream = exchange.stream
         if request is None:
             raise AssertionError("a decision on a request that was not submitted")
+        self._observer.decided(request, decision, now)
         if isinstance(decision, Dispatched):
-            self.traffic.decided(
-                request.band, request.flow, Outcome.DISPATCHED, decision.waited_seconds
-            )
-            ended = stream.dispatch(decision.endpoint, decision.target_model)
-            if ended is not None:
-                self._complete(exchange, now, blind=ended is Event.FINISHED_BLIND)
+            finished = exchange.stream.dispatch(decision.endpoint, decision.target_model)
+            if finished is not None:
+                self._complete(exchange, finished, now)
         else:
-            del self._queued_or_sent[exchange.id]
-            self.traffic.decided(
-                request.band, request.flow, decision.outcome, decision.waited_seconds
-            )
-            if stream.state is State.QUEUED:
-                stream.refuse(decision.outcome, decision.message, decision.retry_after_seconds)
+            del self._submitted[exchange.id]
+            exchange.stream.refuse(decision.outcome, decision.message, decision.retry_after_seconds)
         if exchange is not self._current:
             exchange.on_output()
 
@@ -444,12 +309,11 @@ class DataPlane:
         self._refused += 1
         retry_after = 1 if outcome is Outcome.REJECTED_QUEUE_FULL else None
         exchange.stream.refuse(outcome, message, retry_after)
-        self.traffic.decided("", None, outcome, 0.0)
+        self._observer.answered(exchange.id, outcome, self.clock())
 
     def _give_up_body(self, current: Exchange) -> None:
         """Refuse the slowest body of the connection whose unfinished bodies are largest."""
-        unread = max(self._unread.values(), key=lambda unread: unread.size_bytes)
-        slowest = unread.slowest(self.clock())
+        slowest = self._open[self._reading.slowest(self.clock()).exchange_id]
         self._refuse_unread(
             slowest,
             Outcome.REJECTED_QUEUE_FULL,
@@ -460,10 +324,10 @@ class DataPlane:
 
     def _give_up_stream(self) -> bool:
         """Refuse the oldest unread request of the connection that has most; False if none has."""
-        if not self._unread:
+        unread = self._reading.oldest()
+        if unread is None:
             return False
-        unread = max(self._unread.values(), key=lambda unread: len(unread.exchanges))
-        oldest = next(iter(unread.exchanges))
+        oldest = self._open[unread.exchange_id]
         self._refuse_unread(
             oldest,
             Outcome.REJECTED_QUEUE_FULL,
@@ -474,20 +338,16 @@ class DataPlane:
 
     def _time_out(self, now: float) -> None:
         """End streams that say nothing and requests that do not come to an end."""
-        while self._silent:
-            exchange, deadline = next(iter(self._silent.items()))
-            if deadline > now:
-                break
+        while (unread := self._reading.silent(now)) is not None:
+            exchange = self._open[unread.exchange_id]
             self.stop_reading(exchange)
-            exchange.stream.fail(f"no request within {SILENT_STREAM_SECONDS:.0f} s")
+            exchange.stream.fail(f"no request within {reading.SILENT_STREAM_SECONDS:.0f} s")
             exchange.on_output()
-        while self._reading:
-            exchange, deadline = next(iter(self._reading.items()))
-            if deadline > now:
-                break
+        while (unread := self._reading.late(now)) is not None:
+            exchange = self._open[unread.exchange_id]
             self._refuse_unread(
                 exchange,
                 Outcome.REJECTED_INCOMPLETE,
-                f"the request body did not arrive within {READ_REQUEST_SECONDS:.0f} s",
+                f"the request body did not arrive within {reading.READ_REQUEST_SECONDS:.0f} s",
             )
             exchange.on_output()

@@ -1,9 +1,9 @@
-"""Counts an EPP's traffic since it started.
+"""Counts an EPP's traffic since it started: the first observer of the data plane.
 
-The data-plane thread calls the methods, for every request, so they cost well under a microsecond
-and never look at a clock. Other threads only read, and copy a container before they walk through
-it; a copy may be one event ahead of another. How figures are published (adapters/prometheus.py)
-does not belong here, and what is queued right now is the controller's snapshot.
+The data-plane thread calls the methods. Other threads only read, and copy a container before they
+walk through it; a copy may be one event ahead of another. How figures are published
+(adapters/prometheus.py) does not belong here, and what is queued right now is in the controller's
+snapshot.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING
 
 from forebay_epp.core.classification import UNMATCHED_FLOW
 from forebay_epp.core.health import CAUSES
-from forebay_epp.core.terms import Outcome
+from forebay_epp.core.terms import Dispatched, Outcome
+from forebay_epp.observers import Observer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from forebay_epp.core.terms import HealthChange
+    from forebay_control.plan import Plan
+    from forebay_epp.codec.extproc.events import Arrived, Finished
+    from forebay_epp.core.terms import Decision, HealthChange, Request
 
 MAX_MODEL_LABELS = 100
 MAX_LABEL_LENGTH = 128
@@ -101,7 +104,7 @@ class ModelLabels:
         return gone
 
 
-class Traffic:
+class Traffic(Observer):
     """The counters. Attributes are for reading; their keys are label values.
 
     Attributes:
@@ -119,7 +122,7 @@ class Traffic:
         streams_opened: ext_proc streams, ever.
         streams_refused: streams that were one too many; they are among the opened ones.
         streams_open: streams open now.
-        stalls: seconds by which turns of the data-plane loop came late.
+        stalls: seconds by which turns of the data plane came late.
     """
 
     __slots__ = (
@@ -159,6 +162,10 @@ class Traffic:
         self.streams_open = 0
         self.stalls = Histogram(STALL_BUCKETS)
 
+    def reconfigured(self, plan: Plan) -> None:
+        """Count the plan's models by their own labels, as far as there are enough."""
+        self.configure(model.name for model in plan.models)
+
     def configure(self, models: Iterable[str]) -> None:
         """Count these models by their own labels, as far as there are enough.
 
@@ -175,45 +182,43 @@ class Traffic:
         self.prompt_tokens = _merged(self.prompt_tokens, gone)
         self.completion_tokens = _merged(self.completion_tokens, gone)
 
-    def decided(self, band: str, flow: str | None, outcome: Outcome, waited_seconds: float) -> None:
-        """Count a request that has left flow control, one way or another.
+    def arrived(self, request_id: int, event: Arrived, now: float) -> None:  # noqa: ARG002
+        """Count the bytes of a request body."""
+        self.body_bytes += event.size_bytes
 
-        `band` is "" and `flow` None when the request was not classified; its label is then "".
-        """
-        label = "" if flow is None else self.models.label(flow)
+    def answered(self, request_id: int, outcome: Outcome, now: float) -> None:  # noqa: ARG002
+        """Count a request that was not classified: it has neither band nor model."""
+        self.outcomes["", "", outcome] += 1
+
+    def decided(self, request: Request, decision: Decision, now: float) -> None:  # noqa: ARG002
+        """Count a request that has left flow control, one way or another."""
+        band = request.band
+        label = self.models.label(request.flow)
+        outcome = Outcome.DISPATCHED if isinstance(decision, Dispatched) else decision.outcome
         self.outcomes[band, label, outcome] += 1
         if outcome in _AFTER_QUEUEING:
-            self.waits[band].add(waited_seconds)
+            self.waits[band].add(decision.waited_seconds)
 
-    def first_token(self, band: str, seconds: float) -> None:
-        """Count the first chunk of an answer, `seconds` after dispatch."""
-        self.first_tokens[band].add(seconds)
+    def first_token(self, request: Request, now: float) -> None:
+        """Count the first chunk of an answer."""
+        self.first_tokens[request.band].add(now - request.dispatched_at)
 
-    def completed(
-        self,
-        band: str,
-        flow: str,
-        status: int,
-        seconds: float,
-        prompt_tokens: int,
-        completion_tokens: int,
-    ) -> None:
-        """Count the end of an answer, `seconds` after the request arrived.
+    def completed(self, request: Request, event: Finished, now: float) -> None:
+        """Count the end of an answer.
 
-        `status` is 0 when no answer was seen. Token counts are the model server's word; a number
-        that no request can have is not counted.
+        Token counts are the model server's word; a number that no request can have is not counted.
         """
-        self.durations[band].add(seconds)
+        self.durations[request.band].add(now - request.enqueued_at)
+        status = event.status
         self.responses[f"{status // 100}xx" if 100 <= status < 600 else NO_STATUS] += 1
-        label = self.models.label(flow)
-        if 0 < prompt_tokens <= MAX_TOKENS:
-            self.prompt_tokens[label] += prompt_tokens
-        if 0 < completion_tokens <= MAX_TOKENS:
-            self.completion_tokens[label] += completion_tokens
-
-    def body_read(self, size_bytes: int) -> None:
-        """Count bytes of a request body."""
-        self.body_bytes += size_bytes
+        usage = event.usage
+        if usage is None:
+            return
+        label = self.models.label(request.flow)
+        if 0 < usage.prompt_tokens <= MAX_TOKENS:
+            self.prompt_tokens[label] += usage.prompt_tokens
+        if 0 < usage.completion_tokens <= MAX_TOKENS:
+            self.completion_tokens[label] += usage.completion_tokens
 
     def stream_opened(self) -> None:
         """Count a new ext_proc stream."""
@@ -238,7 +243,7 @@ class Traffic:
         self.plan_reloads["taken" if ok else "refused"] += 1
 
     def stalled(self, seconds: float) -> None:
-        """Count by how much a turn of the data-plane loop came late."""
+        """Count by how much a turn of the data plane came late."""
         self.stalls.add(seconds)
         self._worst_stall = max(self._worst_stall, seconds)
 

@@ -156,7 +156,10 @@ class Run:
         self.random = random = Random(seed)
         self.now = 100.0
         self.controller = Recording(plan(random), Random(seed))
-        self.data_plane = DataPlane(self.controller, Traffic(), MAX_STREAMS, clock=lambda: self.now)
+        self.traffic = Traffic()
+        self.data_plane = DataPlane(
+            self.controller, self.traffic, MAX_STREAMS, clock=lambda: self.now
+        )
         self.proxies: list[Proxy] = []
         self.opened = 0
         self.set_endpoints()
@@ -385,16 +388,11 @@ class Run:
         assert (state.requests, state.size_bytes, state.in_flight) == (0, 0, 0)
         assert all(endpoint.in_flight == 0 for endpoint in state.endpoints)
         assert self.controller.decided == self.controller.submitted
-        assert (
-            self.data_plane.open_streams,
-            self.data_plane.unfinished,
-            self.data_plane._read_bytes,
-        ) == (0, 0, 0)
-        assert not self.data_plane._unread
-        assert not self.data_plane._refused
-        assert not self.data_plane._silent
-        assert not self.data_plane._reading
-        traffic = self.data_plane.traffic
+        data_plane = self.data_plane
+        assert (data_plane.open_streams, data_plane.unfinished, data_plane._refused) == (0, 0, 0)
+        assert (data_plane._reading.size_bytes, len(data_plane._reading)) == (0, 0)
+        assert not data_plane._reading._connections
+        traffic = self.traffic
         assert (traffic.streams_opened, traffic.streams_open) == (self.opened, 0)
         assert sum(traffic.outcomes.values()) <= self.opened
 

@@ -66,7 +66,8 @@ class EPPThread:
         )
         self.controller = FlowController(self.plan, random.Random(1))
         self.controller.set_endpoints([Endpoint(e) for e in endpoints], time.monotonic())
-        self.data_plane = DataPlane(self.controller, Traffic(), max_streams)
+        self.traffic = Traffic()
+        self.data_plane = DataPlane(self.controller, self.traffic, max_streams)
         self.data_plane.serving = True
         self.transport = TRANSPORTS[transport](
             self.data_plane, "127.0.0.1:0", credentials, connections or Connections()

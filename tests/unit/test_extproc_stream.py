@@ -13,8 +13,17 @@ from hypothesis import strategies as st
 
 from forebay_control.plan import ModelPlan, Plan, SaturationMode, SaturationPlan, TargetPlan
 from forebay_epp.codec import openai
+from forebay_epp.codec.extproc.events import (
+    ABANDONED,
+    FIRST_CHUNK,
+    Abandoned,
+    Arrived,
+    BodyPart,
+    Finished,
+    Rejected,
+)
 from forebay_epp.codec.extproc.framing import DESTINATION
-from forebay_epp.codec.extproc.stream import Event, ExtProcStream, State
+from forebay_epp.codec.extproc.stream import ExtProcStream, State
 from forebay_epp.core.controller import FlowController
 from forebay_epp.core.terms import Endpoint, EndpointMetrics, Outcome
 from forebay_epp.data_plane import DataPlane
@@ -72,14 +81,25 @@ def answer_body(data=JSON_ANSWER, end=True):
 
 
 class Peer:
-    """A stream and everything it has sent."""
+    """A stream, everything it has sent, and the last event of each kind."""
 
-    def __init__(self, limit=LIMIT):
-        self.stream = ExtProcStream(limit)
+    def __init__(self, limit=LIMIT, default_model=None):
+        self.stream = ExtProcStream(limit, default_model)
+        self.request: Arrived | None = None
+        self.rejected: Rejected | None = None
+        self.finished: Finished | None = None
 
     def say(self, message):
         """Send a message; return the event."""
-        return self.stream.receive(message.SerializeToString())
+        event = self.stream.receive(message.SerializeToString())
+        match event:
+            case Arrived():
+                self.request = event
+            case Rejected():
+                self.rejected = event
+            case Finished():
+                self.finished = event
+        return event
 
     def take(self):
         """Take the messages that the stream wants to send."""
@@ -89,8 +109,9 @@ class Peer:
 
     def arrived(self, *messages):
         """Send messages of which the last completes the request."""
-        events = [self.say(message) for message in messages]
-        assert events == [None] * (len(events) - 1) + [Event.ARRIVED]
+        *before, last = [self.say(message) for message in messages]
+        assert all(event is None or isinstance(event, BodyPart) for event in before)
+        assert isinstance(last, Arrived)
         return self
 
 
@@ -161,7 +182,7 @@ def test_a_bodiless_request_is_submitted_without_a_model():
 
     peer.stream.dispatch("10.0.0.1:8000", None)
 
-    assert peer.stream.model == ""
+    assert peer.request.model == ""
     assert [m.WhichOneof("response") for m in peer.take()] == ["request_headers"]
 
 
@@ -175,7 +196,8 @@ def test_a_proxy_that_shows_no_modes_nor_pseudo_headers_is_served():
     assert peer.stream.half_close() is None
     event = peer.stream.dispatch("10.0.0.1:8000", None)
 
-    assert (event, peer.stream.model, peer.stream.ended) == (Event.FINISHED_BLIND, "m", True)
+    assert (event, peer.request.model) == (Finished(0, blind=True), "m")
+    assert peer.stream.ended
     assert [m.WhichOneof("response") for m in peer.take()] == ["request_headers", "request_body"]
     assert peer.stream.reset() is None
 
@@ -183,7 +205,7 @@ def test_a_proxy_that_shows_no_modes_nor_pseudo_headers_is_served():
 def test_a_request_for_the_list_of_models_can_be_answered():
     """With JSON and 200; the stream ends, and nothing is left of it."""
     peer = Peer().arrived(headers(end=True, **{":method": "GET", ":path": "/v1/models/a%2Fb"}))
-    assert peer.stream.asked_model == "a/b"
+    assert peer.request.asked_model == "a/b"
 
     peer.stream.answer(b"{}")
 
@@ -204,7 +226,7 @@ def test_a_request_for_the_list_of_models_may_be_left_to_a_server():
 
     peer.stream.dispatch("10.0.0.1:8000", None)
 
-    assert peer.stream.model == ""
+    assert peer.request.model == ""
     assert [m.WhichOneof("response") for m in peer.take()] == ["request_headers"]
 
 
@@ -218,7 +240,7 @@ def test_buffered_waves_headers_through_and_decides_on_the_body():
     peer.say(headers(modes=modes))
     assert [m.WhichOneof("response") for m in peer.take()] == ["request_headers"]
 
-    assert peer.say(body()) is Event.ARRIVED
+    assert isinstance(peer.say(body()), Arrived)
     peer.stream.dispatch("10.0.0.1:8000", None)
 
     (decision,) = peer.take()
@@ -255,27 +277,26 @@ def test_the_model_of_a_form_is_read_and_rewritten():
     given = {":path": "/v1/audio/transcriptions", "content-type": "multipart/form-data; boundary=b"}
     peer = Peer()
     peer.say(headers(modes=(pb.BUFFERED, pb.NONE), **given))
-    assert peer.say(body(FORM)) is Event.ARRIVED
+    assert isinstance(peer.say(body(FORM)), Arrived)
     peer.take()
 
     peer.stream.dispatch("10.0.0.1:8000", "whisper-large-v3")
 
     (decision,) = peer.take()
     changed = decision.request_body.response.body_mutation.body
-    assert peer.stream.model == "whisper"
+    assert peer.request.model == "whisper"
     assert changed == FORM.replace(b"whisper", b"whisper-large-v3")
     assert set_headers(decision.request_body.response)["content-length"] == str(len(changed))
 
 
 def test_a_request_that_names_no_model_is_for_the_default_one():
     """And is sent on under the name it is rewritten to."""
-    peer = Peer()
-    peer.stream = ExtProcStream(LIMIT, default_model="chat")
+    peer = Peer(default_model="chat")
     peer.arrived(headers(), body(b'{"prompt":"hello"}'))
 
     peer.stream.dispatch("10.0.0.1:8000", "chat-v1")
 
-    assert peer.stream.model == "chat"
+    assert peer.request.model == "chat"
     (sent,) = pieces(peer.take(), "request_body")
     assert json.loads(sent.body) == {"prompt": "hello", "model": "chat-v1"}
 
@@ -284,7 +305,7 @@ def test_a_path_where_the_model_is_optional_passes_without():
     """As an unmatched request."""
     peer = Peer().arrived(headers(**{":path": "/tokenize"}), body(b'{"prompt":"hello"}'))
 
-    assert peer.stream.model == ""
+    assert peer.request.model == ""
 
 
 @pytest.mark.parametrize(
@@ -305,8 +326,9 @@ def test_a_header_that_comes_twice_hides_nothing(name, values, outcome):
         message.request_headers.headers.headers.add(key=name, raw_value=value.encode())
     peer = Peer()
 
-    assert Event.REFUSED in [peer.say(message), peer.say(body(FORM))]
-    assert peer.stream.refusal is outcome
+    peer.say(message)
+    peer.say(body(FORM))
+    assert peer.rejected.outcome is outcome
 
 
 def test_streamed_decides_on_the_headers_and_owes_an_answer_per_piece():
@@ -333,7 +355,7 @@ def test_streamed_reads_the_body_first_where_the_proxy_sends_it():
     peer.stream.dispatch("10.0.0.1:8000", "other")
 
     first, second, third = peer.take()
-    assert peer.stream.model == "m"
+    assert peer.request.model == "m"
     assert first.HasField("request_headers")
     assert json.loads(second.request_body.response.body_mutation.body)["model"] == "other"
     assert third.request_body.response.body_mutation.clear_body
@@ -355,14 +377,13 @@ def test_a_json_answer_passes_and_its_usage_is_read():
     """The echo is byte for byte; the end frees the slot and closes the stream."""
     peer = dispatched()
     assert peer.say(answer_headers()) is None
-    assert peer.say(answer_body(JSON_ANSWER[:9], end=False)) is Event.FIRST_CHUNK
-    assert peer.say(answer_body(JSON_ANSWER[9:])) is Event.FINISHED
+    assert peer.say(answer_body(JSON_ANSWER[:9], end=False)) is FIRST_CHUNK
+    assert peer.say(answer_body(JSON_ANSWER[9:])) == Finished(200, openai.Usage(7, 9), whole=True)
 
     sent = peer.take()
     assert sent[0].HasField("response_headers")
     assert b"".join(piece.body for piece in pieces(sent, "response_body")) == JSON_ANSWER
-    assert peer.stream.usage() == openai.Usage(7, 9)
-    assert (peer.stream.status, peer.stream.ended, peer.stream.failure) == (200, True, None)
+    assert (peer.stream.ended, peer.stream.failure) == (True, None)
 
 
 @given(cut=st.lists(st.integers(1, 160), max_size=4, unique=True))
@@ -380,7 +401,7 @@ def test_usage_of_an_event_stream_is_read_wherever_it_is_cut(cut):
     for start, end in pairwise(edges):
         peer.say(answer_body(text[start:end], end=end == len(text)))
 
-    assert peer.stream.usage() == openai.Usage(7, 9)
+    assert peer.finished.usage == openai.Usage(7, 9)
     assert b"".join(p.body for p in pieces(peer.take(), "response_body")) == text
 
 
@@ -419,13 +440,13 @@ def test_response_trailers_end_the_answer():
 
     event = peer.say(pb.ProcessingRequest(response_trailers=pb.HttpTrailers()))
 
-    assert event is Event.FINISHED
+    assert event == Finished(200, openai.Usage(7, 9), whole=True)
     assert peer.take()[-1].HasField("response_trailers")
 
 
 def test_an_answer_without_body_ends_with_its_headers():
     """HEAD, 204."""
-    assert dispatched().say(answer_headers(status="204", end=True)) is Event.FINISHED
+    assert dispatched().say(answer_headers(status="204", end=True)) == Finished(204, whole=True)
 
 
 @pytest.mark.parametrize("mode", [pb.BUFFERED, pb.STREAMED])
@@ -434,7 +455,7 @@ def test_other_response_modes_continue_each_message(mode):
     peer = dispatched(modes=(pb.BUFFERED, mode))
     peer.say(answer_headers())
 
-    assert peer.say(answer_body()) is Event.FINISHED
+    assert isinstance(peer.say(answer_body()), Finished)
 
     last = peer.take()[-1]
     assert last.HasField("response_body")
@@ -445,8 +466,8 @@ def test_a_local_reply_of_the_proxy_abandons_a_queued_request():
     """Envoy's own timeout is shown as response headers of a request that never went out."""
     peer = Peer().arrived(headers(), body())
 
-    assert peer.say(answer_headers(status="504")) is Event.ABANDONED
-    assert peer.say(answer_body(b"timeout")) is Event.FINISHED
+    assert peer.say(answer_headers(status="504")) is ABANDONED
+    assert peer.say(answer_body(b"timeout")) == Finished(504, whole=True)
     assert [m.WhichOneof("response") for m in peer.take()] == ["response_headers", "response_body"]
 
 
@@ -459,13 +480,13 @@ def test_half_close_in_each_state():
     assert (silent.stream.half_close(), silent.stream.ended) == (None, True)
     reading = Peer()
     reading.say(headers())
-    assert reading.stream.half_close() is Event.REFUSED
+    assert isinstance(reading.stream.half_close(), Rejected)
     assert reading.take()[0].immediate_response.status.code == 400
     answered = dispatched()
     answered.say(answer_headers())
-    assert answered.stream.half_close() is Event.FINISHED
+    assert answered.stream.half_close() == Finished(200)
     unanswered = dispatched()
-    assert unanswered.stream.half_close() is Event.FINISHED_BLIND
+    assert unanswered.stream.half_close() == Finished(0, blind=True)
     for over in (silent, reading, answered, unanswered):
         assert (over.stream.ended, over.stream.reset()) == (True, None)
 
@@ -473,9 +494,9 @@ def test_half_close_in_each_state():
 def test_reset_in_each_state():
     """A stream that is gone gives its place or slot back, once."""
     queued = Peer().arrived(headers(), body())
-    assert [queued.stream.reset(), queued.stream.reset()] == [Event.ABANDONED, None]
+    assert [queued.stream.reset(), queued.stream.reset()] == [ABANDONED, None]
     answered = dispatched()
-    assert [answered.stream.reset(), answered.stream.reset()] == [Event.FINISHED, None]
+    assert [answered.stream.reset(), answered.stream.reset()] == [Finished(0), None]
     assert Peer().stream.reset() is None
 
 
@@ -503,10 +524,10 @@ def test_too_large_is_refused_as_soon_as_it_is_known():
     """By content-length at once, else by the byte that is one too many."""
     by_header, by_body = Peer(100), Peer(100)
 
-    assert by_header.say(headers(content_length="101")) is Event.REFUSED
+    assert isinstance(by_header.say(headers(content_length="101")), Rejected)
     by_body.say(headers())
-    assert by_body.say(body(b"x" * 60, end=False)) is None
-    assert by_body.say(body(b"x" * 60, end=False)) is Event.REFUSED
+    assert by_body.say(body(b"x" * 60, end=False)) == BodyPart(60)
+    assert isinstance(by_body.say(body(b"x" * 60, end=False)), Rejected)
 
     for peer in (by_header, by_body):
         assert peer.take()[0].immediate_response.status.code == 413
@@ -528,12 +549,12 @@ def test_a_subset_hint_is_read_from_either_message(value, expected):
         hint[f"{DESTINATION}-subset"] = value
         peer = Peer().arrived(*messages)
 
-        assert peer.stream.subset == frozenset(expected)
+        assert peer.request.subset == frozenset(expected)
 
 
 def test_no_hint_is_no_subset():
     """None means every endpoint."""
-    assert Peer().arrived(headers(), body()).stream.subset is None
+    assert Peer().arrived(headers(), body()).request.subset is None
 
 
 # --- anything at all
@@ -606,9 +627,9 @@ def test_whatever_comes_in_whatever_order_has_one_end(steps):  # noqa: C901, PLR
         if stream.ended and stream.failure is None and seen_headers and not was_reset:
             assert answered
 
-    arrivals = events.count(Event.ARRIVED)
-    ends = sum(event in {Event.FINISHED, Event.FINISHED_BLIND, "refused"} for event in events)
-    abandoned = events.count(Event.ABANDONED)
+    arrivals = sum(isinstance(event, Arrived) for event in events)
+    ends = sum(isinstance(event, Finished) or event == "refused" for event in events)
+    abandoned = sum(isinstance(event, Abandoned) for event in events)
     assert arrivals <= 1
     assert ends <= 1
     assert abandoned <= 1
@@ -627,7 +648,7 @@ def test_a_compressed_body_is_refused_where_its_model_matters(path):
     if path == "/v1/files":
         assert (event, peer.take()) == (None, [])
     else:
-        assert event is Event.REFUSED
+        assert isinstance(event, Rejected)
         assert peer.take()[0].immediate_response.status.code == 415
 
 
@@ -637,7 +658,7 @@ def test_a_proxy_that_writes_values_into_value_is_read():
     message.request_headers.headers.headers.add(key="content-length", value=str(LIMIT + 1))
     peer = Peer()
 
-    assert peer.say(message) is Event.REFUSED
+    assert isinstance(peer.say(message), Rejected)
     assert peer.take()[0].immediate_response.status.code == 413
 
 
@@ -724,7 +745,7 @@ def test_a_compressed_answer_passes_untouched():
 
     assert not first.response_headers.response.header_mutation.remove_headers
     assert [piece.body for piece in pieces(peer.take(), "response_body")] == [data]
-    assert peer.stream.usage() is None
+    assert peer.finished.usage is None
 
 
 @pytest.mark.parametrize(
@@ -737,7 +758,7 @@ def test_a_bad_body_is_refused_in_every_mode(modes, bad):
     peer.say(headers(modes=modes, early_body=True))
     peer.take()
 
-    assert peer.say(body(bad)) is Event.REFUSED
+    assert isinstance(peer.say(body(bad)), Rejected)
 
     (answer,) = peer.take()
     assert answer.immediate_response.status.code == 400
@@ -770,7 +791,7 @@ def test_a_body_that_was_read_with_more_stack_than_is_left_at_dispatch_is_refuse
     if event is None:  # interpreters that count their own frames apart from the parser's
         assert first.HasField("request_headers")
     else:
-        assert (event, peer.stream.ended) == (Event.FINISHED, True)
+        assert (event, peer.stream.ended) == (Finished(0), True)
         assert first.immediate_response.status.code == 400
 
 
@@ -807,7 +828,7 @@ def test_a_status_that_is_none_is_an_error(status):
 
     peer.say(answer_headers(status=status))
 
-    assert peer.stream.status == 500
+    assert peer.say(answer_body()).status == 500
 
 
 def test_a_partly_buffered_answer_comes_whole():
@@ -842,7 +863,7 @@ def test_a_stream_that_shows_an_answer_only_is_passed_on(modes):
     first = answer_headers("503")
     first.protocol_config.request_body_mode, first.protocol_config.response_body_mode = modes
 
-    assert peer.say(first) is Event.ABANDONED
+    assert peer.say(first) is ABANDONED
     peer.say(answer_body(b"overflow"))
 
     shown, echo = peer.take()
@@ -850,14 +871,14 @@ def test_a_stream_that_shows_an_answer_only_is_passed_on(modes):
     assert echo.HasField("response_body")
     if modes[1] == pb.FULL_DUPLEX_STREAMED:
         assert pieces([echo], "response_body")[0].body == b"overflow"
-    assert (peer.stream.ended, peer.stream.failure, peer.stream.refusal) == (True, None, None)
+    assert (peer.stream.ended, peer.stream.failure, peer.rejected) == (True, None, None)
 
 
 def test_an_answer_without_its_headers_is_passed_on_too():
     """A filter may be told to skip them."""
     peer = Peer()
 
-    assert peer.say(answer_body(b"x", end=False)) is Event.ABANDONED
+    assert peer.say(answer_body(b"x", end=False)) is ABANDONED
     peer.say(answer_body(b"y"))
 
     assert [piece.body for piece in pieces(peer.take(), "response_body")] == [b"x", b"y"]
@@ -874,7 +895,7 @@ UPGRADES = [
 def test_a_conversation_passes_in_both_directions_until_it_ends(request_headers):
     """Decided on its headers; what follows is no body, and only its end frees the slot."""
     peer = Peer().arrived(headers(**request_headers))
-    assert (peer.stream.model, peer.take()) == ("", [])
+    assert (peer.request.model, peer.take()) == ("", [])
 
     peer.stream.dispatch("10.0.0.1:8000", None)
 
@@ -891,7 +912,7 @@ def test_a_conversation_passes_in_both_directions_until_it_ends(request_headers)
     assert [piece.end_of_stream for piece in pieces([ping, last], "request_body")] == [False, True]
     assert [piece.body for piece in pieces([pong], "response_body")] == [b"pong"]
     assert not peer.stream.ended
-    assert peer.stream.half_close() is Event.FINISHED
+    assert peer.stream.half_close() == Finished(101)
     assert peer.stream.reset() is None
 
 
@@ -916,7 +937,7 @@ def test_what_comes_before_a_conversation_is_open_follows_its_decision():
     assert pieces([early], "request_body")[0].body == b"early"
 
     hasty = Peer().arrived(headers(**UPGRADES[0]))
-    assert hasty.say(body(b"x" * 62_001, end=False)) is Event.ABANDONED
+    assert hasty.say(body(b"x" * 62_001, end=False)) is ABANDONED
     assert "did not wait" in hasty.stream.failure
 
 
@@ -924,7 +945,7 @@ def test_an_upgrade_header_does_not_hide_the_model():
     """Where a model is read it is read all the same."""
     peer = Peer().arrived(headers(upgrade="websocket"), body())
 
-    assert peer.stream.model == "m"
+    assert peer.request.model == "m"
 
 
 PARTIAL = (pb.BUFFERED_PARTIAL, pb.NONE)
@@ -951,7 +972,7 @@ def test_a_body_that_the_proxy_cuts_is_classified_by_its_beginning(part, model):
 
     peer.stream.dispatch("10.0.0.1:8000", None)
 
-    assert peer.stream.model == model
+    assert peer.request.model == model
     waved, routed = peer.take()
     assert waved.HasField("request_headers")
     assert set_headers(routed.request_body.response)[DESTINATION] == "10.0.0.1:8000"
@@ -962,7 +983,7 @@ def test_a_body_that_the_proxy_cuts_cannot_be_renamed():
     """The client is told, rather than the server asked for a model that it does not have."""
     peer = Peer().arrived(headers(modes=PARTIAL), body(b'{"model":"m","p":"x', end=False))
 
-    assert peer.stream.dispatch("10.0.0.1:8000", "target") is Event.FINISHED
+    assert peer.stream.dispatch("10.0.0.1:8000", "target") == Finished(0)
 
     assert peer.take()[-1].immediate_response.status.code == 413
 

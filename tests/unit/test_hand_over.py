@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from forebay_epp.app import hand_over
+from forebay_epp.handover import hand_over
 
 WAIT_SECONDS = 30
 

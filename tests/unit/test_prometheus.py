@@ -11,10 +11,12 @@ from dataclasses import replace
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
+from observed import complete, decide, request
 from prometheus_client.openmetrics import parser as openmetrics_parser
 from prometheus_client.parser import text_string_to_metric_families
 
 from forebay_epp.adapters import prometheus
+from forebay_epp.codec.extproc.events import Arrived
 from forebay_epp.core.terms import (
     BandSnapshot,
     ControllerSnapshot,
@@ -87,14 +89,14 @@ def busy_traffic() -> Traffic:
     """Counters of everything."""
     traffic = Traffic()
     traffic.configure(["chat"])
-    traffic.decided("Critical", "chat", Outcome.DISPATCHED, 0.02)
-    traffic.decided("Critical", "chat", Outcome.DISPATCHED, 100.0)
-    traffic.decided("", None, Outcome.REJECTED_BAD_REQUEST, 0.0)
-    traffic.first_token("Critical", 0.25)
-    traffic.completed("Critical", "chat", 200, 2.0, 100, 50)
+    decide(traffic, "Critical", "chat", Outcome.DISPATCHED, 0.02)
+    decide(traffic, "Critical", "chat", Outcome.DISPATCHED, 100.0)
+    traffic.answered(1, Outcome.REJECTED_BAD_REQUEST, 0.0)
+    traffic.first_token(request("Critical"), 0.25)
+    complete(traffic, "Critical", "chat", 200, 2.0, 100, 50)
     traffic.stream_opened()
     traffic.stalled(0.003)
-    traffic.body_read(1234)
+    traffic.arrived(1, Arrived("chat", 1234, None, "", None), 0.0)
     traffic.plan_reloaded(ok=True)
     return traffic
 
@@ -238,8 +240,8 @@ async def test_any_name_leaves_the_page_readable(name):
     """Names of bands, models, flows and endpoints may be anything."""
     traffic = Traffic()
     traffic.configure([name])
-    traffic.decided(name, name, Outcome.DISPATCHED, 0.1)
-    traffic.completed(name, name, 200, 1.0, 1, 1)
+    decide(traffic, name, name, Outcome.DISPATCHED, 0.1)
+    complete(traffic, name, name, 200, 1.0, 1, 1)
     band = replace(STATE.bands[0], band=name, flows=(FlowSnapshot(name, 1, 1),))
     endpoint = replace(STATE.endpoints[0], address=name)
     text = await read(traffic, replace(STATE, pool=name, bands=(band,), endpoints=(endpoint,)))
@@ -276,8 +278,8 @@ async def test_pages_can_be_read_while_another_thread_counts():
             number += 1
             band, model = f"band-{number % 300}", f"model-{number}"
             traffic.configure([model])
-            traffic.decided(band, model, Outcome.DISPATCHED, 0.01)
-            traffic.completed(band, model, number % 600, 0.1, 1, 1)
+            decide(traffic, band, model, Outcome.DISPATCHED, 0.01)
+            complete(traffic, band, model, number % 600, 0.1, 1, 1)
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)

@@ -28,7 +28,10 @@ class Site:
         self.now = 100.0
         self.controller = FlowController(plan, random.Random(1))
         self.controller.set_endpoints([Endpoint("10.0.0.1:8000")], self.now)
-        self.data_plane = DataPlane(self.controller, Traffic(), max_streams, clock=lambda: self.now)
+        self.traffic = Traffic()
+        self.data_plane = DataPlane(
+            self.controller, self.traffic, max_streams, clock=lambda: self.now
+        )
 
     def open(self, peer="ipv4:10.0.0.1:1"):
         self.now += 0.001
@@ -86,7 +89,7 @@ def test_unfinished_bodies_never_keep_an_honest_request_out():
     assert told == [slow[0]]
     assert all(exchange.outbox and not refused(exchange) for exchange in honest)
     assert site.controller.snapshot(site.now).in_flight == 3
-    assert site.data_plane.traffic.outcomes["", "", Outcome.REJECTED_QUEUE_FULL] == 1
+    assert site.traffic.outcomes["", "", Outcome.REJECTED_QUEUE_FULL] == 1
 
 
 def test_the_connection_that_holds_most_pays():
@@ -163,8 +166,5 @@ def test_nothing_is_kept_of_connections(ending):
     for exchange in exchanges:
         exchange.close()
 
-    assert (site.data_plane._read_bytes, site.data_plane._unread, site.data_plane.open_streams) == (
-        0,
-        {},
-        0,
-    )
+    assert (site.data_plane._reading.size_bytes, len(site.data_plane._reading)) == (0, 0)
+    assert site.data_plane.open_streams == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from observed import complete, decide
 
 from forebay_epp.core.terms import Outcome
 from forebay_epp.traffic import (
@@ -36,9 +37,9 @@ def test_counts_outcomes_by_band_model_and_outcome():
     """Each combination has its own count."""
     traffic = Traffic()
     traffic.configure(["chat"])
-    traffic.decided("Critical", "chat", Outcome.DISPATCHED, 0.5)
-    traffic.decided("Critical", "chat", Outcome.DISPATCHED, 0.5)
-    traffic.decided("Sheddable", "chat", Outcome.EVICTED_TTL, 10.0)
+    decide(traffic, "Critical", "chat", Outcome.DISPATCHED, 0.5)
+    decide(traffic, "Critical", "chat", Outcome.DISPATCHED, 0.5)
+    decide(traffic, "Sheddable", "chat", Outcome.EVICTED_TTL, 10.0)
 
     assert traffic.outcomes == {
         ("Critical", "chat", Outcome.DISPATCHED): 2,
@@ -51,7 +52,7 @@ def test_counts_outcomes_by_band_model_and_outcome():
 def test_only_requests_that_were_queued_have_waited(outcome):
     """What is rejected before it is queued would make the queue look fast."""
     traffic = Traffic()
-    traffic.decided("Standard", "chat", outcome, 0.0)
+    decide(traffic, "Standard", "chat", outcome, 0.0)
 
     assert bool(traffic.waits) == outcome.startswith(("Dispatched", "Evicted"))
 
@@ -62,8 +63,8 @@ def test_models_beyond_the_cap_share_a_label():
     models = [f"m{number}" for number in range(10 * MAX_MODEL_LABELS)]
     traffic.configure(models)
     for model in models:
-        traffic.decided("Standard", model, Outcome.DISPATCHED, 0.0)
-        traffic.completed("Standard", model, 200, 1.0, 1, 1)
+        decide(traffic, "Standard", model, Outcome.DISPATCHED, 0.0)
+        complete(traffic, "Standard", model, 200, 1.0, 1, 1)
 
     labels = {model for _, model, _ in traffic.outcomes}
     assert labels == {*models[:MAX_MODEL_LABELS], OTHER_MODEL}
@@ -76,9 +77,9 @@ def test_invented_names_take_no_label():
     traffic = Traffic()
     traffic.configure(["real"])
     for _ in range(2 * MAX_MODEL_LABELS):
-        traffic.decided("Standard", "", Outcome.DISPATCHED, 0.0)
-        traffic.decided("", None, Outcome.REJECTED_BAD_REQUEST, 0.0)
-    traffic.decided("Standard", "real", Outcome.DISPATCHED, 0.0)
+        decide(traffic, "Standard", "", Outcome.DISPATCHED, 0.0)
+        traffic.answered(1, Outcome.REJECTED_BAD_REQUEST, 0.0)
+    decide(traffic, "Standard", "real", Outcome.DISPATCHED, 0.0)
 
     assert {model for _, model, _ in traffic.outcomes} == {"real", UNMATCHED_MODEL, ""}
 
@@ -102,8 +103,8 @@ def test_models_that_come_and_go_leave_no_series():
     for number in range(1000):
         traffic.configure(["stays", f"m{number}"])
         for model in ("stays", f"m{number}"):
-            traffic.decided("Standard", model, Outcome.DISPATCHED, 0.0)
-            traffic.completed("Standard", model, 200, 1.0, 2, 3)
+            decide(traffic, "Standard", model, Outcome.DISPATCHED, 0.0)
+            complete(traffic, "Standard", model, 200, 1.0, 2, 3)
 
     assert traffic.outcomes == {
         ("Standard", "stays", Outcome.DISPATCHED): 1000,
@@ -149,7 +150,7 @@ def test_a_label_is_short_and_valid_utf_8(model):
 def test_counts_answers_by_class_of_status(status, status_class):
     """A status that is none has a class of its own."""
     traffic = Traffic()
-    traffic.completed("Standard", "chat", status, 1.0, 0, 0)
+    complete(traffic, "Standard", "chat", status, 1.0, 0, 0)
 
     assert traffic.responses == {status_class: 1}
 
@@ -158,7 +159,7 @@ def test_counts_answers_by_class_of_status(status, status_class):
 def test_token_counts_that_cannot_be_are_not_counted(tokens):
     """They come from the model server, and a counter never goes down."""
     traffic = Traffic()
-    traffic.completed("Standard", "chat", 200, 1.0, tokens, tokens)
+    complete(traffic, "Standard", "chat", 200, 1.0, tokens, tokens)
 
     assert traffic.prompt_tokens == {}
     assert traffic.completion_tokens == {}

@@ -393,7 +393,7 @@ def test_a_websocket_whose_client_vanishes_frees_its_slot(stack):
 
 def test_a_local_reply_of_envoy_comes_as_envoy_gave_it(stack):
     """No upgrade but WebSocket's is allowed: Envoy says so itself, and not 500."""
-    envoy, traffic = stack.envoy(), stack.epp.data_plane.traffic
+    envoy, traffic = stack.envoy(), stack.epp.traffic
     before = traffic.streams_opened
 
     status, _, _ = envoy.request(None, path="/x", connection="Upgrade", upgrade="other")
@@ -409,7 +409,7 @@ def test_a_body_beyond_the_proxys_buffer_is_classified_by_its_beginning(stack):
     status, _, _ = envoy.request(text)
 
     assert (status, [seen["body"] for seen in stack.server.seen]) == (200, [text])
-    outcomes = stack.epp.data_plane.traffic.outcomes
+    outcomes = stack.epp.traffic.outcomes
     assert outcomes["Critical", "chat", Outcome.DISPATCHED]
 
 

@@ -12,7 +12,7 @@ from ext_proc_peer import Stream, channel, client_process, until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from forebay_control.plan import ModelPlan, Plan, UnmatchedAction, UnmatchedPlan
-from forebay_epp import data_plane
+from forebay_epp import reading
 from forebay_epp.core.terms import Endpoint, Outcome
 from forebay_epp.transport import Connections, credentials
 
@@ -176,11 +176,11 @@ def test_a_question_for_models_is_answered_at_once(start, open_stream):
         assert list(stream.call) == []
 
     until(epp.idle)
-    assert epp.data_plane.traffic.outcomes == {
+    assert epp.traffic.outcomes == {
         ("", "", Outcome.ANSWERED): 2,
         ("", "", Outcome.REJECTED_UNKNOWN_MODEL): 1,
     }
-    assert not epp.data_plane.traffic.waits
+    assert not epp.traffic.waits
 
 
 def test_an_answer_without_a_request_is_passed_on(start, open_stream):
@@ -193,7 +193,7 @@ def test_an_answer_without_a_request_is_passed_on(start, open_stream):
     assert list(stream.call) == []
     assert stream.call.code() is grpc.StatusCode.OK
     until(epp.idle)
-    assert not epp.data_plane.traffic.outcomes
+    assert not epp.traffic.outcomes
 
 
 def test_a_websocket_holds_its_slot_until_its_end(start, open_stream):
@@ -240,7 +240,7 @@ def test_a_large_body_comes_back_whole_in_pieces_of_at_most_62000_bytes(start, o
 
 def test_a_stream_that_says_nothing_is_ended_with_an_error(start, open_stream, monkeypatch):
     """Opening streams costs an attacker as much as us, for a limited time."""
-    monkeypatch.setattr(data_plane, "SILENT_STREAM_SECONDS", 0.05)
+    monkeypatch.setattr(reading, "SILENT_STREAM_SECONDS", 0.05)
     epp = start()
     stream = open_stream(epp)
 
@@ -253,7 +253,7 @@ def test_a_stream_that_says_nothing_is_ended_with_an_error(start, open_stream, m
 
 def test_a_body_that_never_ends_is_refused_with_408(start, open_stream, monkeypatch):
     """A request has to arrive within a bounded time."""
-    monkeypatch.setattr(data_plane, "READ_REQUEST_SECONDS", 0.05)
+    monkeypatch.setattr(reading, "READ_REQUEST_SECONDS", 0.05)
     epp = start()
     stream = open_stream(epp)
 

@@ -15,7 +15,8 @@ import grpc.aio
 from forebay_epp.transport import PROCESS, health
 
 if TYPE_CHECKING:
-    from forebay_epp.data_plane import DataPlane, Exchange
+    from forebay_epp.data_plane import DataPlane
+    from forebay_epp.exchange import Exchange
     from forebay_epp.transport import Connections
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from forebay_extproc.v3 import external_processor_pb2 as pb
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 MAX_CHUNK_BYTES = 62_000
 DESTINATION = "x-gateway-destination-endpoint"
@@ -64,6 +64,15 @@ def split(body: bytes, size_bytes: int = MAX_CHUNK_BYTES) -> Sequence[bytes]:
     return [body[start : start + size_bytes] for start in range(0, len(body), size_bytes)]
 
 
+def pieces(tag: bytes, body: bytes, *, end_of_stream: bool) -> Sequence[bytes]:
+    """Cut a body into messages, the last of which says whether the stream ends."""
+    if len(body) <= MAX_CHUNK_BYTES:
+        return (streamed(tag, body, end_of_stream=end_of_stream),)
+    *parts, last = split(body)
+    messages = [streamed(tag, part, end_of_stream=False) for part in parts]
+    return [*messages, streamed(tag, last, end_of_stream=end_of_stream)]
+
+
 def header(key: str, value: str) -> pb.HeaderValueOption:
     """Return a header to set; one that is there is overwritten."""
     # Always raw_value: Envoy sets an empty header when only `value` is filled.
@@ -92,6 +101,55 @@ def routed_headers(endpoint: str, length: int | None) -> bytes:
     """Return the answer to request headers that sends the request to `endpoint`."""
     message = pb.ProcessingResponse()
     route(message.request_headers.response, message, endpoint, length)
+    return message.SerializeToString()
+
+
+def routed_body(endpoint: str, changed: bytes | None) -> bytes:
+    """Return the answer to a whole body that sends the request to `endpoint`.
+
+    The body is replaced where `changed` is not None.
+    """
+    message = pb.ProcessingResponse()
+    response = message.request_body.response
+    route(response, message, endpoint, None if changed is None else len(changed))
+    if changed is not None:
+        response.body_mutation.body = changed
+    return message.SerializeToString()
+
+
+def replaced_body(body: bytes) -> bytes:
+    """Return the answer to a message of a request's body that puts another in its place."""
+    message = pb.ProcessingResponse()
+    message.request_body.response.body_mutation.body = body
+    return message.SerializeToString()
+
+
+def replaced_response_body(body: bytes) -> bytes:
+    """Return the answer to a message of an answer's body that puts another in its place."""
+    message = pb.ProcessingResponse()
+    mutation = message.response_body.response.body_mutation
+    if body:
+        mutation.body = body
+    else:
+        mutation.clear_body = True
+    return message.SerializeToString()
+
+
+def immediate(status: int, body: bytes, headers: Mapping[str, str], details: str) -> bytes:
+    """Return the message that answers the client in the server's place."""
+    message = pb.ProcessingResponse()
+    response = message.immediate_response
+    response.status.code = status
+    response.headers.set_headers.extend(header(key, value) for key, value in headers.items())
+    response.body = body
+    response.details = details
+    return message.SerializeToString()
+
+
+def patience(seconds: float) -> bytes:
+    """Return the message that asks the proxy to wait for so long."""
+    message = pb.ProcessingResponse()
+    message.override_message_timeout.FromMilliseconds(int(seconds * 1000))
     return message.SerializeToString()
 
 

@@ -1,0 +1,80 @@
+"""What an ext_proc stream tells flow control: facts that carry all their reader needs.
+
+What a fact means for flow control is decided in data_plane.py. They are msgspec's structs because
+every request makes two: a frozen dataclass of five fields takes 3.9 us to make, one of these 0.3.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+if TYPE_CHECKING:
+    from forebay_epp.codec.openai import Usage
+    from forebay_epp.core.terms import Outcome
+
+
+class BodyPart(msgspec.Struct, frozen=True, gc=False):
+    """A part of a request's body that is not the last one: `size_bytes` long."""
+
+    size_bytes: int
+
+
+class Arrived(msgspec.Struct, frozen=True, gc=False):
+    """The request is complete: submit it, or answer it where it asks which models there are.
+
+    Attributes:
+        model: name as the client wrote it; "" where none could be read.
+        size_bytes: of the body so far.
+        subset: addresses the proxy restricts the choice to; None means all.
+        objective: what the request's header names as its objective; "" for none.
+        asked_model: the model the client asks about, "" for all of them, None for neither.
+    """
+
+    model: str
+    size_bytes: int
+    subset: frozenset[str] | None
+    objective: str
+    asked_model: str | None
+
+
+class Rejected(msgspec.Struct, frozen=True, gc=False):
+    """The request cannot be read; the client has its answer and nothing is to be submitted.
+
+    `param` is the field of the body that is wrong, if it is one.
+    """
+
+    outcome: Outcome
+    message: str
+    param: str | None = None
+
+
+class Abandoned(msgspec.Struct, frozen=True, gc=False):
+    """The request needs no decision any more; cancel it if it was submitted."""
+
+
+class FirstChunk(msgspec.Struct, frozen=True, gc=False):
+    """The answer has begun."""
+
+
+class Finished(msgspec.Struct, frozen=True, gc=False):
+    """The dispatched request has ended; its slot is free.
+
+    Attributes:
+        status: of HTTP; 0 where no answer was seen.
+        usage: tokens as the model server counted them; None where it did not tell.
+        whole: whether the answer came to its end.
+        blind: the proxy shows nothing of the answer, so that its end is unknown.
+    """
+
+    status: int
+    usage: Usage | None = None
+    whole: bool = False
+    blind: bool = False
+
+
+Event = BodyPart | Arrived | Rejected | Abandoned | FirstChunk | Finished
+
+ABANDONED = Abandoned()
+FIRST_CHUNK = FirstChunk()

@@ -1,0 +1,59 @@
+"""From the asyncio thread to the data-plane thread and back.
+
+What is handed over is the caller's; `post` is `DataPlane.post`, which has a call run there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
+
+Post = Callable[[Callable[[float], None]], None]
+
+_T = TypeVar("_T")
+
+
+async def ask(post: Post, question: Callable[[float], _T], patience_seconds: float) -> _T:
+    """Have the other thread answer.
+
+    Raises:
+        TimeoutError: it has not in time; it may still run the question.
+    """
+    running = asyncio.get_running_loop()
+    answer: asyncio.Future[_T] = running.create_future()
+
+    def call(now: float) -> None:
+        result = question(now)
+        running.call_soon_threadsafe(lambda: None if answer.done() else answer.set_result(result))
+
+    post(call)
+    return await asyncio.wait_for(answer, patience_seconds)
+
+
+async def hand_over(post: Post, call: Callable[[float], None], patience_seconds: float) -> None:
+    """Have the other thread do something, or, if it is late, not do it at all.
+
+    Raises:
+        TimeoutError: it has not begun in time, and will not.
+    """
+    running = asyncio.get_running_loop()
+    done: asyncio.Future[None] = running.create_future()
+    undecided = [None]  # whoever pops it decides: the other thread to begin, or this one to give up
+
+    def begin(now: float) -> None:
+        try:
+            undecided.pop()
+        except IndexError:
+            return
+        call(now)
+        running.call_soon_threadsafe(lambda: None if done.done() else done.set_result(None))
+
+    post(begin)
+    await asyncio.wait((done,), timeout=patience_seconds)
+    try:
+        undecided.pop()
+    except IndexError:
+        await done
+    else:
+        raise TimeoutError("the data plane is busy")

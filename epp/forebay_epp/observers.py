@@ -1,0 +1,81 @@
+"""What may watch the data plane: metrics (traffic.py), the log, and what comes next.
+
+An observer is told of every step of every request on the data-plane thread, so a method costs well
+under a microsecond, does not block and does not raise. `now` is monotonic seconds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from forebay_control.plan import Plan
+    from forebay_epp.codec.extproc.events import Arrived, Finished
+    from forebay_epp.core.terms import Decision, HealthChange, Outcome, Request
+
+
+class Observer:
+    """Learns what it overrides of what happens."""
+
+    def reconfigured(self, plan: Plan) -> None:
+        """A plan is in force, the first one too."""
+
+    def stream_opened(self) -> None:
+        """An ext_proc stream has begun."""
+
+    def stream_refused(self) -> None:
+        """It was one too many; `stream_opened` was called, and `stream_closed` will be."""
+
+    def stream_closed(self) -> None:
+        """An ext_proc stream is gone."""
+
+    def arrived(self, request_id: int, event: Arrived, now: float) -> None:
+        """A request is complete; either `answered` or `decided` follows."""
+
+    def answered(self, request_id: int, outcome: Outcome, now: float) -> None:
+        """The EPP has answered a request that was never submitted; it may not have arrived."""
+
+    def decided(self, request: Request, decision: Decision, now: float) -> None:
+        """A request has left flow control. `completed` follows where it was dispatched."""
+
+    def first_token(self, request: Request, now: float) -> None:
+        """The answer to a dispatched request has begun."""
+
+    def completed(self, request: Request, event: Finished, now: float) -> None:
+        """A dispatched request has ended."""
+
+    def health_changed(self, change: HealthChange) -> None:
+        """An endpoint is left out because it fails, or is back."""
+
+    def stalled(self, seconds: float) -> None:
+        """A turn of the data plane came late by so much."""
+
+
+_METHODS = tuple(name for name in vars(Observer) if not name.startswith("_"))
+
+
+class Observers(Observer):
+    """Several observers as one.
+
+    A method that one of them overrides is that one's own, so several cost no more than each does.
+    """
+
+    def __init__(self, *observers: Observer) -> None:
+        for name in _METHODS:
+            told = [
+                getattr(observer, name)
+                for observer in observers
+                if getattr(type(observer), name) is not getattr(Observer, name)
+            ]
+            if told:
+                setattr(self, name, told[0] if len(told) == 1 else _each(told))
+
+
+def _each(methods: Sequence[Callable[..., None]]) -> Callable[..., None]:
+    def tell(*arguments: object) -> None:
+        for method in methods:
+            method(*arguments)
+
+    return tell
