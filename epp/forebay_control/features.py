@@ -50,7 +50,7 @@ NAMES = frozenset({SEPARATE_ENDPOINTS, *(feature.name for feature in FEATURES)})
 
 @dataclass(frozen=True, slots=True)
 class Restricted:
-    """What an endpoint picker can be sent of a snapshot.
+    """What an EPP can be sent of a snapshot.
 
     Attributes:
         snapshot: None where nothing can.
@@ -65,7 +65,7 @@ class Restricted:
 def restrict(
     snapshot: pb.Snapshot, names: Collection[str], table: tuple[Feature, ...] = FEATURES
 ) -> Restricted:
-    """Leave out of a snapshot what an endpoint picker with these features does not know."""
+    """Leave out of a snapshot what an EPP with these features does not know."""
     missing = {
         (feature.field, feature.value): feature for feature in table if feature.name not in names
     }

@@ -82,7 +82,7 @@ def run(settings: Settings) -> int:
 
 
 class EndpointPicker:
-    """One endpoint picker process."""
+    """One EPP process."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings

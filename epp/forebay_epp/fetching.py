@@ -79,7 +79,7 @@ async def fetch(session: ClientSession, url: str, accept: str) -> bytes:
 
 
 def cause(error: Exception) -> str:
-    """Return the one of `CAUSES` that tells best what went wrong; a broken answer is "connect"."""
+    """Return the one of `CAUSES` that fits best; a broken answer is "connect"."""
     match error:
         case FetchError():
             return error.cause

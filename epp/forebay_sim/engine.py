@@ -104,7 +104,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """The request's prompt is prefilled and its first token is there."""
+    """The request's prompt is prefilled and its first token is generated."""
 
     at: float
     request_id: int
@@ -216,7 +216,7 @@ class Engine:
             raise ValueError(f"request {request.id}: prompt_tokens and max_tokens must be >= 1")
         if request.id in self._live:
             raise ValueError(f"request {request.id} is already in the engine")
-        # The last token is never read again, so it needs no room.
+        # The last token is never read again, so it needs no block.
         tokens = request.prompt_tokens + request.max_tokens - 1
         if self._cache.blocks_for(tokens) > self._cache.total:
             room = self._cache.total * self._cache.block_size_tokens
@@ -354,10 +354,10 @@ class Engine:
         self._adapters.release(request.adapter)
 
     def _admit(self, now: float) -> None:
-        """Move waiting requests into the batch while there is room.
+        """Move waiting requests into the batch while it has free slots.
 
-        One whose adapter has no place is passed over; the first that lacks KV blocks holds up all
-        behind it, so a long prompt is not starved by short ones.
+        One whose adapter cannot be loaded is passed over; the first that lacks KV blocks holds up
+        all behind it, so a long prompt is not starved by short ones.
         """
         passed_over: list[_Sequence] = []
         while self._waiting and len(self._running) < self.settings.max_num_seqs:

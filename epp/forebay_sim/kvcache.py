@@ -57,7 +57,7 @@ class KVCache:
     def allocate(self, tokens: int, prefix: tuple[int, ...]) -> Holding | None:
         """Take the blocks for a context of `tokens` tokens, reusing what its prefix finds cached.
 
-        Returns None, and changes nothing, when there is no room. The last token is never taken
+        Returns None, and changes nothing, when no block is free. The last token is never taken
         from the cache: an engine must compute at least one to have something to sample from.
         """
         hits: list[int] = []
@@ -79,7 +79,7 @@ class KVCache:
         return Holding(prefix, len(hits), private, hits)
 
     def grow(self, holding: Holding) -> bool:
-        """Take one more block for a sequence; False, and no change, when there is no room."""
+        """Take one more block for a sequence; False, and no change, when no block is free."""
         if self.used == self.total:
             return False
         holding.private += 1

@@ -13,9 +13,9 @@ class _Loaded:
 
 
 class AdapterSlots:
-    """Places for `capacity` adapters; one that no running request uses can be replaced.
+    """Memory for `capacity` adapters; one that no running request uses can be replaced.
 
-    The empty name stands for the base model, which needs no place.
+    The empty name is the base model, which is always loaded.
     """
 
     def __init__(self, capacity: int, load_seconds: float) -> None:
@@ -33,7 +33,7 @@ class AdapterSlots:
         )
 
     def acquire(self, name: str, now: float) -> float:
-        """Use an adapter that has a place, loading it if need be; returns when it is ready."""
+        """Use an adapter, loading it if necessary; returns when it is ready."""
         if not name:
             return now
         adapter = self._loaded.get(name)
@@ -47,7 +47,7 @@ class AdapterSlots:
         return max(now, adapter.ready_at)
 
     def release(self, name: str) -> None:
-        """End one use; the adapter stays loaded until its place is needed."""
+        """End one use; the adapter stays loaded until its memory is needed."""
         if name:
             self._loaded[name].users -= 1
 

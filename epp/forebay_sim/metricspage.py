@@ -81,7 +81,7 @@ class Load:
 
     Attributes:
         running: requests in the batch.
-        waiting: requests that wait for room in it.
+        waiting: requests that wait to join it.
         kv: fraction 0-1 of the KV cache in use.
         deferred: requests that wait for something else, such as their grammar.
     """

@@ -23,7 +23,7 @@ SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
 
 
 class Servicer:
-    """The smallest endpoint picker."""
+    """The smallest EPP."""
 
     def __init__(self, destination: str) -> None:
         """Answer with this destination, always."""

@@ -89,7 +89,7 @@ class Bench:
             if await self._status() == "200":
                 return
             await asyncio.sleep(0.1)
-        raise SystemExit("endpoint picker and Envoy do not serve")
+        raise SystemExit("EPP and Envoy do not serve")
 
     def _start(self, command: list[str]) -> None:
         process = subprocess.Popen(dying_with_us(*command), stderr=subprocess.DEVNULL)
@@ -132,7 +132,7 @@ class Bench:
         return streams
 
     async def until(self, claim: Any) -> float:
-        """Wait until the endpoint picker's state is as claimed; return the seconds it took."""
+        """Wait until the EPP's state is as claimed; return the seconds it took."""
         started = time.monotonic()
         while not claim(state := await asyncio.to_thread(self._state)):
             if time.monotonic() - started > 60:
@@ -150,11 +150,11 @@ class Bench:
         self._open.set()
 
     def rss_mb(self) -> float:
-        """Return the resident memory of the endpoint picker."""
+        """Return the resident memory of the EPP."""
         status = Path(f"/proc/{self._processes[0].pid}/status").read_text()
         match = re.search(r"VmRSS:\s+(\d+) kB", status)
         if match is None:
-            raise SystemExit("the endpoint picker has ended")
+            raise SystemExit("the EPP has ended")
         return int(match[1]) / 1024
 
 

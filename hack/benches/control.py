@@ -106,7 +106,7 @@ async def _edits(server: ApiServer, folder: Path, edits: int) -> dict[str, float
             counts = found.get("status", {}).get("endpointPickers", {})
             return _programmed(found) and counts.get("programmed") == EPPS
 
-        await _until(settled, "four endpoint pickers programmed", 0.2)
+        await _until(settled, "four EPPs programmed", 0.2)
         acks, statuses = [], []
         for number in range(edits):
             before = await _acks(operator)

@@ -105,7 +105,7 @@ class Bench:
         )
 
     def start_epp(self, name: str, server: int) -> subprocess.Popen[bytes]:
-        """Start the endpoint picker under test and wait until requests pass."""
+        """Start the EPP under test and wait until requests pass."""
         address = f"127.0.0.1:{server}"
         if name == "bare_aio":
             epp = self.start(sys.executable, HERE / "bare_aio.py", self._grpc, address)
@@ -127,7 +127,7 @@ class Bench:
         return epp
 
     def stop_epp(self, epp: subprocess.Popen[bytes]) -> None:
-        """End the endpoint picker under test."""
+        """End the EPP under test."""
         epp.kill()
         epp.wait()
         self._processes.remove(epp)
@@ -145,7 +145,7 @@ class Bench:
         return f"http://127.0.0.1:{self._http}/v1/chat/completions"
 
     def json_run(self, name: str, concurrency: int) -> dict[str, float]:
-        """Load the endpoint picker with short JSON answers."""
+        """Load the EPP with short JSON answers."""
         epp = self.start_epp(name, self._json_server)
         before = _cpu_seconds(epp.pid)
         output = subprocess.run(
@@ -176,7 +176,7 @@ class Bench:
         }
 
     def sse_run(self, name: str) -> float:
-        """Stream through the endpoint picker and return its CPU microseconds per chunk."""
+        """Stream through the EPP and return its CPU microseconds per chunk."""
         epp = self.start_epp(name, self._sse_server)
         before = _cpu_seconds(epp.pid)
         chunks = asyncio.run(self._stream())

@@ -39,12 +39,12 @@ def cache() -> Path:
 
 
 def kubernetes() -> Path:
-    """Return the folder of the Kubernetes binary's five names; build it unless it is there."""
+    """Return the folder of the Kubernetes binary's five names; build it unless it exists."""
     return _built(KUBERNETES, ("main.go",), KUBERNETES_NAMES, _compile_kubernetes)
 
 
 def node_programs() -> Path:
-    """Return the folder of CoreDNS and the pause program; build them unless they are there."""
+    """Return the folder of CoreDNS and the pause program; build them unless they exist."""
     sources = tuple(f"{name}/main.go" for name in NODE_PROGRAMS)
     return _built(NODE, sources, NODE_PROGRAMS, _compile_node_programs)
 

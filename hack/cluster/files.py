@@ -40,7 +40,7 @@ def locked(folder: Path) -> Iterator[None]:
             if os.fstat(descriptor).st_uid != os.getuid():
                 raise UserError(f"{folder} belongs to another user: choose another folder")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            # Whoever had the lock before may have removed the folder.
+            # The previous holder of the lock may have removed the folder.
             with contextlib.suppress(FileNotFoundError):
                 if folder.stat().st_ino == os.fstat(descriptor).st_ino:
                     yield

@@ -4,7 +4,7 @@
     hack/images --load-into DIR           # and give them to the cluster of hack/local-cluster
 
 With Docker it is `docker build` of the Dockerfiles, whose base image comes from a registry, and no
-image of Envoy: its own is there too. Without Docker it is buildah and no registry is needed: the
+image of Envoy: its own is built too. Without Docker it is buildah and no registry is needed: the
 base is a Debian made by mmdebstrap, and Envoy is the binary of a Python package. Then the images
 are archives in the cache, known by the content of everything that they are made of, so what has
 not changed is not built again.
@@ -240,7 +240,7 @@ class Buildah:
         return folder
 
     def _base(self) -> str:
-        """Return the name of the base image; make it unless it is there."""
+        """Return the name of the base image; make it unless it exists."""
         name = f"{BASE}-{self._base_key}"
         if self._buildah("inspect", "--type=image", "--format={{.FromImage}}", name, check=False):
             require("mmdebstrap")

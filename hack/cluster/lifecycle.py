@@ -38,7 +38,7 @@ USERS = {
     "dns": (node.DNS_USER, ""),
 }
 
-# In the order of their start: what starts a process, and what tells that it does its work.
+# In the order of their start: the command of a process, and the check that it works.
 COMPONENTS: dict[str, tuple[Callable[[Cluster], Process], Callable[[Cluster], bool]]] = {
     "etcd": (control_plane.start_etcd, control_plane.etcd_is_ready),
     "kube-apiserver": (control_plane.start_api_server, control_plane.api_is_ready),

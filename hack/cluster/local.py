@@ -14,7 +14,7 @@ never run. Otherwise there is one node, which needs root: pods run, Services and
 machine. What pods send stays on this machine. Images are those loaded by `load`. NetworkPolicies
 are stored, and nothing enforces them.
 
-The API server asks for a token; etcd asks for nothing, so whoever has an account on the machine can
+The API server asks for a token; etcd asks for nothing, so anyone with an account on the machine can
 read and write the cluster's data. It is for tests.
 
 Linux only: processes are ended through pidfds.
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def build(arguments: argparse.Namespace) -> None:
-    """Build the cluster's programs unless they are there."""
+    """Build the cluster's programs unless they exist."""
     require("etcd")
     say(f"Kubernetes is in {builds.kubernetes()}")
     if not arguments.control_plane_only:

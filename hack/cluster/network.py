@@ -71,7 +71,7 @@ class Network:
         raise UserError(f"{len(NUMBERS)} clusters with a node run already: take one down first")
 
     def up(self, owner: Path) -> None:
-        """Make the link unless it is there, so that the machine has its address.
+        """Make the link unless it exists, so that the machine has its address.
 
         Raises:
             UserError: it went with the node, and another cluster has it now.

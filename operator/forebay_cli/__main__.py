@@ -9,7 +9,7 @@ from forebay_cli import CommandError, check, get, plan, up
 from forebay_cli.output import console
 
 COMMANDS = {
-    "up": (up, "run endpoint picker and Envoy on this machine from a folder of manifests"),
+    "up": (up, "run EPP and Envoy on this machine from a folder of manifests"),
     "get": (get, "show the conditions of what forebay up runs"),
     "check": (check, "say what is wrong with manifests, without a cluster"),
     "plan": (plan, "show the queues that manifests lead to"),

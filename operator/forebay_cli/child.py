@@ -68,7 +68,7 @@ class Child:
                 self._tell(f"{self.name}: {text}")
 
     async def wait(self) -> str:
-        """Wait for the end and tell of it."""
+        """Wait for the end and report it."""
         status = await self._process.wait()
         await asyncio.shield(self._reading)  # a waiter that is cancelled must not end it
         last = "\n  ".join(self._lines)

@@ -11,7 +11,7 @@ from typing import Any
 
 DESTINATION = "x-gateway-destination-endpoint"
 
-# Every queued request holds a stream to the endpoint picker and, once dispatched, a connection to
+# Every queued request holds a stream to the EPP and, once dispatched, a connection to
 # its model server. Envoy's default of 1,024 would answer the next one with 500.
 MAX_REQUESTS = 40_000
 
@@ -29,7 +29,7 @@ CONNECT_TIMEOUT = "3s"
 # A server that vanishes in the middle of an answer is noticed after 60 s.
 KEEPALIVE = {"keepalive_time": 30, "keepalive_interval": 10, "keepalive_probes": 3}
 
-# Also the size of the pieces in which bodies reach the endpoint picker. A proxy that buffers has to
+# Also the size of the pieces in which bodies reach the EPP. A proxy that buffers has to
 # hold a whole body instead, or it answers 413 by itself.
 BUFFER_BYTES = 32_768
 WHOLE_BODY_BYTES = 64 << 20
@@ -39,7 +39,7 @@ _TYPE = "type.googleapis.com/envoy."
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """Where Envoy listens and where it finds the endpoint picker; all on `address`."""
+    """Where Envoy listens and where it finds the EPP; all on `address`."""
 
     http: int
     grpc: int
@@ -57,23 +57,23 @@ def bootstrap(
     max_message_timeout: str = MESSAGE_TIMEOUT,
     message_timeout: str = MESSAGE_TIMEOUT,
 ) -> dict[str, Any]:
-    """Return the configuration of an Envoy that asks the endpoint picker where requests go.
+    """Return the configuration of an Envoy that asks the EPP where requests go.
 
     Args:
         ports: listeners.
-        secure: whether the endpoint picker serves TLS; its certificate is not verified, as all
+        secure: whether the EPP serves TLS; its certificate is not verified, as all
             gateways that speak this protocol do.
         request_body_mode: ext_proc's body mode on the way in.
         response_body_mode: the same on the way out.
-        subset: addresses to hint the endpoint picker at, as a gateway would.
-        max_message_timeout: how far the endpoint picker may extend `message_timeout`.
+        subset: addresses to hint the EPP at, as a gateway would.
+        max_message_timeout: how far the EPP may extend `message_timeout`.
         message_timeout: how long Envoy waits for an answer in modes with a timeout.
     """
     trailers = "SEND" if "FULL_DUPLEX" in request_body_mode + response_body_mode else "SKIP"
     filters = [
         _filter(
             # A client must not choose the server. A route's header removal would come too late:
-            # it runs after the endpoint picker and would remove its choice.
+            # it runs after the EPP and would remove its choice.
             "header_mutation",
             "header_mutation.v3.HeaderMutation",
             mutations={
@@ -103,7 +103,7 @@ def bootstrap(
             "ext_proc",
             "ext_proc.v3.ExternalProcessor",
             grpc_service={"envoy_grpc": {"cluster_name": "epp", "authority": "epp"}},
-            # Without the endpoint picker there is no destination: fail rather than guess.
+            # Without the EPP there is no destination: fail rather than guess.
             failure_mode_allow=False,
             processing_mode={
                 "request_header_mode": "SEND",
@@ -136,7 +136,7 @@ def bootstrap(
 
 
 def direct(ports: Ports, endpoints: tuple[str, ...]) -> dict[str, Any]:
-    """Return the configuration of an Envoy without endpoint picker: least request.
+    """Return the configuration of an Envoy without EPP: least request.
 
     This is what the demo compares with.
     """
@@ -213,7 +213,7 @@ def _epp_cluster(ports: Ports, *, secure: bool) -> dict[str, Any]:
         "type": "STATIC",
         "connect_timeout": "5s",
         "lb_policy": "LEAST_REQUEST",
-        # With the default of 50 % a dead endpoint picker would go on getting requests.
+        # With the default of 50 % a dead EPP would go on getting requests.
         "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
         "circuit_breakers": _breakers(),
         "health_checks": [

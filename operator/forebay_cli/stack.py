@@ -171,7 +171,7 @@ class Stack:
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def _envoy_serves(self) -> bool:
-        """Ask Envoy whether it is live and sees the endpoint picker as healthy."""
+        """Ask Envoy whether it is live and sees the EPP as healthy."""
         try:
             with closing(
                 http.client.HTTPConnection("127.0.0.1", self._admin_port, timeout=1)

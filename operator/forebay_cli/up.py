@@ -192,7 +192,7 @@ class _Up:
     def _operator_port(self) -> int:
         return self._settings.operator_port
 
-    def _tell(self, line: str, bad: bool) -> None:  # noqa: FBT001  # the one thing there is to know
+    def _tell(self, line: str, bad: bool) -> None:  # noqa: FBT001  # the only property of a line
         self._console.print(line, style="yellow" if bad else "green")
 
     async def _follow(self, following: asyncio.Task[None]) -> None:

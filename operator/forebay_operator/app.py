@@ -61,7 +61,7 @@ async def run_folder(settings: Settings, folder: Path) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         running.add_signal_handler(number, stop.set)
 
-    def tell(line: str, bad: bool) -> None:  # noqa: FBT001  # the one thing there is to know
+    def tell(line: str, bad: bool) -> None:  # noqa: FBT001  # the only property of a line
         _log.log(logging.WARNING if bad else logging.INFO, line)
 
     operator = FolderOperator(folder, tell)
@@ -211,7 +211,7 @@ class ClusterOperator:
         """Post an Event about the operator's own Lease: elsewhere it may lack the right."""
 
         async def post() -> None:
-            with suppress(ApiError):  # it stands in the log as well
+            with suppress(ApiError):  # it is in the log as well
                 await self._cluster.event(
                     api_version="coordination.k8s.io/v1",
                     kind="Lease",

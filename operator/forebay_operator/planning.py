@@ -44,7 +44,7 @@ PRIORITIES: dict[Criticality, int] = {"Critical": 100, "Standard": 0, "Sheddable
 
 _NO_POLICY = PolicySpec.model_validate({"targetRefs": [{"name": "none"}]})
 
-MAX_MODELS = 4096  # what an endpoint picker takes
+MAX_MODELS = 4096  # what an EPP takes
 MAX_OBJECTIVES = 1024
 POOL_GROUPS = ("inference.networking.k8s.io", "inference.networking.x-k8s.io")
 _ORIGINS = ("pool_uid", "sources")  # of a snapshot: what it was made from, not what it does
@@ -73,7 +73,7 @@ class Planned:
     `policy` is the one in force, if any; `pickers` are the pods that are to be programmed, by uid.
     `held_by` is the policy for whose sake the plan is left out, so that pickers keep theirs.
     `too_large` says that it is left out for its size. `shared_with` are other pools with the same
-    endpoint picker Service.
+    EPP Service.
     """
 
     snapshot: pb.Snapshot
@@ -107,7 +107,7 @@ def means(reference: PoolReference, name: str = "") -> bool:
 
 
 def not_a_pool(reference: PoolReference) -> tuple[str, str] | None:
-    """Return reason and message where a reference means no pool, whatever its name."""
+    """Return reason and message if a reference cannot mean a pool."""
     if means(reference):
         return None
     message = (
@@ -139,7 +139,7 @@ class Holdings:
                 self._by_label.setdefault(label, []).append(resource)
 
     def of(self, pool: AnyPool) -> list[Resource]:
-        """Return what matters to a pool: of the pods its servers and endpoint pickers."""
+        """Return what matters to a pool: of the pods its servers and EPPs."""
         found = {pod.metadata.uid: pod for pod in self._selected(pool.selector)}
         service = _picker_service(pool, self._others)
         if service is not None and service.spec.selector:
@@ -237,7 +237,7 @@ def plan(pool: AnyPool, resources: Iterable[Resource], unread: Iterable[Metadata
 
 
 def held(planned: Planned) -> Planned:
-    """Leave the plan out, so that endpoint pickers keep theirs and take the endpoints."""
+    """Leave the plan out, so that EPPs keep theirs and take the endpoints."""
     snapshot = pb.Snapshot()
     snapshot.CopyFrom(planned.snapshot)
     snapshot.ClearField("plan")
@@ -396,7 +396,7 @@ def _models(
 ) -> tuple[list[pb.Model], list[InferenceModel], list[pb.Model]]:
     """Return the models, the resources that count, and the models beyond `MAX_MODELS`.
 
-    The youngest InferenceModels are left out, never what the policy names. To an endpoint picker
+    The youngest InferenceModels are left out, never what the policy names. To an EPP
     those are like any unmatched model, so `plan` has all unmatched requests wait in the band of
     the least critical model left out: none gains by being one too many.
     """
@@ -480,7 +480,7 @@ def _objectives(
 
 
 def _pickers(pool: AnyPool, resources: list[Resource]) -> dict[str, str]:
-    """Return the running pods behind the pool's endpoint picker Service: name by uid."""
+    """Return the running pods behind the pool's EPP Service: name by uid."""
     service = _picker_service(pool, resources)
     if service is None or not service.spec.selector:
         return {}
@@ -571,7 +571,7 @@ def _add_slice(
 
 
 def _host(text: str) -> str | None:
-    """Write an IP address as it stands before a colon and a port."""
+    """Write an IP address as needed before a colon and a port."""
     try:
         ip = ipaddress.ip_address(text)
     except ValueError:

@@ -86,7 +86,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
     """
     parser = argparse.ArgumentParser(
         prog="forebay_operator",
-        description="Plans the queues of every InferencePool, programs its endpoint pickers and "
+        description="Plans the queues of every InferencePool, programs its EPPs and "
         "reports in the status of FlowControlPolicies and InferenceModels.",
         allow_abbrev=False,
     )

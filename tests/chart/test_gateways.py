@@ -74,7 +74,7 @@ def test_the_objects_of_the_example_find_each_other(gateway):
 
 
 def test_the_numbers_of_the_example_fit_together(gateway):
-    """As the README explains them, with the defaults of policies and endpoint pickers."""
+    """As the README explains them, with the defaults of policies and EPPs."""
     bootstrap = gateway["EnvoyProxy"]["spec"]["bootstrap"]["value"]
     (layer,) = yaml.safe_load(bootstrap)["layered_runtime"]["layers"]
     breakers = layer["static_layer"]

@@ -138,7 +138,7 @@ def test_a_digest_wins_over_a_tag():
 
 
 def test_a_release_of_another_name_says_so_in_names_and_flags():
-    """All of them follow: what endpoint pickers dial is what the certificate says."""
+    """All of them follow: what EPPs dial is what the certificate says."""
     found = chart.objects(
         f"--values={FOLDER / 'values' / 'pool.yaml'}", release="prod", namespace="other"
     )
@@ -337,7 +337,7 @@ def test_every_value_is_explained():
 
 
 def test_the_dashboard_shows_metrics_that_exist():
-    """Names that the operator's and the endpoint pickers' pages have."""
+    """Names that the operator's and the EPPs' pages have."""
     dashboard = json.loads((chart.CHART / "files" / "dashboard.json").read_text())
     asked = {
         name

@@ -1,4 +1,4 @@
-"""The operator on a real API server, with real endpoint pickers; every part is a process.
+"""The operator on a real API server, with real EPPs; every part is a process.
 
 One operator for all tests, with the rights of operator/rbac and no others; a namespace per test.
 """
@@ -397,7 +397,7 @@ def test_an_epp_that_refuses_is_named(site, operator, authority):
         site.until("p", "Programmed", "False", "Rejected")
         message = site.message("p", "Programmed")
         assert "old-release: Invalid: plan.bands[0].ordering: is not known here" in message
-        assert message.startswith("1 of 2 endpoint pickers refuse")
+        assert message.startswith("1 of 2 EPPs refuse")
         assert site.condition("p", "Degraded") == ("True", "EndpointPickersReject")
         until(lambda: site.status("p")["endpointPickers"]["ready"] == "1/2", SECONDS)
         counts = site.status("p")["endpointPickers"]

@@ -11,7 +11,7 @@ __all__ = ["cluster", "crds", "namespace"]
 
 @pytest.fixture
 def stage(crds, namespace, tmp_path):
-    """A namespace with a pool, for operators and endpoint pickers, which end with the test."""
+    """A namespace with a pool, for operators and EPPs, which end with the test."""
     stage = Stage(crds, namespace, tmp_path)
     yield stage
     stage.end()

@@ -1,6 +1,6 @@
 """The API server goes, comes back, lies and refuses: no process ends, no stale program stays.
 
-Faults T6, T7 and T8 of the fault list, with a real API server, operators and endpoint pickers.
+Faults T6, T7 and T8 of the fault list, with a real API server, operators and EPPs.
 Between operator and API server is a proxy that cuts connections or breaks answers.
 """
 

@@ -106,7 +106,7 @@ def snapshot(number: int) -> pb.Snapshot:
 
 
 def test_requests_that_wait_have_their_whole_ttl_when_the_clock_jumps(driver, tmp_path):
-    """100 wait while the endpoint picker's clock jumps: each is evicted after its TTL."""
+    """100 wait while the EPP's clock jumps: each is evicted after its TTL."""
     clock = WallClock(tmp_path / "clock")
     epp = EPPProcess(tmp_path, "epp-0", "chat", driver.port, env=clock.env)
     history = History([epp])

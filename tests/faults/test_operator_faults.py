@@ -1,4 +1,4 @@
-"""Operators that are killed, frozen or lose their Lease: what endpoint pickers run converges.
+"""Operators that are killed, frozen or lose their Lease: what EPPs run converges.
 
 Faults T4, T5, T9 and T10 of the fault list, on real processes and a real API server. A version
 never goes back in any of them.
@@ -44,7 +44,7 @@ def seconds_until(claim) -> float:
 
 @pytest.fixture
 def thread():
-    """A loop for clients of endpoint pickers."""
+    """A loop for clients of EPPs."""
     thread = LoopThread()
     yield thread
     thread.stop()

@@ -1,6 +1,6 @@
 """Plans that change under load: whatever changes, each request has one outcome and keeps its turn.
 
-A real endpoint picker process is programmed over the control stream. Faults T32 and T33 of the
+A real EPP process is programmed over the control stream. Faults T32 and T33 of the
 fault list.
 """
 
@@ -41,7 +41,7 @@ def driver():
 
 @pytest.fixture
 def epp(tmp_path, driver):
-    """An endpoint picker that is programmed by the driver."""
+    """An EPP that is programmed by the driver."""
     epp = EPPProcess(tmp_path, "epp-0", "chat", driver.port)
     yield epp
     epp.end()

@@ -188,7 +188,7 @@ def test_the_limit_follows_a_capacity_that_shrinks(before, after):
 
 @pytest.mark.parametrize(("before", "after"), [(4, 16), (8, 64), (1, 8)])
 def test_the_limit_follows_a_capacity_that_grows(before, after):
-    """One more place at a time, faster while it succeeds."""
+    """One more slot at a time, faster while it succeeds."""
     run = backlogged(before, LEARNING_SECONDS)
     run.server.slots = after
     run.until(2 * LEARNING_SECONDS)
@@ -199,7 +199,7 @@ def test_the_limit_follows_a_capacity_that_grows(before, after):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("rate", [2.0, 5.0, 10.0])
 def test_single_waiting_requests_under_light_load_do_not_collapse_the_limit(rate, seed):
-    """An engine that admits every 30 ms shows new arrivals as waiting although it has room."""
+    """An engine that admits every 30 ms shows new arrivals as waiting although slots are free."""
     run = Run(Server(64, step=0.03), seed=seed, spread=0.5)
     run.arrivals(rate, 300)
     run.until(300)

@@ -1,6 +1,6 @@
 """The recipes of crds/README.md do what it says: planned, programmed and played in virtual time.
 
-From the files of a recipe through planning, the program's bytes and the endpoint picker's codec to
+From the files of a recipe through planning, the program's bytes and the EPP's codec to
 the controller. tests/cluster checks that a real API server takes the files.
 """
 
@@ -84,7 +84,7 @@ class Play:
         self._poll()
 
     def next_served(self, count: int) -> list[str]:
-        """End what runs, one by one, and return the models of the next that get its place."""
+        """End what runs, one by one, and return the models of the next that get its slot."""
         running = [each.request_id for each in self.decisions if isinstance(each, Dispatched)]
         for number in running:
             self.controller.complete(number, None, self.now)
@@ -325,7 +325,7 @@ def test_objectives_have_no_effect_without_trust():
 
 
 def test_demote_a_model():
-    """New requests of the model wait behind everybody; those that wait already keep their place."""
+    """New requests of the model wait behind all others; earlier ones keep their position."""
     play = Play("demote-a-model")
     play.reprogram(planned("demote-a-model", without="models"))
     play.servers(SERVER)

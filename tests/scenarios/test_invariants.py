@@ -50,7 +50,7 @@ def bands(draw, name, priority):
 
 @st.composite
 def plans(draw):
-    """Bands come, go and change places; models go with their band."""
+    """Bands come, go and change order; models go with their band."""
     order = draw(st.permutations([100, 0, -100]))
     names = ["Standard", *draw(st.sampled_from([["Critical", "Sheddable"], ["Critical"], []]))]
     return Plan(

@@ -53,7 +53,7 @@ class Deployed(EPPPod):
 
 
 def deployed(release, pool: str) -> Deployed:
-    """The endpoint picker pod of a pool, running as far as the API server knows."""
+    """The EPP pod of a pool, running as far as the API server knows."""
     labels = ("-l", f"forebay.dev/pool={pool},app.kubernetes.io/component=endpoint-picker")
 
     def pods() -> list[dict]:

@@ -1,4 +1,4 @@
-"""Operators and endpoint pickers as processes around a real API server.
+"""Operators and EPPs as processes around a real API server.
 
 Without a kubelet no pod runs: pods are objects here whose status the test writes, and the
 process that stands for one runs beside it with a token that the API server has bound to that pod.
@@ -290,7 +290,7 @@ class FolderOperator(Process):
 
 
 class EPPPod:
-    """A pod object that stands for an endpoint picker, and its token."""
+    """A pod object that stands for an EPP, and its token."""
 
     account = "default"
 
@@ -432,7 +432,7 @@ class EPPProcess(Process):
 
 
 class History:
-    """Watches which versions endpoint pickers run, to see that none ever goes back."""
+    """Watches which versions EPPs run, to see that none ever goes back."""
 
     def __init__(self, epps: list[EPPProcess]) -> None:
         self.versions: dict[str, list[tuple[int, int]]] = {p.name: [] for p in epps}
@@ -526,7 +526,7 @@ class Stage:
     """A namespace with pool `chat` and its Service, and the processes that serve it.
 
     Attributes:
-        pods: of the endpoint pickers.
+        pods: of the EPPs.
     """
 
     def __init__(self, cluster: ApiServer, namespace: str, folder: Path) -> None:
@@ -550,7 +550,7 @@ class Stage:
         return operator
 
     def epps(self, number: int, *ports: int, **options) -> list[EPPProcess]:
-        """Start endpoint pickers, which dial the ports in turn."""
+        """Start EPPs, which dial the ports in turn."""
         epps = [
             EPPProcess(
                 self.folder,
@@ -631,7 +631,7 @@ def pool(name: str, *, service: str = "epp", selector: str = "vllm") -> dict:
 
 
 def service(name: str = "epp", controller: str = "forebay") -> dict:
-    """The Service of endpoint pickers; without a controller no operator claims its pools."""
+    """The Service of EPPs; without a controller no operator claims its pools."""
     labels = {CONTROLLER_LABEL: controller} if controller else {}
     return {
         "apiVersion": "v1",

@@ -1,4 +1,4 @@
-"""A running endpoint picker without a process, and a bare ext_proc client to talk to it."""
+"""A running EPP without a process, and a bare ext_proc client to talk to it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def until(claim: Callable[[], bool], seconds: float = DEADLINE_SECONDS) -> None:
 
 
 class EPPThread:
-    """An endpoint picker's data plane on a thread of this process."""
+    """An EPP's data plane on a thread of this process."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Many requests that wait at an endpoint picker, in a known order, without a proxy."""
+"""Many requests that wait at an EPP, in a known order, without a proxy."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ class Installation:
         return {}
 
     def wait_programmed(self, epps: int = 1, name: str = POOL) -> None:
-        """Wait until so many endpoint pickers, and no other, run the policy's latest generation."""
+        """Wait until so many EPPs, and no other, run the policy's latest generation."""
 
         def done() -> bool:
             status = self.policy(name).get("status", {})
@@ -236,11 +236,11 @@ class Installation:
         return {name: float(value) for name, _, value in lines}
 
     def queued(self) -> int:
-        """Return how many requests wait, over all endpoint pickers."""
+        """Return how many requests wait, over all EPPs."""
         return int(sum(self._of_epps("forebay_queue_requests")))
 
     def endpoints(self) -> int:
-        """Return how many model servers the endpoint pickers know, added up."""
+        """Return how many model servers the EPPs know, added up."""
         return len(self._of_epps("forebay_endpoint_limit"))
 
     def _of_epps(self, metric: str) -> list[float]:

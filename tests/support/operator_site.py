@@ -1,7 +1,7 @@
-"""What stories about an operator are made of: CRDs, an operator, and sites with endpoint pickers.
+"""What stories about an operator are made of: CRDs, an operator, and sites with EPPs.
 
 There is no kubelet: pods are objects whose status the test writes, and a process stands for each
-endpoint picker's.
+EPP's.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class RestartableOperator:
 
 
 class Site:
-    """A namespace with endpoint pickers of the pool `chat`."""
+    """A namespace with EPPs of the pool `chat`."""
 
     def __init__(
         self, cluster: ApiServer, namespace: str, control_port: int, ca: Path, folder: Path
@@ -101,7 +101,7 @@ class Site:
     # What runs
 
     def epp(self, *flags: str, pool: str = "chat", app: str = "epp") -> EPPProcess:
-        """Start one more endpoint picker."""
+        """Start one more EPP."""
         pod = EPPPod(self.cluster, self.namespace, f"epp-{len(self.pods)}", app)
         process = EPPProcess(self._folder, pod, pool, self._control_port, self._ca, *flags)
         self.pods.append(pod)

@@ -65,7 +65,7 @@ def certificate(found: dict[str, bytes]) -> x509.Certificate:
 
 
 def accepted(bundle: bytes, leaf: bytes, now: dt.datetime) -> bool:
-    """Whether an endpoint picker with this bundle would accept this leaf: X.509's own verifier."""
+    """Whether an EPP with this bundle would accept this leaf: X.509's own verifier."""
     verifier = (
         x509.verification.PolicyBuilder()
         .store(x509.verification.Store(authorities(bundle)))

@@ -57,7 +57,7 @@ def message(which, subject, *attachments):
         ("ResolvedRefs", SUBJECT, [ABSENT], "False", "TargetNotFound", "no InferencePool chat"),
         ("ResolvedRefs", SUBJECT, [at(pool="b"), ABSENT], "False", "TargetNotFound", "chat"),
         ("ResolvedRefs", INVALID, [], "Unknown", "Invalid", "see Accepted"),
-        ("Programmed", SUBJECT, [at(epp())], "True", "Programmed", "every endpoint picker"),
+        ("Programmed", SUBJECT, [at(epp())], "True", "Programmed", "every EPP"),
         ("Programmed", INVALID, [at(epp())], "False", "Invalid", "see Accepted"),
         ("Programmed", SUBJECT, [REFUSED], "False", "Conflicted", "see Accepted"),
         ("Programmed", SUBJECT, [ABSENT], "False", "TargetNotFound", "does not exist"),
@@ -403,7 +403,7 @@ def test_transitions_are_new_statuses_and_reasons():
     assert comparing.transitions(desired(), observed) == []
     observed["conditions"][2]["reason"] = "Pending"
     observed["conditions"][2]["status"] = "False"
-    text = "every endpoint picker runs it"
+    text = "every EPP runs it"
     assert comparing.transitions(desired(), observed) == [
         Transition("Programmed", "True", "Programmed", text, before="False")
     ]

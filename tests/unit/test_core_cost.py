@@ -51,7 +51,7 @@ def queue(request):
 
 
 def test_cancelling_one_in_the_middle_touches_no_other(queue):
-    """Its place in line closes by itself."""
+    """Its position in the queue closes by itself."""
     queue.cancel(MANY // 2, 20.0)
     (decision,) = queue.poll(20.0)
 

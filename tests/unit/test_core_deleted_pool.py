@@ -1,4 +1,4 @@
-"""What becomes of requests when their pool is deleted, and when it is created again."""
+"""Requests of a pool that is deleted, and created again."""
 
 from __future__ import annotations
 

@@ -229,7 +229,7 @@ def test_places_held_blindly_are_free_when_limits_are_given():
 
 
 def test_a_burst_completed_blindly_still_counts_once_the_server_reports_it():
-    """Four sent and closed at once still run: the scrape that shows them frees no place."""
+    """Four sent and closed at once still run: the scrape that shows them frees no slot."""
     controller = controller_of(Plan(), A)
     controller.observe(EndpointMetrics(A, 0, 0, 0.1, 1.0), 1.0)
     for number in range(4):

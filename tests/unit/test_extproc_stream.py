@@ -492,7 +492,7 @@ def test_half_close_in_each_state():
 
 
 def test_reset_in_each_state():
-    """A stream that is gone gives its place or slot back, once."""
+    """A stream that is gone gives its slot back, once."""
     queued = Peer().arrived(headers(), body())
     assert [queued.stream.reset(), queued.stream.reset()] == [ABANDONED, None]
     answered = dispatched()
@@ -796,7 +796,7 @@ def test_a_body_that_was_read_with_more_stack_than_is_left_at_dispatch_is_refuse
 
 
 def test_a_body_that_cannot_be_rewritten_costs_neither_the_loop_nor_a_slot():
-    """The data plane goes on, and no place is held for a request that was never sent."""
+    """The data plane goes on, and no slot is held for a request that was never sent."""
     plan = Plan(
         saturation=SaturationPlan(SaturationMode.ADAPTIVE),
         models=(ModelPlan("m", "Standard", targets=(TargetPlan("other"),)),),

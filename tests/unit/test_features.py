@@ -1,4 +1,4 @@
-"""What is sent to an endpoint picker of another release: nothing that it does not know."""
+"""What is sent to an EPP of another release: nothing that it does not know."""
 
 from __future__ import annotations
 

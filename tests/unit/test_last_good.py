@@ -207,7 +207,7 @@ print(last_good._failures)
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path):
-    """And no half a file, which would take the room that the next one needs.
+    """And no half a file, which would take the space that the next one needs.
 
     A limit on the size of files stands for the full disk: a write fails half way in both.
     """

@@ -110,7 +110,7 @@ def test_reads_the_page_of_every_known_model_server(kind):
 
 
 def test_what_waits_for_its_grammar_does_not_count_as_waiting():
-    """What vLLM calls deferred says nothing of the room in its batch."""
+    """What vLLM calls deferred says nothing about free slots in its batch."""
     page = MetricsPage(Engine(EngineSettings()), "m", loras=False)
 
     assert parse_page(page.render(Load(running=1, waiting=2, deferred=5)).encode()).waiting == 2

@@ -1,4 +1,4 @@
-"""The endpoint picker's side of the contract: strange snapshots."""
+"""The EPP's side of the contract: strange snapshots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From resources to what an endpoint picker is told, and what it makes of it."""
+"""From resources to what an EPP is told, and what it makes of it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def endpoint_slice(*endpoints, ports=(), label="chat"):
 
 
 def picked_up(*given):
-    """Plan the pool and read the result as the endpoint picker does."""
+    """Plan the pool and read the result as the EPP does."""
     planned = planning.plan(pool(), [pool(), *given])
     plan, endpoints = plan_codec.parse_snapshot(planned.snapshot)
     return plan, endpoints, planned.problems
@@ -359,7 +359,7 @@ def snapshot_json(**changes):
     ],
 )
 def test_a_plan_that_cannot_be_applied_names_the_field(text, path):
-    """The endpoint picker does not trust what it reads."""
+    """The EPP does not trust what it reads."""
     with pytest.raises(core.PlanError) as error:
         plan_codec.parse_snapshot_json(text)
 

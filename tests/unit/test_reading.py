@@ -105,7 +105,7 @@ def test_the_connection_that_holds_most_pays():
 
 
 def test_an_old_body_that_holds_little_stays():
-    """It would make no room."""
+    """It would free nothing."""
     site = Site()
     small = site.begin(size_bytes=1)
     site.now += 1.0

@@ -140,7 +140,7 @@ async def test_pods_are_read_only_where_a_pool_is_ours(api):
 
 
 async def test_pods_that_may_not_be_read_are_not_taken_for_absent(api):
-    """Nothing is sent to endpoint pickers of that namespace, also at the start."""
+    """Nothing is sent to EPPs of that namespace, also at the start."""
     api.objects["", POLICIES] = [policy("ours", "p"), policy("other", "p")]
     api.denied = {("ours", "pods")}
     world = watching(api, acts_on=lambda namespace: namespace == "ours")

@@ -1,4 +1,4 @@
-"""T38: floods against a real operator process, beside an endpoint picker that behaves.
+"""T38: floods against a real operator process, beside an EPP that behaves.
 
 Bounded: 10,000 streams in five rounds of 2,000, a message of 64 MB, 30,000 reports.
 """

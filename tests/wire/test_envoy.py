@@ -415,7 +415,7 @@ def test_a_body_beyond_the_proxys_buffer_is_classified_by_its_beginning(stack):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_concurrent_requests_of_all_kinds_leave_nothing_behind(stack, mode):
-    """A burst through few slots: all answered, every slot and place free afterwards."""
+    """A burst through few slots: all answered, every slot and the queue free afterwards."""
     envoy = stack.envoy(mode)
     answers = []
 

@@ -1,4 +1,4 @@
-"""The endpoint picker as a process: start, plan file, TLS files, health, drain."""
+"""The EPP as a process: start, plan file, TLS files, health, drain."""
 
 from __future__ import annotations
 

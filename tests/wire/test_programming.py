@@ -1,4 +1,4 @@
-"""A real endpoint picker process and an operator that sends it anything, or nothing."""
+"""A real EPP process and an operator that sends it anything, or nothing."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def test_a_queued_stream_that_is_cancelled_frees_its_place(start, open_stream):
 
 
 def test_a_dispatched_stream_that_is_cancelled_frees_its_slot(start, open_stream):
-    """A client that goes while the server works makes room at once."""
+    """A client that goes while the server works frees its slot at once."""
     epp = start(slots=1)
     first, second = open_stream(epp), open_stream(epp)
     first.send_request()
@@ -375,7 +375,7 @@ def test_a_slot_freed_by_a_new_endpoint_serves_the_queue(start, open_stream):
 
 
 def test_a_thousand_cancelled_at_once_leave_nothing(start, open_stream):
-    """A proxy that goes away frees every place and slot."""
+    """A proxy that goes away frees every slot and queued request."""
     epp = start(slots=10, max_streams=5000)
     streams = [open_stream(epp) for _ in range(200)]
     for stream in streams:

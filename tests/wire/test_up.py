@@ -1,4 +1,4 @@
-"""`forebay up` as people run it: real endpoint picker, real Envoy, a simulated model server."""
+"""`forebay up` as people run it: real EPP, real Envoy, a simulated model server."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def start(folder, server):
     ids=["default", "flags"],
 )
 def test_a_request_is_answered(start, flags):
-    """From the quickstart's manifests, through Envoy and the endpoint picker."""
+    """From the quickstart's manifests, through Envoy and the EPP."""
     program = start(*flags)
 
     status, answer = program.request("llama-chat")

@@ -114,7 +114,7 @@ class ControlClient:
         self.answers: dict[str, int] = {"ack": 0, "nack": 0}
 
     async def run(self) -> None:
-        """Dial until told to leave."""
+        """Dial until asked to leave."""
         backoff = MIN_BACKOFF_SECONDS
         while not self._leaving:
             for address in await self._addresses():
@@ -192,7 +192,7 @@ class ControlClient:
     async def _once(self, address: str) -> tuple[bool, float | None]:
         """Serve one stream; return whether it was one, and how long the operator asks to wait.
 
-        Whatever goes wrong costs this stream and nothing else: requests are served on.
+        A failure costs only this stream: requests are still served.
         """
         stream = _Stream(self)
         try:

@@ -169,8 +169,8 @@ class LastGood:
     async def save(self, patience_seconds: float, *, sync: bool = True) -> None:
         """Put what is in memory on the disk; an error costs the warm start and nothing else.
 
-        Returns when it is there, or when the patience is at its end; writing then goes on. Without
-        `sync` it outlasts the process, but perhaps not the machine.
+        Returns when it is written, or when the patience is exhausted; writing then continues.
+        Without `sync` it outlasts the process, but perhaps not the machine.
         """
         if self._folder is None:
             return
@@ -202,7 +202,7 @@ class LastGood:
                 new.replace(folder / FILE)
             except OSError:
                 with suppress(OSError):
-                    new.unlink()  # half a file would take room that the next one needs
+                    new.unlink()  # half a file would take space that the next one needs
                 raise
             if sync:
                 _sync_folder(folder)

@@ -40,7 +40,7 @@ class JsonFormatter(logging.Formatter):
             if name not in _OWN_ATTRIBUTES:
                 fields.setdefault(name, bounded(value))
         if record.exc_info and record.exc_info[0] is not None:
-            # The end tells what was raised.
+            # The end names the exception.
             trace = self.formatException(record.exc_info)
             fields["exception"] = trace[-MAX_EXCEPTION_LENGTH:]
         return json.dumps(fields)

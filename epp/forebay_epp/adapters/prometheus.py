@@ -115,9 +115,9 @@ def routes(
     Args:
         snapshot: asks the controller for its state. When that takes too long the page goes out
             without queues and endpoints, because then the rest of it is what is needed.
-        traffic: counters that the data-plane thread goes on feeding.
+        traffic: counters that the data-plane thread keeps updating.
         scrapes_failed: failed scrapes by cause; read again for every page.
-        control: tells of the operator; None where there is none.
+        control: the connection to the operator; None without one.
     """
     page = _Page(traffic, scrapes_failed, control)
     registry = CollectorRegistry()

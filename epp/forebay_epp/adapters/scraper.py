@@ -50,7 +50,7 @@ class Scraper:
     `MAX_SCRAPES_PER_SECOND` the interval grows.
 
     Args:
-        report: called in the event loop with every page that tells what is running and waiting.
+        report: called in the event loop with every page that shows running and waiting requests.
         interval_seconds: between the starts of two scrapes of one endpoint.
         clock: monotonic seconds, for `EndpointMetrics.started_at`.
         report_failure: called in the event loop with the endpoint of every scrape that shows the
@@ -59,7 +59,7 @@ class Scraper:
             slow or cannot be read.
 
     Attributes:
-        failures: scrapes that failed, by cause; every one of `CAUSES` is there from the start.
+        failures: scrapes that failed, by cause; all of `CAUSES` exist from the start.
 
     Raises:
         ValueError: the interval is not above 0.
@@ -141,7 +141,7 @@ class Scraper:
             await asyncio.sleep(interval - (now() - phase * interval) % interval)
             try:
                 metrics = await self._scrape(session, address)
-            except Exception as error:  # whatever a server provokes, ask it again
+            except Exception as error:  # any error that a server provokes: ask it again
                 self._failed(address, error)
             else:
                 self._succeeded(address)

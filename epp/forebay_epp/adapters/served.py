@@ -75,7 +75,7 @@ class ServedModels:
         try:
             page = await fetch(session, f"http://{address}/v1/models", "application/json")
             models = read_served(page)
-        except Exception as error:  # whatever a server provokes, ask it again
+        except Exception as error:  # any error that a server provokes: ask it again
             pause = self._retry_seconds.get(address, FIRST_RETRY_SECONDS)
             self._retry_seconds[address] = min(2 * pause, INTERVAL_SECONDS)
             _log.debug(

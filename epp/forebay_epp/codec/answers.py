@@ -8,7 +8,7 @@ from __future__ import annotations
 from forebay_epp.core.terms import Verdict
 
 # A proxy answers with these for a server that it cannot reach or that breaks off, and servers do
-# for what they depend on. 501 and 505 and the like are about the request.
+# for what they depend on. 501, 505 and similar are about the request.
 _UNREACHABLE = frozenset({502, 503, 504})
 
 

@@ -1,11 +1,11 @@
-"""What an endpoint picker answers to the programs the control plane sends: a state machine.
+"""What an EPP answers to the programs the control plane sends: a state machine.
 
 Rules (those of xDS, and a fencing token as in Kleppmann, "How to do distributed locking", 2016):
 1. Versions are totally ordered; only a strictly greater one is applied. What is applied never
    decreases, across streams and restarts.
 2. A program has two parts, plan and endpoints. They are judged apart and each is applied whole or
-   not at all: whatever becomes of the plan, no request goes to the address of a pod that is gone.
-3. Every program gets exactly one answer, which tells of both parts.
+   not at all: even if the plan is refused, no request goes to the address of a pod that is gone.
+3. Every program gets exactly one answer, which covers both parts.
 Bytes come in, answers go out; where they travel and where they are kept does not belong here.
 """
 
@@ -166,7 +166,7 @@ class Programs:
             return Refused(Code.INVALID, (("snapshot", "is not a Snapshot message"),))
         if snapshot.HasField("plan") and snapshot.plan.pool != self.pool:
             pool = snapshot.plan.pool
-            text = f"{pool!r} is not the pool of this endpoint picker, {self.pool!r}"
+            text = f"{pool!r} is not the pool of this EPP, {self.pool!r}"
             return Refused(Code.INVALID, (("plan.pool", text),))
         return self._take(version, program.sha256, snapshot)
 
@@ -177,7 +177,7 @@ class Programs:
         refusals: list[Refused] = []
         paths = (path for path in _unknown(snapshot) if not path.startswith("endpoints."))
         if unknown := list(islice(paths, MAX_ERRORS)):
-            text = "is not known to this release of the endpoint picker: update it"
+            text = "is not known to this release of the EPP: update it"
             problems = tuple((path, text) for path in unknown)
             refusals.append(Refused(Code.UNSUPPORTED, problems))
         elif snapshot.HasField("plan"):
@@ -220,7 +220,7 @@ class Programs:
             text = f"has {len(data)} bytes, more than {MAX_PLAN_BYTES}"
             return Refused(Code.TOO_LARGE, (("plan", text),))
         if hashlib.sha256(data).digest() in self.quarantined:
-            text = "the endpoint picker has crashed under this plan: change it, or delete the pod"
+            text = "the EPP has crashed under this plan: change it, or delete the pod"
             return Refused(Code.INTERNAL, (("plan", text),))
         try:
             plan = plan_from_message(pb.Plan.FromString(data))
@@ -229,7 +229,7 @@ class Programs:
         except PlanError as error:
             return Refused(Code.INVALID, tuple(error.problems))
         if plan.pool != self.pool:
-            text = f"{plan.pool!r} is not the pool of this endpoint picker, {self.pool!r}"
+            text = f"{plan.pool!r} is not the pool of this EPP, {self.pool!r}"
             return Refused(Code.INVALID, (("plan.pool", text),))
         return plan
 

@@ -96,7 +96,7 @@ ENGINES = (
         "vllm:",
         (Series("vllm:num_requests_running"),),
         (
-            # Others are deferred: they wait for their grammar, LoRA or KV transfer, not for room.
+            # Others are deferred: they wait for their grammar, LoRA or KV transfer.
             Series("vllm:num_requests_waiting_by_reason", (("reason", "capacity"),)),
             Series("vllm:num_requests_waiting"),
         ),
@@ -124,7 +124,7 @@ ENGINES = (
         (Series("nv_trt_llm_kv_cache_block_metrics", (("kv_cache_block_type", "fraction"),)),),
     ),
     Engine(
-        "tgi_",  # text-generation-inference; tells nothing of its KV cache
+        "tgi_",  # text-generation-inference; does not show its KV cache
         (Series("tgi_batch_current_size"),),
         (Series("tgi_queue_size"),),
     ),
@@ -150,7 +150,7 @@ class PageMetrics:
 
     Attributes:
         running: requests in the batch, summed over engines.
-        waiting: requests queued inside the server for lack of room, summed over engines.
+        waiting: requests queued inside the server for a batch slot, summed over engines.
         kv_usage: fraction 0-1 of KV cache in use, the fullest engine.
     """
 

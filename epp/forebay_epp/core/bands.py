@@ -416,7 +416,7 @@ class Bands:
     def reconfigure(self, plan: Plan, now: float) -> None:
         """Take a new, valid plan.
 
-        A band that it no longer names drains in its old place, before a new one of the same
+        A band that it no longer names drains in its old position, before a new one of the same
         priority: who waits there came first, and there are no more of them.
         """
         wanted = {band.name for band in plan.bands}

@@ -39,7 +39,7 @@ class Classifier:
         """Find the request's band and flow, and write them on it.
 
         A model of the plan is a flow of its own. A name that models of the plan are rewritten to
-        joins the least critical of them: whoever asks for it directly gets no better band than
+        joins the least critical of them: a request for it directly gets no better band than
         those it is configured for. Every other name, and none, is in one flow: names come from
         callers, and invented ones must not take turns.
 

@@ -84,7 +84,7 @@ class FlowController:
     def reconfigure(self, plan: Plan, now: float) -> None:
         """Put a new plan in force, whole or not at all; nothing queued is lost.
 
-        Requests that wait keep their band, their place in time and their claim: a lowered cap
+        Requests that wait keep their band, their position and their claim: a lowered cap
         refuses new arrivals only.
 
         Raises:
@@ -241,7 +241,7 @@ class FlowController:
             usage: the tokens that its flow is charged for, or None if they are not known.
             now: monotonic seconds.
             verdict: what the answer says about the server.
-            blind: the proxy will not tell of the end, so the slot is held until metrics do.
+            blind: the proxy will not report the end, so the slot is held until metrics do.
 
         Raises:
             KeyError: the request is not in flight.

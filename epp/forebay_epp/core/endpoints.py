@@ -46,7 +46,7 @@ class EndpointState:
     Attributes:
         free: slots that can be given away now; negative when a limit has shrunk.
         counted: those of them that are in the sum of `EndpointSet`.
-        occupancy: slots taken, whoever has taken them.
+        occupancy: slots taken, by this EPP or others.
         spared: used although it is out, because the whole pool is.
         wake_at: when `free` may change by time alone, in monotonic seconds.
         scheduled_at: when `EndpointSet` will look at it.
@@ -104,7 +104,7 @@ class EndpointState:
         self._stale_at = NEVER
         self._foreign_then = 0
         self._idle_since = now
-        self._observed_at = now  # a scrape from before is of whatever had the address then
+        self._observed_at = now  # an earlier scrape is of the pod that had the address then
         self._peak = 0
         self._probing = False
         self._arrivals = 0

@@ -185,7 +185,7 @@ class _Stream:
         self.pump()
 
     def pump(self) -> None:
-        """Start whatever can be started now."""
+        """Start all operations that can start now."""
         if self._over:
             return
         exchange = self._exchange

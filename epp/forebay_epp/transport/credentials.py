@@ -82,7 +82,7 @@ class _Pair:
         self._pem = (b"", b"")
 
     def read(self) -> bool:
-        """Read the files if they have changed, and tell whether they have."""
+        """Read the files if they have changed; return whether they have."""
         written = (self._key.stat().st_mtime_ns, self._certificate.stat().st_mtime_ns)
         if written == self._written:
             return False

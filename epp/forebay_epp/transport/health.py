@@ -52,8 +52,8 @@ def serve(
 
     Args:
         address: where.
-        serving: tells whether requests are welcome.
-        alive: tells whether a restart would be no improvement; may take its time.
+        serving: returns whether requests are welcome.
+        alive: returns whether a restart would be no improvement; may block.
 
     Returns:
         The running server and its port.

@@ -117,7 +117,7 @@ class Issuer:
     async def look(self) -> None:
         """Read what there is, issue what is due and serve it, then publish the CAs.
 
-        Each ConfigMap by itself: what becomes of one changes nothing for the leaf or the others,
+        Each ConfigMap separately: the failure of one does not affect the leaf or the others,
         and one that cannot be read counts as absent.
 
         Raises:

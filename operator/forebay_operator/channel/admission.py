@@ -41,7 +41,7 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who has opened a stream, as far as the connection tells.
+    """The peer that opened a stream, as far as the connection shows.
 
     Attributes:
         metadata: of the call, by key.

@@ -143,7 +143,7 @@ class Rollout:
         leading_since: float,
         now: float,
     ) -> list[EPP]:
-        """Say how the expected EPPs (name by pod uid) stand, in order of their names."""
+        """Return the state of the expected EPPs (name by pod uid), ordered by name."""
         return [
             self._picker(uid, name, sessions.get(uid), leading_since, now)
             for uid, name in sorted(expected.items(), key=lambda item: item[1])

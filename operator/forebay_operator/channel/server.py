@@ -158,7 +158,7 @@ class ControlServer(rpc.ControlServicer):
         return {stream.pod_uid: stream.pod_name for stream in self._streams.get(pool, ())}
 
     def epps(self, pool: str, expected: Mapping[str, str]) -> list[EPP]:
-        """Say how the expected EPPs (name by pod uid) of a pool stand."""
+        """Return the state of a pool's expected EPPs (name by pod uid)."""
         self.retain(pool, expected.keys())
         streams = self._streams.get(pool, ())
         sessions = {stream.pod_uid: stream.session for stream in streams}
@@ -313,8 +313,8 @@ class ControlServer(rpc.ControlServicer):
     # --- writing
 
     async def _write(self, stream: _Stream, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        """Send what there is to send until the stream ends."""
-        ping_at = self._clock()  # the first tells the EPP at once that it is served
+        """Send all pending messages until the stream ends."""
+        ping_at = self._clock()  # the first shows the EPP at once that it is served
         while True:
             now = self._clock()
             self._offer(stream, now)
@@ -407,7 +407,7 @@ class ControlServer(rpc.ControlServicer):
             self._end(stream, refusal=not_a_message())
         except (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.BaseError):
             _log.debug("control stream broke", extra={"pod": stream.pod_name})
-        except Exception:  # whatever an EPP sends must end its own stream only
+        except Exception:  # nothing that an EPP sends may end more than its own stream
             _log.exception("control stream failed", extra={"pod": stream.pod_name})
         self._end(stream)
 

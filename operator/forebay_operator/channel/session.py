@@ -183,7 +183,7 @@ class Session:
         self._refusals = min(self._refusals + 1, MAX_REFUSALS)
         self._stale = nack.code in _NOT_OURS
         if self._stale:
-            self.error = f"{nack.code}: the endpoint picker has seen a program of another leader"
+            self.error = f"{nack.code}: the EPP has seen a program of another leader"
             return Answer.STALE
         problems = "; ".join(
             f"{error.path[:MAX_ERROR]}: {error.message[:MAX_ERROR]}" for error in nack.errors[:5]

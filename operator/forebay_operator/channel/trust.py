@@ -36,7 +36,7 @@ MAX_TOKEN_BYTES = 16 << 10
 MAX_REVIEWS = 4096
 MAX_REFUSALS = 1024
 MAX_ERROR = 200
-MAX_REVIEWING = 16  # at once: whoever reaches the port could otherwise load the API server
+MAX_REVIEWING = 16  # at once: otherwise any peer of the port could load the API server
 MAX_REVIEWING_PER_PEER = 4
 REVIEW_SECONDS = 600.0
 REFUSAL_SECONDS = 5.0
@@ -233,7 +233,7 @@ class TokenTrust:
 
 
 class _Remembered:
-    """The API server's answers by token hash, each for a while; the oldest makes room."""
+    """The API server's answers by token hash, each for a while; the oldest is dropped first."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -312,7 +312,7 @@ def _table(value: object) -> dict[str, Any]:
 
 
 def _number(value: object) -> float:
-    """Return a time that a token tells; NaN for what is none."""
+    """Return a time from a token; NaN if it is not one."""
     return float(value) if isinstance(value, int | float) and abs(value) < 1e15 else math.nan
 
 

@@ -2,7 +2,7 @@
 
 Lists, watches of pods, server-side apply of statuses, Events, leases, token reviews, the control
 channel's certificates: each one request, with the credentials that kopf logs in with. Nothing is
-retried here except a login that has run out: whoever asks knows how long an answer is worth
+retried here except an expired login: the caller knows how long an answer is worth
 waiting for.
 kopf.ConnectionInfo and aiohttp in place of the kubernetes client, which alone would be more than
 half of the operator's memory.
@@ -68,7 +68,7 @@ def now_text() -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Page:
-    """A part of a LIST; `version` is the whole LIST's, from which a watch may go on."""
+    """A part of a LIST; `version` is the whole LIST's, from which a watch may continue."""
 
     items: list[dict[str, Any]]
     version: str

@@ -38,7 +38,7 @@ class Denials:
     """Those that hold now.
 
     Args:
-        tell: called with each that is new (True) and each that has ended (False).
+        tell: called with each new denial (True) and each that has ended (False).
     """
 
     def __init__(self, tell: Callable[[Denial, bool], None] = lambda _denial, _new: None) -> None:

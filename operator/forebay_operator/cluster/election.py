@@ -68,8 +68,8 @@ class Claims:
 
     Epochs are times of day, so one far ahead of the clock is forged. What an EPP has seen of other
     leaders cannot grow while we lead: the first claim of a pod may be true, a second one that is
-    higher is forged. Whoever may create pods has many first claims, so a namespace's are heeded at
-    growing intervals; other namespaces' claims do not wait for them.
+    higher is forged. Anyone who may create pods has many first claims, so a namespace's are heeded
+    at growing intervals; other namespaces' claims do not wait for them.
     """
 
     def __init__(self) -> None:

@@ -96,7 +96,7 @@ class Watches:
             task.result()
 
     def _end_tasks(self) -> None:
-        """Cancel what is left, over and over: a watch that ends just then swallows it and goes on.
+        """Cancel what is left, over and over: a watch that ends just then swallows it.
 
         That is in kopf's `streaming_block`. What does not end in time is left behind with its loop.
         """

@@ -273,7 +273,7 @@ class Watching:
         """Sweep one kind in a namespace, "" for all.
 
         Returns:
-            the version from which a watch goes on; None where there is nothing to read.
+            the version from which a watch continues; None if there is nothing to read.
 
         Raises:
             ApiError: the API server has troubles of its own.

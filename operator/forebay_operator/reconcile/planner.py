@@ -51,7 +51,7 @@ class Planner:
     """Keeps EPPs in step with the store.
 
     Args:
-        store: all objects; whoever changes it calls `touch`.
+        store: all objects; a writer that changes it calls `touch`.
         control: the EPPs.
         controller: the operator's name; pools are its own whose EPP Service carries it as label
             forebay.dev/controller. None, without a cluster: all are, and their EPPs are those
@@ -105,7 +105,7 @@ class Planner:
         return self._control.connected(pool) if self.standalone else found[1].pickers
 
     def epps(self, pool: str) -> list[EPP]:
-        """Return how the EPPs of a pool stand, without those that serve another pool."""
+        """Return the state of a pool's EPPs, without those that serve another pool."""
         expected = self.expected(pool) or {}
         found = self._planned.get(pool)
         if found is not None and found[1].shared_with:

@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 class PoolProblems:
-    """The problems that have been told of.
+    """The problems that have been reported.
 
     Args:
         store: all objects.
@@ -97,7 +97,7 @@ def measure(
     epps: Mapping[str, list[EPP]],
     statuses: list[tuple[Entry, dict[str, Any]]],
 ) -> None:
-    """Show how the EPPs of the pools of a namespace stand, and the conditions of its policies."""
+    """Show the state of the EPPs of a namespace's pools, and the conditions of its policies."""
     metrics.DESIRED.show(namespace, {(pool,): len(found) for pool, found in epps.items()})
     metrics.CONNECTED.show(
         namespace,

@@ -184,7 +184,7 @@ class StatusWriter:
     async def _announce(self, entry: Entry, changes: list[Transition]) -> None:
         try:
             await self._reporter.announce(entry, changes)
-        except ApiError as error:  # what it says stands in the status or the log as well
+        except ApiError as error:  # its text is in the status or the log as well
             _log.info("event not posted", extra={"error": str(error)})
 
     def _patience(
@@ -259,7 +259,7 @@ class StatusWriter:
             level, trace = logging.ERROR, error
         elif error.status in (404, 409):  # deleted, or another object under its name
             level = logging.INFO
-        elif error.retry_after_seconds:  # the server has too much to do, whoever asks
+        elif error.retry_after_seconds:  # the server is overloaded, for every caller
             self._paused_until = max(self._paused_until, now + error.retry_after_seconds)
         _log.log(
             level,

@@ -1,9 +1,9 @@
 """The resources as typed objects: the only place where a field of a resource is declared.
 
 Our own kind is strict: an unknown field is an error that names the allowed ones. Foreign kinds are
-read leniently, since their owners add fields. Description, bounds, default and rules stand with
-their field, and crdschema.py makes the schemas from them. Wording of errors belongs in messages.py,
-what a resource leads to in planning.
+read leniently, since their owners add fields. Description, bounds, default and rules are declared
+with their field, and crdschema.py makes the schemas from them. Wording of errors belongs in
+messages.py, what a resource leads to in planning.
 """
 
 from __future__ import annotations

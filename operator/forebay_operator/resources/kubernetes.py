@@ -41,7 +41,7 @@ def _with_active_ports_only(metadata: Metadata) -> Metadata:
 
 
 class Pod(Foreign):
-    """v1: a member of a pool, or one of its endpoint pickers."""
+    """v1: a member of a pool, or one of its EPPs."""
 
     metadata: Annotated[Metadata, AfterValidator(_with_active_ports_only)]
     status: _PodStatus = _PodStatus()

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 MAX_CHANGES = 20
 _SLICE = BY_NAME["discovery.k8s.io/v1", "EndpointSlice"]
-# What is on its way, as it should be, or told as an error of the file already.
+# Pending, as intended, or already reported as an error of the file.
 _QUIET_REASONS = ("Pending", "AsExpected", "ResolvedRefs", "NoEndpointPickers", "Invalid")
 
 
@@ -72,7 +72,7 @@ class Folder:
         self._known: dict[tuple[Kind, str, str], tuple[Object, str, int]] = {}
 
     def where(self, kind: Kind, namespace: str, name: str) -> str:
-        """Say where an object stands, for people."""
+        """Describe an object's place, for people."""
         known = self._known.get((kind, namespace, name))
         return known[0].where if known else f"{kind.kind} {name}"
 
@@ -273,7 +273,7 @@ class FolderOperator:
                 if changes:
                     self._tell(_listed(f"{name} changes", changes), False)
         for name in self._snapshots.keys() - snapshots.keys():
-            self._tell(f"InferencePool {name} is gone; its endpoint picker drains", True)
+            self._tell(f"InferencePool {name} is gone; its EPP drains", True)
         self._snapshots = snapshots
 
     def _complain(self, manifests: Manifests) -> None:

@@ -52,7 +52,7 @@ class Manifests:
     """What files hold.
 
     Attributes:
-        objects: of the kinds that are read, as far as they can be told apart.
+        objects: of the kinds that are read, as far as they are distinct.
         errors: lines that name file, object and field.
         ignored: lines about objects that are not read.
         unread: files of which not every object is among `objects`.

@@ -54,7 +54,7 @@ def _of_policy(
 ) -> Iterator[Problem]:
     spec = policy.spec
 
-    def told(reason: str, message: str) -> Problem:
+    def problem(reason: str, message: str) -> Problem:
         name = f"{policy.metadata.namespace}/{policy.metadata.name}"
         return Problem("FlowControlPolicy", name, reason, message)
 
@@ -78,27 +78,27 @@ def _of_policy(
         ):
             if value is not None and value > limit:
                 message = f"{where}.{path} is {value:,}, and {outer} lets only {limit:,} wait"
-                yield told("LimitOverLimit", message)
+                yield problem("LimitOverLimit", message)
     if spec.limits.max_body_bytes > spec.limits.max_bytes:
         message = (
             f"spec.limits.maxBodyBytes is {spec.limits.max_body_bytes:,}, and "
             f"spec.limits.maxBytes lets only {spec.limits.max_bytes:,} wait"
         )
-        yield told("LimitOverLimit", message)
-    yield from _overrides(policy, planned.snapshot.plan, resources, told)
+        yield problem("LimitOverLimit", message)
+    yield from _overrides(policy, planned.snapshot.plan, resources, problem)
     unset = {"max_concurrency"} & spec.saturation.model_fields_set
     if unset and spec.saturation.mode == "Adaptive":
-        yield told(
+        yield problem(
             "FieldWithoutEffect",
             "spec.saturation.maxConcurrency counts with mode Concurrency only; mode is Adaptive",
         )
     if spec.model_server_metrics is not None and spec.saturation.mode == "Concurrency":
-        yield told(
+        yield problem(
             "FieldWithoutEffect",
             "spec.modelServerMetrics counts with mode Adaptive only; mode is Concurrency",
         )
     if spec.unmatched.action == "Reject" and not planned.snapshot.plan.models:
-        yield told(
+        yield problem(
             "EverythingRejected",
             "spec.unmatched.action is Reject and the pool has no InferenceModel: every request is "
             "refused with 404",
@@ -109,7 +109,7 @@ def _overrides(
     policy: FlowControlPolicy,
     plan: pb.Plan,
     resources: list[Resource],
-    told: Callable[[str, str], Problem],
+    problem: Callable[[str, str], Problem],
 ) -> Iterator[Problem]:
     """Tell of names in `spec.models` that no InferenceModel of the policy's pools has."""
     pools = {ref.name for ref in policy.spec.target_refs}
@@ -132,7 +132,7 @@ def _overrides(
             f"spec.models[{number}].name: no InferenceModel has the modelName {override.name}, so "
             "this makes a model of that name"
         )
-        yield told("NoSuchModel", message + (f"; is {near[0]} meant?" if near else ""))
+        yield problem("NoSuchModel", message + (f"; is {near[0]} meant?" if near else ""))
     taken = {target.name: model.name for model in plan.models for target in model.targets}
     for number, override in enumerate(policy.spec.models):
         if override.name in taken and override.name not in names:
@@ -140,20 +140,18 @@ def _overrides(
                 f"spec.models[{number}].name: {override.name} is what the servers call "
                 f"{taken[override.name]}, which is the name that requests have"
             )
-            yield told("TargetNamed", message)
+            yield problem("TargetNamed", message)
 
 
 def _of_itself(pool: AnyPool, planned: Planned, resources: list[Resource]) -> Iterator[Problem]:
     name = f"{pool.metadata.namespace}/{pool.metadata.name}"
     if pool.picker_service is None:
-        message = (
-            "names no Service as its endpoint picker: gateways and the operator find no EPP for it"
-        )
+        message = "names no EPP Service: gateways and the operator find no EPP for it"
         yield Problem("InferencePool", name, "NoEndpointPickerRef", message)
     for other in planned.shared_with:
         message = (
-            f"InferencePool {other} names Service {pool.picker_service} too, and an endpoint "
-            "picker serves one pool: give each a Service and endpoint pickers of its own"
+            f"InferencePool {other} names Service {pool.picker_service} too, and an "
+            "EPP serves one pool: give each a Service and EPPs of its own"
         )
         yield Problem("InferencePool", name, "EndpointPickerShared", message)
     if planned.policy is None and not planned.held_by:

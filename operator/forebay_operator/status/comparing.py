@@ -101,7 +101,7 @@ def differs(
 
 
 def transitions(desired: Mapping[str, Any], observed: Mapping[str, Any]) -> list[Transition]:
-    """Return what has become of each condition whose status or reason is new.
+    """Return the transition of each condition whose status or reason is new.
 
     One that only repeats what another says is left out.
     """

@@ -103,7 +103,7 @@ def pool_problems(epps: Sequence[EPP]) -> dict[str, str]:
     rejected = [epp for epp in epps if epp.state is EPPState.REJECTED]
     if rejected:
         named = "; ".join(f"{epp.name}: {epp.error}" for epp in rejected[:MAX_NAMED])
-        found["Rejected"] = f"{len(rejected)} of {len(epps)} endpoint pickers refuse: {named}"
+        found["Rejected"] = f"{len(rejected)} of {len(epps)} EPPs refuse: {named}"
     stale = [epp.name for epp in epps if epp.state is EPPState.STALE]
     if stale:
         found["Stale"] = (
@@ -216,8 +216,8 @@ def _without_effect(subject: Subject, attachment: Attachment | None) -> _Verdict
         return "False", "TargetNotFound", "has no effect while its pool does not exist"
     if attachment.held_by:
         message = (
-            f"FlowControlPolicy {attachment.held_by} is not valid: until it is fixed, endpoint "
-            "pickers keep the plan they have, and the operator cannot tell which plan that is"
+            f"FlowControlPolicy {attachment.held_by} is not valid: until it is fixed, "
+            "EPPs keep the plan they have, and the operator cannot tell which plan that is"
         )
         return "Unknown", PLAN_HELD, message
     if not attachment.epps:
@@ -238,7 +238,7 @@ def _programmed(subject: Subject, attachment: Attachment | None) -> _Verdict:
             return "False", _unsupported(epps) if reason == "Rejected" else reason, text
     behind = [epp.name for epp in epps if not _programs(subject, epp)]
     if not behind:
-        return "True", "Programmed", "every endpoint picker runs it"
+        return "True", "Programmed", "every EPP runs it"
     if attachment.too_large:
         return "False", "TooLarge", attachment.too_large
     return "False", "Pending", f"waits for {_listed(behind)} to acknowledge"
@@ -262,20 +262,20 @@ def _model_programmed(subject: Subject, attachment: Attachment) -> _Verdict:
         or (epp.unsupported and not _programs(subject, epp))
     ]
     if older:
-        text = f"an endpoint picker is {_age_of(older)}"
+        text = f"an EPP is {_age_of(older)}"
         return "False", "UnsupportedByEndpointPicker", text
     behind = [epp for epp in serving if not _programs(subject, epp)]
     if not behind:
-        return "True", "Programmed", "every endpoint picker that serves runs it"
+        return "True", "Programmed", "every EPP that serves runs it"
     rejected = [epp for epp in behind if epp.state is EPPState.REJECTED]
     if rejected:
         error = min(epp.error for epp in rejected)
-        return "False", _unsupported(rejected), f"an endpoint picker refuses the plan: {error}"
+        return "False", _unsupported(rejected), f"an EPP refuses the plan: {error}"
     if any(epp.state is EPPState.STALE for epp in behind):
-        return "False", "Stale", "an endpoint picker that runs an older plan cannot be reached"
+        return "False", "Stale", "an EPP that runs an older plan cannot be reached"
     if attachment.too_large:
         return "False", "TooLarge", attachment.too_large
-    return "False", "Pending", "waits for endpoint pickers to acknowledge"
+    return "False", "Pending", "waits for EPPs to acknowledge"
 
 
 def _unsupported(rejected: Sequence[EPP]) -> str:
@@ -299,21 +299,21 @@ def _age_of(epps: Sequence[EPP]) -> str:
 
 def _no_epps(attachment: Attachment) -> str:
     if attachment.service == "":
-        return "no endpoint picker is connected"
+        return "no EPP is connected"
     if attachment.service is None:
         return (
             f"InferencePool {attachment.pool} names no Service as its endpointPickerRef: set it to "
-            "the Service of the endpoint pickers"
+            "the Service of the EPPs"
         )
     if attachment.shared_with:
         return (
             f"InferencePool {_listed(attachment.shared_with)} names Service {attachment.service}, "
-            "too, and an endpoint picker serves one pool: give InferencePool "
-            f"{attachment.pool} a Service and endpoint pickers of its own"
+            "too, and an EPP serves one pool: give InferencePool "
+            f"{attachment.pool} a Service and EPPs of its own"
         )
     return (
         f"no running pod is behind Service {attachment.service}, the endpointPickerRef of "
-        f"InferencePool {attachment.pool}: deploy forebay's endpoint picker for it"
+        f"InferencePool {attachment.pool}: deploy forebay's EPP for it"
     )
 
 
@@ -324,7 +324,7 @@ def _degraded(subject: Subject, attachment: Attachment | None) -> _Verdict:
         message = f"generation {subject.valid_generation} is in force, not the latest"
         return "True", "LastValidInForce", message
     if subject.problems and attachment.held_by:
-        message = "endpoint pickers keep the plan they have; the operator knows no valid generation"
+        message = "EPPs keep the plan they have; the operator knows no valid generation"
         return "True", PLAN_HELD, message
     stale = [p.name for p in attachment.epps if p.state is EPPState.STALE]
     if stale:

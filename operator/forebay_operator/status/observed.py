@@ -18,7 +18,7 @@ CONTROLLER_NAME = "forebay.dev/operator"
 
 
 class EPPState(StrEnum):
-    """Where an EPP stands with the program it should run."""
+    """An EPP's progress with the program it should run."""
 
     PROGRAMMED = "Programmed"
     PENDING = "Pending"

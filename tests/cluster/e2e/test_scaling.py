@@ -1,4 +1,4 @@
-"""Model servers and endpoint pickers come and go."""
+"""Model servers and EPPs come and go."""
 
 from __future__ import annotations
 

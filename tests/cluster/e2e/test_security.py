@@ -1,4 +1,4 @@
-"""What endpoint pickers may not do."""
+"""What EPPs may not do."""
 
 from __future__ import annotations
 

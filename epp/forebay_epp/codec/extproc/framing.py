@@ -74,7 +74,7 @@ def pieces(tag: bytes, body: bytes, *, end_of_stream: bool) -> Sequence[bytes]:
 
 
 def header(key: str, value: str) -> pb.HeaderValueOption:
-    """Return a header to set; one that is there is overwritten."""
+    """Return a header to set; an existing one is overwritten."""
     # Always raw_value: Envoy sets an empty header when only `value` is filled.
     return pb.HeaderValueOption(header=pb.HeaderValue(key=key, raw_value=value.encode()))
 

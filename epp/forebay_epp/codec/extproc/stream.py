@@ -52,7 +52,7 @@ OUTCOME = "x-forebay-outcome"
 
 
 class State(Enum):
-    """Where a stream stands; see the module's picture."""
+    """The state of a stream; see the module's picture."""
 
     HEADERS = auto()
     BODY = auto()

@@ -41,7 +41,7 @@ def read_model(
 
     Args:
         body: the whole body.
-        content_type: the header's value; a body that is no form is read as JSON whatever it says.
+        content_type: the header's value; a body that is not a form is read as JSON regardless.
         optional: the request need not name a model, nor be JSON if it does not say so.
         default: the model that is meant where none is named; None where there is none to mean.
 
@@ -68,7 +68,7 @@ def read_model(
 
 
 def read_cut_model(body: bytes, content_type: str = "") -> str:
-    """Return the name of the model in the beginning of a body, or "" where it does not tell.
+    """Return the name of the model in the beginning of a body, or "" if it is not there.
 
     The first `READ_CUT_BYTES` are searched for a member `model` of the outermost object. A second
     one may follow in what was cut off, so a client can name one model here and another there.

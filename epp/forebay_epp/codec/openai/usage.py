@@ -69,8 +69,8 @@ class JSONUsageReader:
 class EventUsageReader:
     """Finds the usage of an answer that is a stream of events and comes in chunks.
 
-    Several events may tell a part of it (Anthropic's API: the prompt's tokens in the first one, the
-    answer's in the last one) or what it is so far. Counts only grow, so the largest are taken.
+    Several events may carry a part of it (Anthropic's API: the prompt's tokens in the first one,
+    the answer's in the last one) or what it is so far. Counts only grow, so the largest are taken.
     """
 
     __slots__ = ("_held", "_scanner", "_usage")
@@ -147,8 +147,8 @@ class UsageScanner:
     """Finds the member `usage` of a JSON object of any length, fed in pieces, and forgets the rest.
 
     It looks at the members of the object and of the objects in `_WRAPPERS`, and passes over all
-    other values: block by block, for brackets outside of strings tell how deep a block goes. JSON
-    is not checked: in what is none anything may be found, but nothing is raised.
+    other values: block by block, because brackets outside of strings show how deep a block goes.
+    JSON is not checked: in what is none anything may be found, but nothing is raised.
 
     Attributes:
         usage: the last one that was found and could be read.
