@@ -20,7 +20,8 @@ from forebay_operator.resources import messages
 from forebay_operator.standalone import sources
 
 if TYPE_CHECKING:
-    from forebay_control.v1 import control_pb2 as pb
+    from forebay_control.plan import MetricsPlan, ModelPlan, Plan, SeriesPlan
+    from forebay_operator.planning import Planned
 
 
 class Settings(argparse.Namespace):
@@ -56,16 +57,27 @@ def run(settings: Settings) -> int:
         return 0
     out = console()
     for each in planned:
-        out.print(tree(each.snapshot))
+        out.print(tree(each))
         for problem in each.problems:
             out.print(f"warning: {messages.printable(str(problem))}", style="yellow")
     return 0
 
 
-def tree(snapshot: pb.Snapshot) -> Tree:
+def tree(planned: Planned) -> Tree:
     """Draw one pool: bands by priority with their models, then what holds for all."""
-    plan = snapshot.plan
-    root = Tree(f"InferencePool {plan.pool}")
+    root = Tree(f"InferencePool {planned.pool}")
+    if planned.plan is None:
+        root.add("no plan that an EPP would take: see the warnings")
+    else:
+        _add_plan(root, planned.plan)
+    endpoints = planned.snapshot.endpoints.endpoints
+    servers = root.add(f"{len(endpoints)} servers in the files")
+    for endpoint in endpoints:
+        servers.add(messages.printable(f"{endpoint.address} {endpoint.name}"))
+    return root
+
+
+def _add_plan(root: Tree, plan: Plan) -> None:
     for band in sorted(plan.bands, key=lambda band: -band.priority):
         branch = root.add(f"{band.name} (priority {band.priority})")
         branch.add(f"{band.fairness} between models, {band.ordering} within one")
@@ -100,30 +112,30 @@ def tree(snapshot: pb.Snapshot) -> Tree:
         else f"learned; closed above {saturation.kv_cache_usage_threshold:.0%} of its KV cache"
     )
     root.add(f"endpoint limit: {room}")
-    if plan.HasField("metrics"):
+    if plan.metrics is not None:
         _add_metrics(root, plan.metrics)
     root.add(f"without servers requests wait up to {plan.no_endpoints_ttl_seconds:g} s")
-    servers = root.add(f"{len(snapshot.endpoints.endpoints)} servers in the files")
-    for endpoint in snapshot.endpoints.endpoints:
-        servers.add(messages.printable(f"{endpoint.address} {endpoint.name}"))
-    return root
 
 
-def _model(model: pb.Model) -> str:
+def _model(model: ModelPlan) -> str:
     total = sum(target.weight for target in model.targets)
     targets = ", ".join(f"{target.name} {target.weight / total:.0%}" for target in model.targets)
     return messages.printable(f"{model.name} -> {targets}" if targets else model.name)
 
 
-def _add_metrics(root: Tree, metrics: pb.Metrics) -> None:
+def _add_metrics(root: Tree, metrics: MetricsPlan) -> None:
     path, port = metrics.path or "/metrics or /prometheus/metrics", metrics.port or "of requests"
     branch = root.add(messages.printable(f"load of a server: {path}, port {port}"))
-    for name, field in (("running", "running"), ("waiting", "waiting"), ("KV", "kv_cache_usage")):
-        if metrics.HasField(field):
-            branch.add(messages.printable(f"{name}: {_series(getattr(metrics, field))}"))
+    for name, series in (
+        ("running", metrics.running),
+        ("waiting", metrics.waiting),
+        ("KV", metrics.kv_cache_usage),
+    ):
+        if series is not None:
+            branch.add(messages.printable(f"{name}: {_series(series)}"))
 
 
-def _series(series: pb.Series) -> str:
+def _series(series: SeriesPlan) -> str:
     labels = ",".join(f'{label.name}="{label.value}"' for label in series.labels)
     return f"{series.name}{{{labels}}}" if labels else series.name
 

@@ -7,6 +7,7 @@ from api_server import APPLY, error_fields
 from control_plane import model, policy, pool
 from manifest_reading import resource_of
 
+from forebay_control.plan import DEFAULT_BANDS
 from forebay_control.v1 import control_pb2 as pb
 from forebay_operator import planning, resources
 from forebay_operator.resources import POLICY
@@ -139,7 +140,7 @@ def test_the_status_of_a_policy_is_kept_whole(somewhere):
 def status_of_a_policy(somewhere) -> dict:
     """A status with something in every field."""
     stats = pb.Stats(saturation=0.85)
-    for number, name in enumerate(planning.PRIORITIES):
+    for number, name in enumerate(each.name for each in DEFAULT_BANDS):
         band = stats.bands.add(band=name, requests=number + 5, bytes=1 << 50, oldest_seconds=1.5)
         band.dispatched = band.rejected = band.evicted = 1 << 40
     epps = [

@@ -22,6 +22,7 @@ from forebay_epp.codec import plan as plan_codec
 from forebay_epp.core.controller import FlowController
 from forebay_epp.core.terms import Dispatched, Endpoint, Request
 from forebay_operator import planning
+from forebay_operator.resources import FlowControlPolicy
 from forebay_operator.standalone import sources
 
 CRDS = Path(__file__).parents[2] / "crds"
@@ -36,7 +37,7 @@ def planned(name: str, *, without: str = "") -> planning.Planned:
     """Plan a recipe; `without` is a field of the policy's spec to leave out."""
     found = list(sources.read(CRDS / "examples" / name).resources)
     for number, resource in enumerate(found):
-        if without and isinstance(resource, planning.FlowControlPolicy):
+        if without and isinstance(resource, FlowControlPolicy):
             empty = type(resource.spec).model_fields[without].default
             spec = resource.spec.model_copy(update={without: empty})
             found[number] = resource.model_copy(update={"spec": spec})

@@ -67,10 +67,17 @@ def message(which, subject, *attachments):
         ),
         ("Programmed", SUBJECT, [at(epp(generation=2))], "False", "Pending", "epp-0"),
         (
-            *("Programmed", SUBJECT, [at(epp(generation=2), too_large="has 2 MiB")]),
+            *("Programmed", SUBJECT, [at(epp(generation=2), unsent=("TooLarge", "has 2 MiB"))]),
             *("False", "TooLarge", "has 2 MiB"),
         ),
-        ("Programmed", SUBJECT, [at(epp(), too_large="has 2 MiB")], "True", "Programmed", ""),
+        (
+            "Programmed",
+            SUBJECT,
+            [at(epp(), unsent=("TooLarge", "has 2 MiB"))],
+            "True",
+            "Programmed",
+            "",
+        ),
         (
             *("Programmed", SUBJECT, [at(epp(unsupported=("plan.metrics",)))]),
             *("False", "UnsupportedByEndpointPicker", "does not know plan.metrics: update it"),

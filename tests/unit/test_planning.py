@@ -76,7 +76,7 @@ def picked_up(*given):
 
 
 def test_no_policy_is_the_core_s_default():
-    """Both sides of the contract agree on defaults without knowing each other."""
+    """The resources' defaults are the Plan's."""
     assert picked_up()[0] == core.Plan(pool="default/chat")
 
 
@@ -308,6 +308,25 @@ def test_pools_of_one_name_in_two_namespaces_are_apart():
     assert (here.snapshot.plan.limits.max_requests, len(here.snapshot.plan.models)) == (1, 1)
     assert there.snapshot.plan.limits.max_requests == core.LimitsPlan().max_requests
     assert not there.snapshot.plan.models
+
+
+def test_a_plan_that_an_epp_would_refuse_is_not_sent():
+    """Whatever let its resources in: EPPs keep the plan they have, and the pool names the field."""
+    slice_ = endpoint_slice({"addresses": ["10.0.0.1"]})
+    old = policy()
+    limits = old.spec.limits.model_copy(update={"max_requests": 0})
+    old = old.model_copy(update={"spec": old.spec.model_copy(update={"limits": limits})})
+
+    planned = planning.plan(pool(), [old, slice_])
+
+    assert (planned.plan, planned.policy) == (None, old)
+    assert not planned.snapshot.HasField("plan")
+    assert not planned.snapshot.sources
+    assert len(planned.snapshot.endpoints.endpoints) == 1
+    (problem,) = planned.problems
+    assert (problem.kind, problem.reason, problem.message) == ("InferencePool", *planned.unsent)
+    assert problem.reason == "InvalidPlan"
+    assert "limits.maxRequests: must be 1 to 1000000, is 0" in problem.message
 
 
 def test_differences_are_told_by_name():

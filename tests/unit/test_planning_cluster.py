@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forebay_control.plan import MAX_MODELS
 from forebay_operator import planning
 from forebay_operator.resources import BY_NAME, Metadata, read
 
@@ -151,7 +152,7 @@ def test_a_policy_that_is_being_deleted_has_lost():
 
 def test_a_model_beyond_what_fits_says_so():
     """The youngest ones, each by its own name."""
-    many = [model(f"m-{i:05}", f"llama-{i}") for i in range(planning.MAX_MODELS)]
+    many = [model(f"m-{i:05}", f"llama-{i}") for i in range(MAX_MODELS)]
     late = model("late", "llama-late", created=T2)
     planned = plan(late, *many)
     assert {(p.kind, p.name, p.reason) for p in planned.problems} == {
@@ -227,18 +228,18 @@ def test_pickers_are_the_running_pods_behind_the_service():
         pod("server"),
     ]
     expected = {"Pod-a-uid": "a", "Pod-unready-uid": "unready"}
-    assert plan(service(), *pods).pickers == expected
-    assert plan(service(), *pods, of=old_pool()).pickers == expected
-    assert plan(service("other"), *pods).pickers == {}
-    assert plan(*pods).pickers == {}
+    assert plan(service(), *pods).epps == expected
+    assert plan(service(), *pods, of=old_pool()).epps == expected
+    assert plan(service("other"), *pods).epps == {}
+    assert plan(*pods).epps == {}
     no_service = pool(endpointPickerRef={"kind": "Deployment", "name": "epp"})
-    assert plan(service(), *pods, of=no_service).pickers == {}
+    assert plan(service(), *pods, of=no_service).epps == {}
 
 
 def test_a_service_without_selector_selects_nobody():
     """Every label set would match none of the labels."""
     empty = made("v1", "Service", "epp", spec={})
-    assert plan(empty, pod("a", app="epp")).pickers == {}
+    assert plan(empty, pod("a", app="epp")).epps == {}
 
 
 # --- plans that are held

@@ -559,7 +559,7 @@ async def test_a_plan_that_is_too_large_is_told_of_without_a_policy(world):
     assert "chat" not in {entry[0] for entry in world.written.announced}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "MAX_PLAN_BYTES", 2000)
+        patch.setattr("forebay_operator.planning.planned.MAX_PLAN_BYTES", 2000)
         world.planner.plan("default")
         sent = world.control.programs["default/chat"][-1]
         await world.after(20)

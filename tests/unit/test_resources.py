@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from manifest_reading import resource_of
 
+from forebay_control.plan import DEFAULT_BANDS
 from forebay_operator import planning, resources
 from forebay_operator.standalone import sources
 
@@ -68,7 +69,9 @@ def test_the_quickstart_has_no_problem():
 
     assert (manifests.errors, manifests.ignored, planned.problems) == ((), (), ())
     assert planning.unattached(manifests.resources) == ()
-    assert {model.band for model in planned.snapshot.plan.models} == set(planning.PRIORITIES)
+    assert {model.band for model in planned.snapshot.plan.models} == {
+        band.name for band in DEFAULT_BANDS
+    }
 
 
 @given(kind=st.sampled_from([kind.model for kind in resources.KINDS]), metadata=VALUES, spec=VALUES)

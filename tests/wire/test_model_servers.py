@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from typing import TYPE_CHECKING
 
 import aiohttp
 import pytest
@@ -18,13 +19,16 @@ from envoy_process import Envoy
 from ext_proc_peer import until
 from loop_thread import LoopThread
 
-from forebay_control.v1 import control_pb2 as pb
+from forebay_control import mapping
 from forebay_epp.core.limits.adaptive import INITIAL_LIMIT
-from forebay_operator import planning
+from forebay_operator.planning import topology
 from forebay_operator.resources import POLICY, FlowControlPolicy, read
 from forebay_sim.engine import EngineSettings
 from forebay_sim.metricspage import ENGINES
 from forebay_sim.server import ServerSettings, serve
+
+if TYPE_CHECKING:
+    from forebay_control.v1 import control_pb2 as pb
 
 ENGINE = EngineSettings(max_num_seqs=16, decode_seconds_per_token=0.01)
 CLIENTS = 120
@@ -92,7 +96,9 @@ def program(load: Load, metrics: dict | None = None) -> pb.Snapshot:
     spec = {"targetRefs": [{"name": "chat"}]} | ({"modelServerMetrics": metrics} if metrics else {})
     policy = read(POLICY, {"metadata": {"name": "a"}, "spec": spec})
     assert isinstance(policy, FlowControlPolicy)
-    made.plan.metrics.CopyFrom(planning._metrics(policy.spec.model_server_metrics) or pb.Metrics())
+    plan = topology._metrics(policy.spec.model_server_metrics)
+    if plan is not None:
+        mapping.write(plan, made.plan.metrics)
     return made
 
 

@@ -102,7 +102,7 @@ class Planner:
         found = self._planned.get(pool)
         if found is None:
             return None
-        return self._control.connected(pool) if self.standalone else found[1].pickers
+        return self._control.connected(pool) if self.standalone else found[1].epps
 
     def epps(self, pool: str) -> list[EPP]:
         """Return the state of a pool's EPPs, without those that serve another pool."""
@@ -243,7 +243,7 @@ class Planner:
 
 def _advice_of(pool: AnyPool, planned: Planned, resources: list[Resource]) -> tuple[str, ...]:
     """Return what the policy in force, if any, says of what is surely not meant."""
-    if planned.policy is None or not planned.snapshot.HasField("plan"):
+    if planned.policy is None or planned.plan is None:
         return ()
     found = []
     for told in advice.of_pool(pool, planned, resources):

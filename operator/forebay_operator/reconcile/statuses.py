@@ -146,7 +146,7 @@ class Statuses:
             notes=tuple(notes),
             endpoints=endpoints,
             held_by=planned.held_by,
-            too_large=planned.too_large,
+            unsent=planned.unsent,
             shared_with=() if self._planner.standalone else planned.shared_with,
             advice=self._planner.advice(name),
         )

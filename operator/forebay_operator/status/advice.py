@@ -22,7 +22,7 @@ from forebay_operator.resources import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from forebay_control.v1 import control_pb2 as pb
+    from forebay_control.plan import Plan
     from forebay_operator.planning import Planned
     from forebay_operator.resources import AnyPool, Resource
 
@@ -85,7 +85,7 @@ def _of_policy(
             f"spec.limits.maxBytes lets only {spec.limits.max_bytes:,} wait"
         )
         yield problem("LimitOverLimit", message)
-    yield from _overrides(policy, planned.snapshot.plan, resources, problem)
+    yield from _overrides(policy, planned.plan, resources, problem)
     unset = {"max_concurrency"} & spec.saturation.model_fields_set
     if unset and spec.saturation.mode == "Adaptive":
         yield problem(
@@ -97,7 +97,7 @@ def _of_policy(
             "FieldWithoutEffect",
             "spec.modelServerMetrics counts with mode Adaptive only; mode is Concurrency",
         )
-    if spec.unmatched.action == "Reject" and not planned.snapshot.plan.models:
+    if spec.unmatched.action == "Reject" and planned.plan and not planned.plan.models:
         yield problem(
             "EverythingRejected",
             "spec.unmatched.action is Reject and the pool has no InferenceModel: every request is "
@@ -107,7 +107,7 @@ def _of_policy(
 
 def _overrides(
     policy: FlowControlPolicy,
-    plan: pb.Plan,
+    plan: Plan | None,
     resources: list[Resource],
     problem: Callable[[str, str], Problem],
 ) -> Iterator[Problem]:
@@ -133,7 +133,8 @@ def _overrides(
             "this makes a model of that name"
         )
         yield problem("NoSuchModel", message + (f"; is {near[0]} meant?" if near else ""))
-    taken = {target.name: model.name for model in plan.models for target in model.targets}
+    models = plan.models if plan else ()
+    taken = {target.name: model.name for model in models for target in model.targets}
     for number, override in enumerate(policy.spec.models):
         if override.name in taken and override.name not in names:
             message = (
@@ -172,8 +173,8 @@ def _of_itself(pool: AnyPool, planned: Planned, resources: list[Resource]) -> It
 
 def _of_objectives(pool: AnyPool, planned: Planned, resources: list[Resource]) -> Iterator[Problem]:
     """Tell of objectives that no header may choose, and of those that end up in one band."""
-    plan = planned.snapshot.plan
-    if not plan.objectives:
+    plan = planned.plan
+    if plan is None or not plan.objectives:
         return
     if not plan.trust_objective_header:
         names = ", ".join(objective.name for objective in plan.objectives[:5])

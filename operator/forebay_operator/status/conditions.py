@@ -239,8 +239,8 @@ def _programmed(subject: Subject, attachment: Attachment | None) -> _Verdict:
     behind = [epp.name for epp in epps if not _programs(subject, epp)]
     if not behind:
         return "True", "Programmed", "every EPP runs it"
-    if attachment.too_large:
-        return "False", "TooLarge", attachment.too_large
+    if attachment.unsent is not None:
+        return "False", *attachment.unsent
     return "False", "Pending", f"waits for {_listed(behind)} to acknowledge"
 
 
@@ -273,8 +273,8 @@ def _model_programmed(subject: Subject, attachment: Attachment) -> _Verdict:
         return "False", _unsupported(rejected), f"an EPP refuses the plan: {error}"
     if any(epp.state is EPPState.STALE for epp in behind):
         return "False", "Stale", "an EPP that runs an older plan cannot be reached"
-    if attachment.too_large:
-        return "False", "TooLarge", attachment.too_large
+    if attachment.unsent is not None:
+        return "False", *attachment.unsent
     return "False", "Pending", "waits for EPPs to acknowledge"
 
 

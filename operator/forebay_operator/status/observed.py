@@ -55,9 +55,9 @@ class Attachment:
     `refused` is the reason and message why it does not count there, if it does not. `epps` is
     None where the pool does not exist. `service` is the one behind which they should be; None:
     the pool names none; "": there are no Services. `held_by` is the invalid policy for whose sake
-    the pool's EPPs keep the plan they have. `too_large` says so of the plan, which is
-    then not sent. `shared_with` are other pools that name the same Service. `advice` is what is
-    valid there and surely not meant.
+    the pool's EPPs keep the plan they have. `unsent` is the reason and message why they do, if they
+    would refuse the new one. `shared_with` are other pools that name the same Service. `advice` is
+    what is valid there and surely not meant.
     """
 
     pool: str
@@ -68,7 +68,7 @@ class Attachment:
     notes: tuple[str, ...] = ()
     endpoints: int = 0
     held_by: str = ""
-    too_large: str = ""
+    unsent: tuple[str, str] | None = None
     shared_with: tuple[str, ...] = ()
     advice: tuple[str, ...] = ()
 

@@ -1,0 +1,243 @@
+"""From a policy, models and objectives to the Plan of one pool.
+
+A field with the same name in resource and Plan is filled by `drawn`; what is written out here is
+what has another shape or is derived.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from forebay_control.plan import (
+    DEFAULT_BANDS,
+    MAX_MODELS,
+    MAX_OBJECTIVES,
+    BandPlan,
+    MetricsPlan,
+    ModelPlan,
+    ObjectivePlan,
+    Plan,
+    SeriesLabelPlan,
+    SeriesPlan,
+    TargetPlan,
+    UnmatchedPlan,
+)
+from forebay_operator.planning.drawing import drawn
+from forebay_operator.planning.membership import means
+from forebay_operator.planning.problem import problem_of
+from forebay_operator.resources import (
+    AnyPool,
+    Band,
+    FlowControlPolicy,
+    InferenceModel,
+    InferenceObjective,
+    PolicySpec,
+)
+from forebay_operator.resources.fields import series
+
+if TYPE_CHECKING:
+    from forebay_operator.planning.problem import Problem
+    from forebay_operator.resources import Resource
+    from forebay_operator.resources.policy import ModelServerMetrics
+
+_NO_POLICY = PolicySpec.model_validate({"targetRefs": [{"name": "none"}]})
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """A Plan, and the resources that it was made from.
+
+    Attributes:
+        plan: not validated.
+        policy: the one in force, if any.
+        models: those that are in the plan.
+    """
+
+    plan: Plan
+    policy: FlowControlPolicy | None
+    models: tuple[InferenceModel, ...]
+
+
+def topology_of(pool: AnyPool, resources: list[Resource], problems: list[Problem]) -> Topology:
+    """Plan the queues of a pool.
+
+    Args:
+        pool: the pool.
+        resources: of its namespace, the oldest first.
+        problems: takes what has no effect, and why.
+    """
+    policy = _policy(pool, resources, problems)
+    spec = policy.spec if policy else _NO_POLICY
+    bands = _bands(spec)
+    models, sources, left_out = _models(pool, spec, resources, problems)
+    priorities = {band.name: band.priority for band in bands}
+    plan = drawn(
+        Plan,
+        spec,
+        pool=f"{pool.metadata.namespace}/{pool.metadata.name}",
+        bands=bands,
+        models=models,
+        unmatched=drawn(
+            UnmatchedPlan,
+            spec.unmatched,
+            band=min(
+                (spec.unmatched.criticality, *(model.band for model in left_out)),
+                key=priorities.__getitem__,
+            ),
+        ),
+        objectives=_objectives(pool, bands, resources, problems),
+        metrics=_metrics(spec.model_server_metrics),
+    )
+    return Topology(plan, policy, sources)
+
+
+def _policy(
+    pool: AnyPool, resources: list[Resource], problems: list[Problem]
+) -> FlowControlPolicy | None:
+    candidates = [
+        policy
+        for policy in resources
+        if isinstance(policy, FlowControlPolicy)
+        and not policy.metadata.deletion_timestamp
+        and any(ref.name == pool.metadata.name for ref in policy.spec.target_refs)
+    ]
+    for loser in candidates[1:]:
+        message = (
+            f"FlowControlPolicy {candidates[0].metadata.name} is older and already for "
+            f"InferencePool {pool.metadata.name}; delete one of them"
+        )
+        kind, name = "FlowControlPolicy", pool.metadata.name
+        problems.append(problem_of(kind, loser.metadata, "Conflicted", message, name))
+    return candidates[0] if candidates else None
+
+
+def _bands(spec: PolicySpec) -> tuple[BandPlan, ...]:
+    given: dict[str, Band] = {band.criticality: band for band in spec.bands}
+    bands = []
+    for default in DEFAULT_BANDS:
+        band = given.get(default.name) or Band.model_validate({"criticality": default.name})
+        queue, per_flow = band.queue, band.queue.per_flow
+        bands.append(
+            drawn(
+                BandPlan,
+                band.queue,
+                band,
+                name=default.name,
+                priority=default.priority,
+                fairness=band.fairness.policy,
+                flow_max_requests=per_flow.max_requests or queue.max_requests,
+                flow_max_bytes=per_flow.max_bytes or queue.max_bytes,
+            )
+        )
+    return tuple(bands)
+
+
+def _metrics(given: ModelServerMetrics | None) -> MetricsPlan | None:
+    if given is None:
+        return None
+    return drawn(
+        MetricsPlan,
+        given,
+        running=_series(given.running),
+        waiting=_series(given.waiting),
+        kv_cache_usage=_series(given.kv_cache_usage),
+    )
+
+
+def _series(text: str | None) -> SeriesPlan | None:
+    if text is None:
+        return None
+    name, labels = series(text)
+    return SeriesPlan(name, tuple(SeriesLabelPlan(label, value) for label, value in labels))
+
+
+def _models(
+    pool: AnyPool, spec: PolicySpec, resources: list[Resource], problems: list[Problem]
+) -> tuple[tuple[ModelPlan, ...], tuple[InferenceModel, ...], list[ModelPlan]]:
+    """Return the models, the resources that count, and the models beyond `MAX_MODELS`.
+
+    The youngest InferenceModels are left out, never what the policy names. To an EPP those are like
+    any unmatched model, so all unmatched requests wait in the band of the least critical model that
+    is left out: none gains by being one too many.
+    """
+    mine = [
+        model
+        for model in resources
+        if isinstance(model, InferenceModel)
+        and not model.metadata.deletion_timestamp
+        and means(model.spec.pool_ref, pool.metadata.name)
+    ]
+    overrides = {model.name: model for model in spec.models}
+    taken: dict[str, InferenceModel] = {}
+    for model in mine:
+        name = model.spec.model_name
+        if name in taken:
+            message = f"modelName {name} is that of InferenceModel {taken[name].metadata.name}"
+            problems.append(problem_of("InferenceModel", model.metadata, "ModelNameInUse", message))
+        else:
+            taken[name] = model
+    models = {}
+    for name, model in taken.items():
+        override = overrides.get(name)
+        criticality = override.criticality if override else model.spec.criticality
+        models[name] = drawn(
+            ModelPlan,
+            override,
+            model.spec,
+            name=name,
+            band=criticality or "Standard",
+            targets=tuple(drawn(TargetPlan, target) for target in model.spec.target_models),
+        )
+    for name, override in overrides.items():
+        if name not in models:
+            models[name] = drawn(ModelPlan, override, name=name, band=override.criticality)
+    others = [name for name in taken if name not in overrides]
+    late = others[MAX_MODELS - len(overrides) :]
+    if late:
+        message = f"has {len(models)} models; those beyond {MAX_MODELS} are unmatched"
+        problems.append(problem_of("InferencePool", pool.metadata, "TooManyModels", message))
+        problems.extend(
+            problem_of(
+                "InferenceModel",
+                taken[name].metadata,
+                "TooManyModels",
+                f"InferencePool {pool.metadata.name} has {MAX_MODELS} other models already: delete "
+                "some of them. Until then requests for this one are unmatched, and all unmatched "
+                "requests wait in the band of the least critical model that is left out",
+                pool.metadata.name,
+            )
+            for name in late
+        )
+    left_out = [models.pop(name) for name in late]
+    sources = tuple(model for name, model in taken.items() if name in models)
+    return tuple(models.values()), sources, left_out
+
+
+def _objectives(
+    pool: AnyPool,
+    bands: tuple[BandPlan, ...],
+    resources: list[Resource],
+    problems: list[Problem],
+) -> tuple[ObjectivePlan, ...]:
+    """Put each objective into the nearest band at or below its priority, or the lowest one."""
+    mine: dict[str, InferenceObjective] = {}
+    for resource in resources:
+        if (
+            isinstance(resource, InferenceObjective)
+            and not resource.metadata.deletion_timestamp
+            and means(resource.spec.pool_ref, pool.metadata.name)
+        ):
+            # The same name in the groups llm-d.ai and x-k8s.io: the oldest counts.
+            mine.setdefault(resource.metadata.name, resource)
+    if len(mine) > MAX_OBJECTIVES:
+        message = f"has {len(mine)} objectives; those beyond {MAX_OBJECTIVES} have no effect"
+        problems.append(problem_of("InferencePool", pool.metadata, "TooManyObjectives", message))
+    order = sorted(bands, key=lambda band: -band.priority)
+    objectives = []
+    for name in sorted(mine)[:MAX_OBJECTIVES]:
+        spec = mine[name].spec
+        below = (band.name for band in order if band.priority <= (spec.priority or 0))
+        band = next(below, order[-1].name)
+        objectives.append(drawn(ObjectivePlan, spec, name=name, band=band))
+    return tuple(objectives)
