@@ -1,4 +1,4 @@
-"""Constants and addresses of the control channel that its two ends have to agree on."""
+"""Constants and addresses of the control channel on which its two ends must agree."""
 
 from __future__ import annotations
 

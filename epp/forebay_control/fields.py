@@ -1,7 +1,7 @@
-"""What the annotations of the Plan's dataclasses say of a field: its type and its bounds.
+"""Types and bounds of fields, as the annotations of the Plan's dataclasses declare them.
 
 Validation and both mappings of the Plan, from resources and to protobuf, read a field's declaration
-here, so that it is made once. What the fields are belongs in plan.py.
+here, so it is made once. The fields themselves belong in plan.py.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The Plan: the queue topology of one pool, with its bounds, defaults and rules.
 
 The operator, the command line and the EPP judge a plan by this one declaration. A new field is
-declared in the resource, here and in control.proto, under one name; nowhere else. A default or a
-cap stands here, and the resources refer to it. Where plans come from and how they travel does not
-belong here.
+declared in the resource, here and in control.proto, under one name; nowhere else. Defaults and caps
+are declared here, and the resources refer to them. Where plans come from and how they travel does
+not belong here.
 """
 
 from __future__ import annotations

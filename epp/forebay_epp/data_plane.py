@@ -3,8 +3,7 @@
 A transport owns the thread and the sockets. It opens an `Exchange` per ext_proc stream, hands it
 what arrives, sends what it has to say, and calls `tick` when `timeout` has passed. Everything here
 and in the core runs on that one thread, so there is no lock; other threads `post` what they know.
-How bytes travel (transport/), what they mean (codec/) and what is counted (observers) does not
-belong here.
+Moving bytes belongs in transport/, their meaning in codec/, counting in observers.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class DataPlane:
 
     Args:
         controller: the pool's flow controller; from now on only the data plane calls it.
-        observer: told of everything that happens.
+        observer: called for everything that happens.
         max_streams: how many may be open. One more costs the slowest unread request of the
             connection that has most of them its stream; where there is none it is refused with 429.
         clock: monotonic seconds.

@@ -1,6 +1,6 @@
-"""One ext_proc stream, its request, and who is to hear of both.
+"""One ext_proc stream and its request.
 
-A transport moves its bytes (transport/); what its events lead to is decided in data_plane.py.
+Moving its bytes belongs in transport/, acting on its events in data_plane.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Owner(Protocol):
     """The data plane, as an exchange knows it."""
 
     def read(self, exchange: Exchange, unread: Unread, event: Event | None) -> None:
-        """Hear of a message of a request that was not complete when it came."""
+        """Take a message of a request that was not complete when it came."""
 
     def handle(self, exchange: Exchange, event: Event) -> None:
         """Hear of an event."""

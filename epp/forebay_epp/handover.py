@@ -1,6 +1,6 @@
-"""From the asyncio thread to the data-plane thread and back.
+"""Calls from the asyncio thread to the data-plane thread and back.
 
-What is handed over is the caller's; `post` is `DataPlane.post`, which has a call run there.
+What to call is up to the caller; `post` is `DataPlane.post`, which has a call run there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _T = TypeVar("_T")
 
 
 async def ask(post: Post, question: Callable[[float], _T], patience_seconds: float) -> _T:
-    """Have the other thread answer.
+    """Ask the other thread and return its answer.
 
     Raises:
         TimeoutError: it has not in time; it may still run the question.
@@ -39,7 +39,7 @@ async def hand_over(post: Post, call: Callable[[float], None], patience_seconds:
     """
     running = asyncio.get_running_loop()
     done: asyncio.Future[None] = running.create_future()
-    undecided = [None]  # whoever pops it decides: the other thread to begin, or this one to give up
+    undecided = [None]  # popped by the other thread to begin, or by this one to give up
 
     def begin(now: float) -> None:
         try:

@@ -1,7 +1,7 @@
-"""What may watch the data plane: metrics (traffic.py), the log, and what comes next.
+"""Observers of the data plane, such as metrics (traffic.py) and the log.
 
-An observer is told of every step of every request on the data-plane thread, so a method costs well
-under a microsecond, does not block and does not raise. `now` is monotonic seconds.
+An observer is called for every step of every request on the data-plane thread, so a method costs
+well under a microsecond, does not block and does not raise. `now` is monotonic seconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Observer:
-    """Learns what it overrides of what happens."""
+    """Receives the events whose methods it overrides."""
 
     def reconfigured(self, plan: Plan) -> None:
         """A plan is in force, the first one too."""

@@ -1,7 +1,7 @@
 """Requests that are still being read: how long they may take and how much they may hold.
 
-Whoever sends slowly must not keep others out: neither by streams nor by bytes. What is given up is
-always the connection's that holds most. How a request is refused does not belong here.
+Slow clients must not keep others out, neither by streams nor by bytes. The request that is given up
+is always one of the connection that holds most. Refusing it does not belong here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Unread:
     """A request that is not complete.
 
     Attributes:
-        exchange_id: whose it is.
+        exchange_id: the exchange that reads it.
         peer: the connection it comes on.
         opened_at: in monotonic seconds.
         begun: whether its stream has said anything.

@@ -88,7 +88,7 @@ def test_pods_are_admitted_where_restricted_is_enforced(kinds, namespace, values
 
 
 def test_crds_stay_when_the_release_goes(kinds):
-    """Deleting them would delete everybody's policies and pools."""
+    """Deleting them would delete all policies and pools."""
     names = {crd["metadata"]["name"] for crd in kinds.get("crd")["items"]}
 
     assert names >= {

@@ -77,7 +77,7 @@ def test_the_operator_programs_epps_with_the_rights_it_has(running, watched):
 
 
 def test_what_the_operator_has_written_survives_upgrades(running):
-    """Helm's, and those of whoever renders the chart and applies it: neither owns the data."""
+    """Helm's, and those of a user who renders the chart and applies it: neither owns the data."""
     release = running.release
     values = f"--values={FOLDER / 'standalone.yaml'}"
     release.install(values, NO_CRDS)

@@ -1,4 +1,4 @@
-"""The CRDs on a real API server: it fills in our defaults and keeps what it is told."""
+"""The CRDs on a real API server: it fills in our defaults and keeps what it is given."""
 
 from __future__ import annotations
 

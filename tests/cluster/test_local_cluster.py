@@ -128,7 +128,7 @@ def test_kubeconfig_is_private(cluster):
 
 
 def test_everything_listens_on_loopback(cluster):
-    """No process of the cluster is told an address that others can reach."""
+    """No process of the cluster is given an address that others can reach."""
     commands = processes_of(cluster.dir)
 
     assert len(commands) == 3

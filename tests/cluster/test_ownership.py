@@ -1,4 +1,4 @@
-"""Two operators on a real API server: each acts on the pools that it is told to."""
+"""Two operators on a real API server: each acts on the pools that it claims."""
 
 from __future__ import annotations
 

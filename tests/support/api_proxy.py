@@ -1,6 +1,6 @@
 """A reverse proxy in front of a real API server that breaks answers as networks and servers do.
 
-Plain HTTP on loopback towards the client; what is not told to be broken goes through unchanged.
+Plain HTTP on loopback towards the client; everything else goes through unchanged.
 """
 
 from __future__ import annotations

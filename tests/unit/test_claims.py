@@ -70,7 +70,7 @@ def reasons(status):
 
 
 def test_only_a_claimed_pool_is_planned(world):
-    """EPPs of the others are told nothing, and may not connect."""
+    """EPPs of the others receive nothing, and may not connect."""
     assert [pool.metadata.name for pool, _ in world.planner.planned()] == [OURS]
     assert world.planner.expected(f"default/{OURS}") == {}
     assert world.planner.expected(f"default/{THEIRS}") is None

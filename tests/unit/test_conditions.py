@@ -404,7 +404,7 @@ def test_numbers_are_told_from_meaning():
 
 
 def test_transitions_are_new_statuses_and_reasons():
-    """Not new messages: people are told once."""
+    """Not new messages: each is reported once."""
     observed = status()
     observed["conditions"][0]["message"] = "other"
     assert comparing.transitions(desired(), observed) == []

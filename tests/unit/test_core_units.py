@@ -126,7 +126,7 @@ def test_retry_after_is_the_time_until_the_band_has_drained(dispatched, expected
 
 
 def test_retry_after_of_an_empty_band_is_one_second():
-    """A request that is too large for an empty queue is told the least time there is."""
+    """A request that is too large for an empty queue gets the shortest Retry-After."""
     plan = Plan(bands=(BandPlan("Standard", 0, max_bytes=10),))
     controller = controller_of(plan, A)
     controller.submit(Request(1, "m", 11), 0.0)

@@ -495,7 +495,7 @@ def test_an_epoch_up_to_the_time_of_day_may_be_true(replica, clock):
 
 
 def test_new_epochs_are_ten_seconds_apart(replica, clock):
-    """Whoever claims what."""
+    """Any claims."""
     a = replica("a/1")
     first = a.step().epoch
     a.see(first + 1, "epp-0", "one")

@@ -980,7 +980,7 @@ def test_a_body_that_the_proxy_cuts_is_classified_by_its_beginning(part, model):
 
 
 def test_a_body_that_the_proxy_cuts_cannot_be_renamed():
-    """The client is told, rather than the server asked for a model that it does not have."""
+    """The client gets an error, and the server no request for a model that it does not have."""
     peer = Peer().arrived(headers(modes=PARTIAL), body(b'{"model":"m","p":"x', end=False))
 
     assert peer.stream.dispatch("10.0.0.1:8000", "target") == Finished(0)

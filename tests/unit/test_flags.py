@@ -62,7 +62,7 @@ def test_the_operator_s_command_line(flags, named, capsys):
     ],
 )
 def test_a_folder_is_never_served_as_if_it_had_tls(flags, tmp_path, capsys):
-    """Its control channel is plaintext and believes everybody: on loopback only, and said so."""
+    """Its control channel is plaintext and trusts every peer: on loopback only, and explicitly."""
     flags = (f"--manifests={tmp_path}", f"--control-tls-path={tmp_path}", *flags)
 
     assert "--manifests" in refusal(operator.parse, capsys, *flags)

@@ -103,7 +103,7 @@ def test_binary_large_and_odd_values_are_only_described(value, shown):
 
 
 def test_long_text_is_cut():
-    """In fields and in the message; the length is told."""
+    """In fields and in the message; the length is shown."""
     line = line_of("%s", "m" * 5000, value="x" * 5000)
 
     assert line["value"] == "x" * MAX_VALUE_LENGTH + "... (5000 characters)"

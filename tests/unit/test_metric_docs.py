@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_the_table_of_metrics_is_complete(readme, module):
-    """Counters are told with the _total that the page gives them."""
+    """Counters are listed with the _total that the page gives them."""
     table = (ROOT / readme).read_text().split("\n## Metrics", 1)[1].split("\n\n    ")[0]
     told = {name.removesuffix("_total") for name in re.findall(r"`(forebay_\w+)`", table)}
 

@@ -150,7 +150,7 @@ def test_a_plan_that_cannot_be_applied_says_where_and_why(plan, path, what):
 
 
 def test_every_problem_of_a_plan_is_told_at_once():
-    """Whoever repairs a plan sees all of it, not the first problem of each attempt."""
+    """An author who repairs a plan sees all problems, not one at each attempt."""
     plan = Plan(
         bands=(BandPlan("Standard", 0, ttl_seconds=-1), BandPlan("b", 0)),
         models=(ModelPlan("m", "Gold"),),

@@ -167,7 +167,7 @@ def test_every_unknown_word_is_told_with_the_words_that_are_known():
 
 
 def test_a_list_that_is_too_long_is_not_read_to_its_end():
-    """Half a million bands fit into a program, and all that they are told is how many may be."""
+    """Half a million bands fit into a program, and the error only says how many are allowed."""
     message = mapping.plan_to_message(Plan())
     message.bands.extend([pb.Band()] * 500_000)
     read = []

@@ -1,4 +1,4 @@
-"""From resources to what an EPP is told, and what it makes of it."""
+"""From resources to an EPP's program, and what the EPP makes of it."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_targets_without_weights_weigh_the_same():
 
 @given(seed=st.integers(0, 10_000))
 def test_the_oldest_wins_whatever_the_order(seed):
-    """By creation time, then by name; the losers are told who won."""
+    """By creation time, then by name; the losers name the winner."""
     given_ = [
         policy("young", "2026-02-01T00:00:00Z", limits={"maxRequests": 2}),
         policy("old", "2026-01-01T00:00:00Z", limits={"maxRequests": 1}),
@@ -186,7 +186,7 @@ def test_the_oldest_wins_whatever_the_order(seed):
 
 
 def test_another_namespace_has_no_effect():
-    """What is for a pool of elsewhere changes nothing here, and is told so."""
+    """Resources for a pool elsewhere change nothing here, and say so."""
     others = (policy(namespace="other", limits={"maxRequests": 1}), model("m", namespace="other"))
 
     told = planning.unattached([pool(), *others])
@@ -217,7 +217,7 @@ def test_endpoints_are_addresses_times_ports():
 
 
 def test_a_name_is_no_address():
-    """Envoy is told where to connect to, so it must be an IP."""
+    """Envoy connects to it, so it must be an IP."""
     _, endpoints, problems = picked_up(endpoint_slice({"addresses": ["example.com"]}))
 
     assert (endpoints, [p.reason for p in problems]) == ((), ["InvalidAddress"])
@@ -499,7 +499,7 @@ def test_a_series_finds_its_sample_whatever_its_labels(labels, form):
     ],
 )
 def test_an_endpoint_picker_refuses_metrics_that_it_cannot_read(metrics, path):
-    """Whoever planned them."""
+    """Regardless of the leader that planned them."""
     snapshot = planning.plan(pool(), []).snapshot
     json_format.ParseDict(metrics, snapshot.plan.metrics)
 

@@ -164,7 +164,7 @@ async def test_who_does_not_lead_writes_nothing(world):
 
 
 async def test_what_is_about_to_change_is_waited_for(world):
-    """A new policy may be Pending for 2 s, one that was in force for 15 s, before that is told."""
+    """Pending is reported after 2 s for a new policy, after 15 s for one that was in force."""
     world.control.state, world.control.generation = EPPState.PENDING, 0
     world.put(POLICY, policy())
     assert await world.after(1.9) == []
@@ -209,7 +209,7 @@ async def test_numbers_are_written_every_30_seconds_at_most(world):
 
 
 async def test_meaning_does_not_wait_for_numbers(world):
-    """An EPP that refuses is told at once, although numbers were written a moment ago."""
+    """An EPP that refuses is reported at once, although numbers were written a moment ago."""
     world.put(POLICY, policy())
     world.control.stats = pb.Stats(bands=[pb.BandStats(band="B", requests=1)])
     await world.after(1)

@@ -157,7 +157,7 @@ def with_uid() -> pb.Snapshot:
 
 
 def test_each_release_is_sent_what_it_knows():
-    """Whoever acknowledges its own variant is programmed."""
+    """An EPP that acknowledges its own variant is programmed."""
     rollout = Rollout()
     rollout.want(with_uid(), 1)
     old, new = rollout.desired_for(frozenset()), rollout.desired_for()

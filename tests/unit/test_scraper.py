@@ -221,7 +221,7 @@ async def test_finds_the_page_at_the_other_known_path_and_stays_there(first):
 
 
 async def test_a_server_without_a_page_fails_once_a_scrape():
-    """Both paths are one scrape, and the first one's failure is told."""
+    """Both paths are one scrape, and the first one's failure is reported."""
     async with (
         by_path({}).listening() as server,
         scraping(server.address) as (scraper, _),
@@ -502,7 +502,7 @@ async def test_a_large_pool_is_scraped_less_often(monkeypatch):
 
 
 async def test_a_failing_report_ends_the_scraper():
-    """A bug in whoever takes the reports is not swallowed."""
+    """A bug in the receiver of reports is not swallowed."""
 
     def fail(_metrics) -> None:
         raise LookupError

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Server:
-    """Lists models, or fails as it is told."""
+    """Lists models, or fails as configured."""
 
     def __init__(self, *names):
         self.names = names

@@ -144,7 +144,7 @@ async def test_adapters_are_models_and_have_metrics(start, http):
 
 
 async def test_metrics_can_lie_and_fail_on_demand(start, http):
-    """For tests of whoever scrapes."""
+    """For tests of scrapers."""
     url = await start(metrics="vllm-2025")
     lie = {"metrics": {"mode": "fake", "running": 7, "waiting": 3, "kv": 0.5}}
 

@@ -14,6 +14,13 @@ PAGES = sorted(
     for folder in (".", "charts", "crds", "epp", "hack", "operator", "tests")
     for path in ((ROOT / folder).glob("*.md") if folder == "." else (ROOT / folder).rglob("*.md"))
 )
+SUFFIXES = {"", ".py", ".proto", ".sh", ".tpl", ".txt", ".yaml"}
+SOURCES = [
+    path
+    for folder in ("charts", "crds", "epp", "hack", "operator", "tests")
+    for path in sorted((ROOT / folder).rglob("*"))
+    if path.suffix in SUFFIXES and path.is_file() and path != Path(__file__)
+]
 TICS = re.compile(
     r"\b(anew|nobody|somebody|anybody|for ever|by lot|is there twice|are there twice|has to go)\b"
     r"|\b(mend|mends|mended|mending)\b|'s business\b",
@@ -82,6 +89,17 @@ def test_links_lead_somewhere(page):
             dead.append(f"{target}#{anchor}")
 
     assert dead == []
+
+
+def test_no_source_has_the_words_to_avoid():
+    """Nor do docstrings, comments and messages."""
+    found = [
+        f"{ids(path)}: {match[0]}"
+        for path in SOURCES
+        for match in TICS.finditer(path.read_text(errors="replace"))
+    ]
+
+    assert found == []
 
 
 def test_code_and_tables_may_be_wide():

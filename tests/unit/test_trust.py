@@ -368,7 +368,7 @@ def anywhere(reviews) -> TokenTrust:
 
 
 async def test_few_reviews_run_at_once():
-    """Whoever reaches the port must not load the API server through us."""
+    """A peer of the port must not load the API server through us."""
     reviews = SlowReviews()
     trust = anywhere(reviews)
     calls = [

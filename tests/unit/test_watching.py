@@ -1,6 +1,6 @@
 """What is read of which namespace when some of it is forbidden.
 
-The API server is a small fake of the test's, which can be told what to deny and what to lose.
+The API server is a small fake of the test's, which denies and loses what the test says.
 """
 
 from __future__ import annotations

@@ -485,7 +485,7 @@ def test_an_ack_of_something_else_programs_nobody(driver, dial, wrong):
 
 
 def test_what_is_refused_is_logged_once_a_second(dial, caplog):
-    """Whoever reaches the port must not be able to fill the log."""
+    """A peer of the port must not be able to fill the log."""
     for _ in range(30):
         peer = dial()
         peer.send_bytes(b"\xff")

@@ -57,7 +57,7 @@ class Program:
     def end(self, signal_number: int = 0, seconds: float = 30) -> int:
         """Wait for the end, after a signal if one is given; return the exit status.
 
-        Ended processes may be ended again: whoever starts one does, so that no pipe stays open.
+        Ended processes may be ended again, as their starter does, so that no pipe stays open.
         """
         if signal_number:
             self.process.send_signal(signal_number)
@@ -469,7 +469,7 @@ def test_one_of_several_pools_can_be_chosen(start, folder):
     ],
 )
 def test_an_endpoint_is_an_ip_address_in_the_end(text, address):
-    """Envoy is told where to connect to; a name's IPv4 address is preferred."""
+    """Envoy needs an address; a name's IPv4 address is preferred."""
     assert up.address_of(text) == address
 
 

@@ -1,32 +1,32 @@
 """Flow control as a pure function of calls and time: the theory.
 
 **The problem.** A model server runs a batch of requests and queues the rest itself, in order of
-arrival. Its queue knows neither priority nor tenant, and whatever waits in it can no longer go to
-another server. So a pool of servers is fast as long as it is not full, and unfair as soon as it is.
-Here requests wait in front of the pool instead, and an endpoint is chosen only when it has room:
-late binding, as in Sparrow (Ousterhout et al., SOSP 2013). One queue for all servers also never
-leaves one idle while work waits for another (join-idle-queue has the same aim: Lu et al., 2011).
+arrival. Its queue knows neither priority nor tenant, and a request that waits in it can no longer
+go to another server. So a pool of servers is fast as long as it is not full, and unfair as soon as
+it is. Here requests wait in front of the pool instead, and an endpoint is chosen only when it has a
+free slot: late binding, as in Sparrow (Ousterhout et al., SOSP 2013). One queue for all servers
+also never leaves one idle while work waits for another (join-idle-queue has the same aim: Lu et
+al., 2011).
 
-**Room** is counted in slots. A limit says how many an endpoint has; it is given, or learned from
-what scrapes show (limits/). By Little's law (1961) what is in a server equals rate times time, so a
-limit on what is in it bounds the time spent there. Too low a limit wastes throughput, too high a
-one moves the queue back into the server: the trade-off of TCP congestion control, from which the
+**Capacity** is counted in slots. A limit says how many an endpoint has; it is given, or learned
+from what scrapes show (limits/). By Little's law (1961) what is in a server equals rate times time,
+so a limit on what is in it bounds the time spent there. Too low a limit wastes throughput, too high
+a one moves the queue back into the server: the trade-off of TCP congestion control, from which the
 search for the limit is taken. Requests of others take slots too, as far as scrapes show them. An
-endpoint that fails frees its slots at once and would attract all traffic, so it is left out until
-a trial succeeds (health.py).
+endpoint that fails frees its slots at once and would attract all traffic, so it is left out until a
+trial succeeds (health.py).
 
-**Who is next** is decided on three levels, outermost first.
+**The next request** is decided on three levels, outermost first.
 
 1. *Bands* are strictly ordered: nothing is dispatched from a band while a higher one has a request
-   that could use the slot. That is what criticality means, and it starves lower bands by design;
-   their TTL tells clients so.
-2. *Flows* share a band by its fairness policy (fairness/). The ideal is max-min fairness: nobody
-   gets more until everybody who wants more has as much (Bertsekas and Gallager, Data Networks,
-   1992, 6.5). Fair queueing comes within one request of it by always serving the flow of the lowest
-   rank, where a rank is the number of a turn (Nagle, RFC 970), virtual time (Demers, Keshav and
-   Shenker, 1989; Goyal, Vin and Cheng, 1996), or a counter of tokens (Sheng et al., OSDI 2024). A
-   policy here is therefore arithmetic on ranks; a flow that has nothing waiting earns no credit.
-3. *Requests* of one flow go by its ordering (ordering/).
+that could use the slot. That is what criticality means, and it starves lower bands by design; their
+TTL tells clients so. 2. *Flows* share a band by its fairness policy (fairness/). The ideal is
+max-min fairness: no flow gets more until every flow that wants more has as much (Bertsekas and
+Gallager, Data Networks, 1992, 6.5). Fair queueing comes within one request of it by always serving
+the flow of the lowest rank, where a rank is the number of a turn (Nagle, RFC 970), virtual time
+(Demers, Keshav and Shenker, 1989; Goyal, Vin and Cheng, 1996), or a counter of tokens (Sheng et
+al., OSDI 2024). A policy here is therefore arithmetic on ranks; a flow that has nothing waiting
+earns no credit. 3. *Requests* of one flow go by its ordering (ordering/).
 
 The proxy may restrict a request to a subset of endpoints. A flow's requests wait in one lane per
 subset, and the flow's turn counts for all its lanes together: hints must not buy turns. The policy

@@ -1,6 +1,6 @@
-"""Which band and flow a request belongs to, and under which model name it is sent on.
+"""Classifies a request: its band, its flow, and the model name under which it is sent on.
 
-What the queues do with it does not belong here (bands.py).
+Queueing belongs in bands.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The least of many, where what they are ranked by changes underneath.
 
-A heap (Williams, 1964) that is put right only when somebody looks: an entry that is out of date is
+A heap (Williams, 1964) that is corrected only when it is read: an entry that is out of date is
 replaced when it comes up, one of a member that has left is dropped. So a change of rank costs
 nothing until it matters.
 """
@@ -20,7 +20,7 @@ SPARE_ENTRIES = 16
 class Least(Generic[T]):
     """Finds the member of the least key.
 
-    Keys may grow at any time. A key that falls has to be told of by adding the member once more.
+    Keys may grow at any time. A key that falls must be reported by adding the member again.
 
     Args:
         key: of a member; no two members have the same. None means that the member has left.

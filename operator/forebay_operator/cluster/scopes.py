@@ -1,6 +1,6 @@
-"""Keeps kopf's watches running, in each watched namespace by itself; all namespaces are one scope.
+"""Keeps kopf's watches running, one scope per watched namespace, or one for all.
 
-How kopf is run is handlers.py's.
+Running kopf belongs in handlers.py.
 """
 
 from __future__ import annotations

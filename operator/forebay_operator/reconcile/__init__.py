@@ -1,5 +1,5 @@
-"""From changed objects to programmed EPPs and true statuses: two loops over one store.
+"""Turns changed objects into programmed EPPs and correct statuses: two loops over one store.
 
-planner.py plans what has changed and programs EPPs; statuses.py says what `.status` should be, and
-writing.py writes it where it differs. deletion.py tells EPPs of a deleted pool.
+planner.py plans what has changed and programs EPPs; statuses.py computes `.status`, and writing.py
+writes it where it differs. deletion.py notifies EPPs of a deleted pool.
 """

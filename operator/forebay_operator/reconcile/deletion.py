@@ -1,10 +1,9 @@
 """Notifies the EPPs of a pool that the pool is deleted, once that is certain.
 
 A mistake would end a pool in use, so a pool counts as absent only after two looks ten seconds
-apart, and never if a look fails: not before the store is filled,
-not for a namespace that may not be read, not while the kind itself is not installed. An EPP that
-was away is notified when it dials. control.proto says what an EPP does then. Who acts on a pool
-that exists does not belong here.
+apart, and never if a look fails: not before the store is filled, not for a namespace that may not
+be read, not while the kind itself is not installed. An EPP that was away is notified when it dials.
+control.proto says what an EPP does then. Who acts on a pool that exists does not belong here.
 """
 
 from __future__ import annotations

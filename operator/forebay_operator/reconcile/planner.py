@@ -1,7 +1,7 @@
 """Plans the pools of namespaces that have changed, and programs their EPPs.
 
-Level-triggered: nothing here depends on which event came, only on what the store holds. What a plan
-is made of is planning's; what is reported of it statuses.py's.
+Level-triggered: nothing here depends on which event came, only on what the store holds. Making
+a plan belongs in planning, reporting it in statuses.py.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Planner:
         return self._advice.get(pool, ())
 
     def claimant(self, pool: str) -> str | None:
-        """Return the controller whose pool it is, "" if it is nobody's; None if it may be ours."""
+        """Return the controller whose pool it is, "" if none has it; None if it may be ours."""
         return self._others.get(pool)
 
     async def run(self) -> None:
@@ -246,12 +246,12 @@ def _advice_of(pool: AnyPool, planned: Planned, resources: list[Resource]) -> tu
     if planned.policy is None or planned.plan is None:
         return ()
     found = []
-    for told in advice.of_pool(pool, planned, resources):
-        if told.reason == "NoEndpointPickerRef":
+    for problem in advice.of_pool(pool, planned, resources):
+        if problem.reason == "NoEndpointPickerRef":
             continue  # a pool without a Service is claimed only where there are none
-        text = f"{told.reason}: {told.message}"
-        own = told.kind == "FlowControlPolicy"
-        found.append(text if own else f"{told.kind} {told.name.partition('/')[2]}: {text}")
+        text = f"{problem.reason}: {problem.message}"
+        own = problem.kind == "FlowControlPolicy"
+        found.append(text if own else f"{problem.kind} {problem.name.partition('/')[2]}: {text}")
     return tuple(found)
 
 

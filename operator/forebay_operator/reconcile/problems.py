@@ -1,4 +1,4 @@
-"""Tells of problems of pools: by metric, log and Event, since a pool's status is its gateway's."""
+"""Reports problems of pools by metric, log and Event, because a pool's status is its gateway's."""
 
 from __future__ import annotations
 

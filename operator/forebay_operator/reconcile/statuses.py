@@ -1,6 +1,6 @@
-"""What the status of each object should be, as far as is known.
+"""Computes the status that each object should have, as far as is known.
 
-When it is written, and where to, is writing.py's.
+Writing it belongs in writing.py.
 """
 
 from __future__ import annotations

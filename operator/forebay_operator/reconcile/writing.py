@@ -1,7 +1,7 @@
-"""Writes statuses where they differ from what should be, and posts Events of what has changed.
+"""Writes statuses that differ, and posts Events about what has changed.
 
 A status waits for a better one before it is written: acknowledgements settle, and numbers alone are
-written rarely. An error is tried again, ever more slowly. What a status says is statuses.py's.
+written rarely. Errors are retried with back-off. Computing a status belongs in statuses.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What an ext_proc stream tells flow control: facts that carry all their reader needs.
+"""The events of an ext_proc stream: facts that carry everything their reader needs.
 
-What a fact means for flow control is decided in data_plane.py. They are msgspec's structs because
+Acting on them belongs in data_plane.py. They are msgspec's structs because
 every request makes two: a frozen dataclass of five fields takes 3.9 us to make, one of these 0.3.
 """
 
@@ -22,7 +22,7 @@ class BodyPart(msgspec.Struct, frozen=True, gc=False):
 
 
 class Arrived(msgspec.Struct, frozen=True, gc=False):
-    """The request is complete: submit it, or answer it where it asks which models there are.
+    """The request is complete: submit it, or answer it if it asks for the list of models.
 
     Attributes:
         model: name as the client wrote it; "" where none could be read.

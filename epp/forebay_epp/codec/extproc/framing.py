@@ -1,7 +1,7 @@
 """The messages of an ext_proc stream as bytes: those that never change, and those per token.
 
 Most are protobuf's work, done once. Pieces of bodies are read and written by hand, because one
-comes per token; tests compare them with protobuf's. Which message is due when is stream.py's.
+comes per token; tests compare them with protobuf's. Which message is due when belongs in stream.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a proxy shows bodies and takes them back: one class per body mode.
+"""How a proxy sends bodies and takes them back: one class per body mode.
 
 The source is ProcessingMode.BodySendMode of Envoy's ext_proc.proto (v3). A mode that is not known
 is treated as FULL_DUPLEX_STREAMED for requests and as NONE for answers.

@@ -1,6 +1,6 @@
 """The request's half of an ext_proc stream: read what the proxy shows, and send it on its way.
 
-Whether a message may come now is stream.py's to say; how bodies travel is in modes.py.
+The order of messages belongs in stream.py, the way of bodies in modes.py.
 """
 
 from __future__ import annotations

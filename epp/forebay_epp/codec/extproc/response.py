@@ -1,7 +1,7 @@
 """The answer's half of an ext_proc stream: every message is answered at once.
 
 Bodies pass byte for byte but for the client's model name, which is put back; the usage is read in
-passing. Whether a message may come now is stream.py's to say; how bodies travel is in modes.py.
+passing. The order of messages belongs in stream.py, the way of bodies in modes.py.
 """
 
 from __future__ import annotations

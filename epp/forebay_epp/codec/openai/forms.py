@@ -2,9 +2,9 @@
 
 Audio and image requests name their model in such a form. All other bytes stay as they are, so what
 is needed are offsets into the body; parsers of forms hand out copies of the parts, and forgive what
-another parser reads differently. Here a form that is not plainly well-formed is refused: whoever
-could show two readers different models could choose its queue. Time and memory are bounded by the
-body's size.
+another parser reads differently. Here a form that is not plainly well-formed is refused: a client
+that could show two readers different models could choose its queue. Time and memory are bounded by
+the body's size.
 """
 
 from __future__ import annotations
