@@ -23,7 +23,7 @@ _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The operator's flags."""
+    """The operator's flags: a field is the `dest` of the flag that `parse` declares for it."""
 
     namespaces: tuple[str, ...]
     manifests: Path | None
@@ -94,6 +94,8 @@ def parse(arguments: list[str] | None = None) -> Settings:
     add(
         "-n",
         "--namespace",
+        dest="namespaces",
+        metavar="NAMESPACE",
         action="append",
         default=[],
         help="watch only this namespace; may be given several times (default: all)",
@@ -153,6 +155,8 @@ def parse(arguments: list[str] | None = None) -> Settings:
     )
     add(
         "--sweep-interval",
+        dest="sweep_interval_seconds",
+        metavar="DURATION",
         type=_duration,
         default=60.0,
         help="interval between LISTs of everything, which correct missed events (default: 60s)",
@@ -160,31 +164,14 @@ def parse(arguments: list[str] | None = None) -> Settings:
     add("-v", "--verbosity", type=int, default=1, help="0 warnings, 1 changes, 2 everything")
     given = parser.parse_args(arguments)
     _check(parser, given)
-    return Settings(
-        namespaces=tuple(dict.fromkeys(given.namespace)),
-        manifests=given.manifests,
-        control_bind_address=given.control_bind_address,
-        control_port=given.control_port,
-        control_tls_path=given.control_tls_path,
-        control_tls_secret=given.control_tls_secret,
-        control_ca_configmaps=tuple(
+    values = vars(given) | {
+        "namespaces": tuple(dict.fromkeys(given.namespaces)),
+        "control_ca_configmaps": tuple(
             (namespace or given.lease_namespace, name)
-            for namespace, name in given.control_ca_configmap
+            for namespace, name in given.control_ca_configmaps
         ),
-        control_server_name=given.control_server_name,
-        control_client_auth=given.control_client_auth,
-        control_audience=given.control_audience,
-        control_peer_address=given.control_peer_address,
-        http_bind_address=given.http_bind_address,
-        http_port=given.http_port,
-        lease_namespace=given.lease_namespace,
-        lease_name=given.lease_name,
-        controller_name=given.controller_name,
-        identity=given.identity,
-        endpoint_slices=given.endpoint_slices,
-        sweep_interval_seconds=given.sweep_interval,
-        verbosity=given.verbosity,
-    )
+    }
+    return Settings(**values)
 
 
 def _add_issuing(parser: argparse.ArgumentParser) -> None:
@@ -199,6 +186,7 @@ def _add_issuing(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--control-ca-configmap",
+        dest="control_ca_configmaps",
         type=_namespaced,
         action="append",
         default=[],
@@ -233,7 +221,7 @@ def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     for flag in ("control_audience", "lease_namespace", "lease_name"):
         if not getattr(given, flag):
             parser.error(f"--{flag.replace('_', '-')} must not be empty")
-    for namespace in given.namespace:
+    for namespace in given.namespaces:
         if not _LABEL.fullmatch(namespace):
             parser.error(f"--namespace: {namespace!r} is not the name of a namespace")
 
@@ -243,10 +231,12 @@ def _check_issuing(parser: argparse.ArgumentParser, given: argparse.Namespace) -
     issuing = bool(given.control_tls_secret)
     if issuing and given.control_tls_path is not None:
         parser.error("--control-tls-secret and --control-tls-path exclude each other")
-    for flag in ("control_ca_configmap", "control_server_name"):
-        if bool(getattr(given, flag)) != issuing:
-            name = flag.replace("_", "-")
-            parser.error(f"--control-tls-secret and --{name} need each other")
+    for flag, value in (
+        ("--control-ca-configmap", given.control_ca_configmaps),
+        ("--control-server-name", given.control_server_name),
+    ):
+        if bool(value) != issuing:
+            parser.error(f"--control-tls-secret and {flag} need each other")
 
 
 def _check_folder(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
