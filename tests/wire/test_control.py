@@ -18,7 +18,7 @@ from ext_proc_peer import until
 from forebay_control.features import NAMES
 from forebay_control.v1 import control_pb2 as pb
 from forebay_operator import metrics
-from forebay_operator.channel import admission, server, session
+from forebay_operator.channel import admission, server, session, stream
 from forebay_operator.channel.admission import RefusedError
 from forebay_operator.status.observed import EPPState
 
@@ -437,7 +437,7 @@ def test_the_oldest_silent_stream_makes_room(driver, dial, monkeypatch):
 
 def test_an_epp_that_is_silent_for_half_a_minute_has_to_go(dial, monkeypatch):
     """Its connection may be half open."""
-    monkeypatch.setattr(server, "SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(stream, "SILENCE_SECONDS", 0.3)
     peer = dial().hello()
 
     code, details = peer.ended()
@@ -446,7 +446,7 @@ def test_an_epp_that_is_silent_for_half_a_minute_has_to_go(dial, monkeypatch):
 
 def test_an_epp_that_does_not_read_has_to_go(driver, dial, monkeypatch):
     """A full window must not hold a stream indefinitely."""
-    monkeypatch.setattr(server, "WRITE_SECONDS", 0.3)
+    monkeypatch.setattr(stream, "WRITE_SECONDS", 0.3)
     monkeypatch.setattr(session, "ACK_SECONDS", 0.02)
     monkeypatch.setattr(session, "MAX_SENDS", 1000)
     before = refusals("unread")

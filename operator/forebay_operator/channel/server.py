@@ -14,18 +14,15 @@ import random
 import time
 from collections import defaultdict
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from forebay_control import features
-from forebay_control.channel import SILENCE_SECONDS
 from forebay_control.v1 import control_pb2 as pb
 from forebay_control.v1 import control_pb2_grpc as rpc
 from forebay_operator import metrics
-from forebay_operator.channel.admission import Admission, RefusedError, not_a_message
+from forebay_operator.channel.admission import Admission, RefusedError
 from forebay_operator.channel.rollout import Rollout
 from forebay_operator.channel.session import (
     MAX_SENDS,
@@ -33,6 +30,7 @@ from forebay_operator.channel.session import (
     Session,
     UnansweredError,
 )
+from forebay_operator.channel.stream import WRITE_SECONDS, Stream
 from forebay_operator.resources import messages
 
 if TYPE_CHECKING:
@@ -42,8 +40,6 @@ if TYPE_CHECKING:
     from forebay_operator.channel.session import Desired
     from forebay_operator.status.observed import EPP
 
-PING_SECONDS = 10.0
-WRITE_SECONDS = 10.0  # until an EPP has read what is sent to it
 MAX_MESSAGE_BYTES = 4 << 20
 MAX_RECEIVED_BYTES = 1 << 20
 MAX_CONNECTIONS = 500  # 0.1 MB each with TLS, before the peer is known
@@ -54,20 +50,6 @@ REDIAL_SECONDS = 0.5
 LOG_SECONDS = 1.0
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class _Stream:
-    """One stream."""
-
-    pool: str
-    pod_uid: str
-    pod_name: str
-    session: Session
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
-    outbox: list[pb.FromOperator] = field(default_factory=list)
-    ended: bool = False
-    refusal: RefusedError | None = None
 
 
 class ControlServer(rpc.ControlServicer):
@@ -98,7 +80,7 @@ class ControlServer(rpc.ControlServicer):
         self._hint = ""
         self._leading_since = clock()
         self._rollouts: defaultdict[str, Rollout] = defaultdict(Rollout)
-        self._streams: dict[str, list[_Stream]] = {}
+        self._streams: dict[str, list[Stream]] = {}
         self._open = 0
         self._logged_at: dict[str, float] = {}
         self._server: grpc.aio.Server | None = None
@@ -122,7 +104,7 @@ class ControlServer(rpc.ControlServicer):
         self._epoch, self._quiet, self._hint = epoch, quiet, hint
         for stream in self._all():
             if epoch is None:
-                self._end(stream, pb.FromOperator(not_leader=pb.NotLeader(hint=hint)))
+                stream.end(pb.FromOperator(not_leader=pb.NotLeader(hint=hint)))
             stream.wake.set()
 
     def program(self, pool: str, snapshot: pb.Snapshot) -> bool:
@@ -146,7 +128,7 @@ class ControlServer(rpc.ControlServicer):
         """Have the EPPs of a pool dial again, each at a moment of its own."""
         for stream in self._streams.get(pool, ()):
             after = random.uniform(0, REDIAL_SECONDS)  # noqa: S311  # spreads load, hides nothing
-            self._end(stream, pb.FromOperator(close=pb.Close(retry_after_seconds=after)))
+            stream.end(pb.FromOperator(close=pb.Close(retry_after_seconds=after)))
 
     def retain(self, pool: str, expected: Collection[str]) -> None:
         """Forget all EPPs of a pool that are neither expected (pod uids) nor connected."""
@@ -203,7 +185,7 @@ class ControlServer(rpc.ControlServicer):
         self._closing = True
         for stream in self._all():
             after = random.uniform(0, CLOSE_SECONDS)  # noqa: S311  # spreads load, hides nothing
-            self._end(stream, pb.FromOperator(close=pb.Close(retry_after_seconds=after)))
+            stream.end(pb.FromOperator(close=pb.Close(retry_after_seconds=after)))
         if self._server is not None:
             await self._server.stop(0.5)
 
@@ -236,12 +218,12 @@ class ControlServer(rpc.ControlServicer):
             return
         stream = self._admit(hello, uid)
         try:
-            reading = asyncio.create_task(self._read(stream, context))
-            try:
-                await self._write(stream, context)
-            finally:
-                reading.cancel()
-                await asyncio.wait((reading,))
+            await stream.serve(
+                context,
+                offer=lambda now: self._offer(stream, now),
+                offers=lambda: self._desired(stream) is not None,
+                take=lambda message, now: self._take(stream, message, now),
+            )
         finally:
             self._remove(stream)
 
@@ -258,17 +240,17 @@ class ControlServer(rpc.ControlServicer):
             text = messages.printable(str(error))
             _log.warning("control stream refused: %s", text, extra={"reason": error.reason})
 
-    def _admit(self, hello: pb.Hello, uid: str) -> _Stream:
+    def _admit(self, hello: pb.Hello, uid: str) -> Stream:
         """Register an EPP; from here on it receives every change."""
         now = self._clock()
         applied = hello.applied if hello.HasField("applied") else None
         known = features.NAMES & set(hello.features)
-        stream = _Stream(hello.pool, uid, hello.pod_name, Session(now, applied, known))
+        stream = Stream(hello.pool, uid, hello.pod_name, Session(now, applied, known), self._clock)
         streams = self._streams.setdefault(hello.pool, [])
         mine = [other for other in streams if other.pod_uid == uid and not other.ended]
         for other in mine[: max(0, len(mine) + 1 - MAX_STREAMS_PER_POD)]:
             metrics.REFUSALS.labels("replaced").inc()
-            self._end(other)
+            other.end()
         streams.append(stream)
         metrics.STREAMS.labels(hello.pool).set(len(streams))
         self._rollouts[hello.pool].runs(uid, applied, known, now)
@@ -279,7 +261,7 @@ class ControlServer(rpc.ControlServicer):
         _log.info("EPP connected", extra={"pool": hello.pool, "pod": hello.pod_name})
         return stream
 
-    def _remove(self, stream: _Stream) -> None:
+    def _remove(self, stream: Stream) -> None:
         stream.ended = True
         streams = self._streams.get(stream.pool, [])
         if stream in streams:
@@ -294,83 +276,18 @@ class ControlServer(rpc.ControlServicer):
             del self._rollouts[stream.pool]
         self._changed(stream.pool)
 
-    def _all(self) -> list[_Stream]:
+    def _all(self) -> list[Stream]:
         return [stream for streams in self._streams.values() for stream in streams]
 
-    def _end(
-        self,
-        stream: _Stream,
-        last: pb.FromOperator | None = None,
-        refusal: RefusedError | None = None,
-    ) -> None:
-        """Have a stream end, after a last message or for a reason."""
-        if last is not None and not stream.ended:
-            stream.outbox.append(last)
-        stream.refusal = stream.refusal or refusal
-        stream.ended = True
-        stream.wake.set()
+    # --- what a stream says
 
-    # --- writing
-
-    async def _write(self, stream: _Stream, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        """Send all pending messages until the stream ends."""
-        ping_at = self._clock()  # the first shows the EPP at once that it is served
-        while True:
-            now = self._clock()
-            self._offer(stream, now)
-            if now >= ping_at:
-                stream.outbox.append(pb.FromOperator(ping=pb.Ping()))
-                ping_at = now + PING_SECONDS
-            while stream.outbox:
-                await self._send(stream, stream.outbox.pop(0), context)
-            if stream.refusal is not None:
-                raise stream.refusal
-            if stream.ended:
-                return
-            if now - stream.session.heard_at > SILENCE_SECONDS:
-                raise RefusedError(
-                    grpc.StatusCode.DEADLINE_EXCEEDED,
-                    "silent",
-                    f"nothing heard from {stream.pod_name} for {SILENCE_SECONDS:.0f} s",
-                )
-            await self._sleep(stream, ping_at)
-
-    async def _send(
-        self,
-        stream: _Stream,
-        message: pb.FromOperator,
-        context: grpc.aio.ServicerContext[Any, Any],
-    ) -> None:
-        try:
-            async with asyncio.timeout(WRITE_SECONDS):
-                await context.write(message)
-        except TimeoutError:
-            raise RefusedError(
-                grpc.StatusCode.DEADLINE_EXCEEDED,
-                "unread",
-                f"{stream.pod_name} does not read what it is sent",
-            ) from None
-
-    async def _sleep(self, stream: _Stream, ping_at: float) -> None:
-        """Wait until there may be something to do."""
-        session = stream.session
-        now = self._clock()
-        until = min(ping_at, session.heard_at + SILENCE_SECONDS + 0.1)
-        if self._desired(stream) is not None:
-            until = min(until, session.offer_at(now))
-        stream.wake.clear()
-        if stream.outbox or stream.ended:
-            return
-        with suppress(TimeoutError):
-            await asyncio.wait_for(stream.wake.wait(), max(0.01, until - now))
-
-    def _desired(self, stream: _Stream) -> Desired | None:
+    def _desired(self, stream: Stream) -> Desired | None:
         """Return what an EPP should run, if it is ours to say now."""
         if self._epoch is None or self._quiet or stream.ended:
             return None
         return self._rollouts[stream.pool].desired_for(stream.session.features)
 
-    def _offer(self, stream: _Stream, now: float) -> None:
+    def _offer(self, stream: Stream, now: float) -> None:
         """Put the program into the outbox if this EPP should get it now."""
         desired = self._desired(stream)
         if desired is None or self._epoch is None:
@@ -384,34 +301,10 @@ class ControlServer(rpc.ControlServicer):
                 f"{stream.pod_name} has not answered a program sent {MAX_SENDS} times",
             ) from None
         if program is not None:
-            stream.outbox.append(pb.FromOperator(program=program))
+            stream.send(pb.FromOperator(program=program))
             metrics.PROGRAMS.inc()
 
-    # --- reading
-
-    async def _read(self, stream: _Stream, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        """Take what the EPP says until it stops."""
-        try:
-            while True:
-                message = await context.read()
-                if not isinstance(message, pb.FromPicker):
-                    break
-                now = self._clock()
-                if not stream.session.heard(now):
-                    self._end(stream, refusal=_flood())
-                    return
-                self._take(stream, message, now)
-                if stream.ended:
-                    return
-        except DecodeError:
-            self._end(stream, refusal=not_a_message())
-        except (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.BaseError):
-            _log.debug("control stream broke", extra={"pod": stream.pod_name})
-        except Exception:  # nothing that an EPP sends may end more than its own stream
-            _log.exception("control stream failed", extra={"pod": stream.pod_name})
-        self._end(stream)
-
-    def _take(self, stream: _Stream, message: pb.FromPicker, now: float) -> None:
+    def _take(self, stream: Stream, message: pb.FromPicker, now: float) -> None:
         match message.WhichOneof("message"):
             case "ack":
                 self._on_ack(stream, message.ack, now)
@@ -423,11 +316,11 @@ class ControlServer(rpc.ControlServicer):
                     self._rollouts[stream.pool].reported(stream.pod_uid, stats, now)
             case "bye":
                 _log.info("EPP leaves", extra={"pod": stream.pod_name})
-                self._end(stream)
+                stream.end()
             case _:
                 return
 
-    def _on_ack(self, stream: _Stream, ack: pb.Ack, now: float) -> None:
+    def _on_ack(self, stream: Stream, ack: pb.Ack, now: float) -> None:
         in_force = stream.session.on_ack(ack)
         if in_force is None:
             metrics.ANSWERS.labels("unknown").inc()
@@ -437,7 +330,7 @@ class ControlServer(rpc.ControlServicer):
         stream.wake.set()
         self._changed(stream.pool)
 
-    def _on_nack(self, stream: _Stream, nack: pb.Nack, now: float) -> None:
+    def _on_nack(self, stream: Stream, nack: pb.Nack, now: float) -> None:
         answer = stream.session.on_nack(nack, now)
         if answer is Answer.UNKNOWN:
             metrics.ANSWERS.labels("unknown").inc()
@@ -452,11 +345,6 @@ class ControlServer(rpc.ControlServicer):
             extra={"pod": stream.pod_name, "pool": stream.pool, "error": stream.session.error},
         )
         self._changed(stream.pool)
-
-
-def _flood() -> RefusedError:
-    text = "too many messages: an EPP needs to send one every few seconds at most"
-    return RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "flood", text)
 
 
 def namespace_of(pool: str) -> str:
