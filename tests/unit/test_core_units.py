@@ -287,7 +287,7 @@ def test_a_removed_band_is_gone_with_its_last_request(ending):
     assert [band.band for band in controller.snapshot(now).bands] == ["Standard"]
 
 
-def calls_of_one_life(queued, fairness):
+def calls_of_one_life(queued, fairness, hints=0):
     """Count the Python calls of one more request's submit, poll and completion."""
     plan = Plan(
         bands=(BandPlan("Standard", 0, fairness, max_requests=50_000, flow_max_requests=50_000),),
@@ -298,7 +298,8 @@ def calls_of_one_life(queued, fairness):
     controller.submit(Request(1_000_000, "m", 1), 0.0)
     controller.poll(0.0)
     for number in range(queued):
-        controller.submit(Request(number, f"model-{number % 100}", 1), 0.0)
+        subset = frozenset({A, f"10.9.9.9:{number % hints}"}) if hints else None
+        controller.submit(Request(number, f"model-{number % 100}", 1, subset), 0.0)
     controller.poll(0.0)
     request = Request(queued, "model-1", 1)
     calls = 0
@@ -327,3 +328,12 @@ def test_the_cost_of_one_request_does_not_grow_with_the_queue(fairness):
     many = calls_of_one_life(20_000, fairness)
 
     assert many <= few * 1.5
+
+
+@pytest.mark.parametrize("fairness", list(FairnessName))
+def test_the_cost_of_one_request_does_not_grow_with_the_number_of_hints(fairness):
+    """Five thousand lanes that wait for the same endpoint, or one."""
+    one = calls_of_one_life(10_000, fairness, hints=1)
+    many = calls_of_one_life(10_000, fairness, hints=5_000)
+
+    assert many <= one * 1.5

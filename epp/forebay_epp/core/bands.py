@@ -86,7 +86,10 @@ class Lane:
 
 
 class Site:
-    """The lanes that wait for a slot of one endpoint, flow by flow."""
+    """The lanes that wait for a slot of one endpoint, flow by flow.
+
+    Two levels, because a charge changes the turn of all lanes of a flow at once.
+    """
 
     __slots__ = ("_flows", "_next", "address")
 
@@ -157,6 +160,7 @@ class Band:
         "_fairness",
         "_open",
         "_sequence",
+        "_untried",
         "arrival",
         "draining",
         "flows",
@@ -174,6 +178,7 @@ class Band:
         self._fairness = FAIRNESS[plan.fairness]()
         self._sequence = 0
         self._open: Least[Lane] = Least(Lane.key)
+        self._untried = Site(_ANYWHERE)
         self.sites: dict[str, Site] = {}
         self._contested: Least[Site] = Least(Site.key)
         self._deadlines: list[tuple[float, int, Request]] = []
@@ -192,6 +197,7 @@ class Band:
         if (old.fairness, old.ordering) != (plan.fairness, plan.ordering):
             self._fairness = FAIRNESS[plan.fairness]()
             self._open = Least(Lane.key)
+            self._untried = Site(_ANYWHERE)
             self.sites.clear()
             for flow in self.flows.values():
                 flow.rank = 0.0
@@ -270,8 +276,10 @@ class Band:
             lane.head = head
             if lane.parked:
                 self._wait_at_sites(lane)
-            else:
+            elif lane.subset is None:
                 self._open.add(lane, (flow.rank, head))
+            else:
+                self._untried.add(lane)
 
     def _leave(self, request: Request, lane: Lane, now: float) -> None:
         del self.arrival[request.id]
@@ -285,7 +293,7 @@ class Band:
             if lane.parked:
                 self._leave_sites(lane)
             else:
-                self._open.discard(lane)
+                self._leave_open(lane)
             if not flow.requests:
                 self._fairness.deactivate(flow, now)
                 del self.flows[flow.name]
@@ -307,10 +315,10 @@ class Band:
             is_open: says whether the endpoint of this address has a free slot.
         """
         lane = self._open.first()
+        if self._untried:
+            lane = _before(self._untried.first(), lane)
         if self.sites:
-            parked = self._first_parked(self._contested, is_open)
-            if parked is not None and (lane is None or parked.key() < lane.key()):
-                return parked
+            lane = _before(self._first_parked(self._contested, is_open), lane)
         return lane
 
     def _first_parked(self, contested: Least[Site], is_open: Callable[[str], bool]) -> Lane | None:
@@ -323,11 +331,17 @@ class Band:
     def park(self, lane: Lane) -> None:
         """Let a lane wait until an endpoint that it may go to gets a free slot."""
         if not lane.parked:
-            self._open.discard(lane)
+            self._leave_open(lane)
             lane.parked = True
             self._wait_at_sites(lane)
         for address in lane.sites:
             self._contested.discard(self.sites[address])
+
+    def _leave_open(self, lane: Lane) -> None:
+        if lane.subset is None:
+            self._open.discard(lane)
+        else:
+            self._untried.discard(lane)
 
     def _wait_at_sites(self, lane: Lane) -> None:
         for address in lane.sites:
@@ -398,6 +412,13 @@ class Band:
                 for flow in self.flows.values()
             ),
         )
+
+
+def _before(lane: Lane | None, other: Lane | None) -> Lane | None:
+    """Return the one of two lanes whose turn is first."""
+    if lane is None or (other is not None and other.key() < lane.key()):
+        return other
+    return lane
 
 
 class Bands:
