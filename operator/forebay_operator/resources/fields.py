@@ -22,6 +22,18 @@ from pydantic import (
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError, core_schema
 
+from forebay_control.plan import (
+    LABEL_NAME,
+    MAX_BYTES,
+    MAX_COUNT,
+    MAX_MODEL_NAME_LENGTH,
+    MAX_NAME_LENGTH,
+    MAX_PATH_LENGTH,
+    MAX_SECONDS,
+    MAX_SERIES_LENGTH,
+    METRIC_NAME,
+    URL_PATH,
+)
 from forebay_operator.resources import messages
 
 if TYPE_CHECKING:
@@ -31,18 +43,12 @@ if TYPE_CHECKING:
     from pydantic.config import JsonDict
     from pydantic.json_schema import JsonSchemaValue
 
-MAX_SECONDS = 3600.0
-MAX_COUNT = 1_000_000
-MAX_BYTES = 1 << 40
 
 _SUBDOMAIN = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
-_URL_PATH = r'/[!-"$-&(-~]*'  # printable, except "#" and \x27, which would end the rule's string
-_METRIC = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
-_LABEL = r"[a-zA-Z_][a-zA-Z0-9_]*"
 # A string of PromQL in either kind of quotes (\x27 is the single one) and the escapes of a page.
 _STRING = r'(?:"(?:[^"\\\x00-\x1f]|\\["\\n])*"|\x27(?:[^\x27\\\x00-\x1f]|\\[\x27\\n])*\x27)'
-_EQUALITY = f"(?: *{_LABEL} *= *{_STRING} *)"
-_SERIES = rf"{_METRIC}(?: *\{{(?:{_EQUALITY}(?:,{_EQUALITY})*)?,? *\}})?"
+_EQUALITY = f"(?: *{LABEL_NAME} *= *{_STRING} *)"
+_SERIES = rf"{METRIC_NAME}(?: *\{{(?:{_EQUALITY}(?:,{_EQUALITY})*)?,? *\}})?"
 _NUMBER = r"[0-9]{1,6}(?:\.[0-9]{1,3})?"
 _DURATION = re.compile("".join(f"(?:({_NUMBER}){unit})?" for unit in ("h", "m", "s", "ms")))
 _UNIT_SECONDS = (Decimal(3600), Decimal(60), Decimal(1), Decimal("0.001"))
@@ -193,7 +199,7 @@ def _nothing(_: object) -> None:
 def series(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
     """Return the name of a `Series` and the values of its labels."""
     name, _, labels = text.partition("{")
-    found = re.findall(f"({_LABEL}) *= *({_STRING})", labels)
+    found = re.findall(f"({LABEL_NAME}) *= *({_STRING})", labels)
     return name.strip(), tuple((label, _unquoted(quoted)) for label, quoted in found)
 
 
@@ -226,14 +232,14 @@ Bytes = Annotated[
 WHOLE = BeforeValidator(_whole)
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT, strict=True), WHOLE]
 Flag = Annotated[bool, Field(strict=True)]
-Name = Annotated[str, Field(min_length=1, max_length=253)]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH)]
 Label = Annotated[
     str, Field(max_length=63, pattern="^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$")
 ]
 Labels = Annotated[dict[str, Label], Field(max_length=64)]
 ObjectName = Annotated[
     str,
-    Field(min_length=1, max_length=253),
+    Field(min_length=1, max_length=MAX_NAME_LENGTH),
     Rule(
         'must contain only lowercase letters, digits, "-" and ".", '
         "with a letter or digit at both ends",
@@ -241,7 +247,7 @@ ObjectName = Annotated[
         re.compile(_SUBDOMAIN).fullmatch,
     ),
 ]
-ModelName = Annotated[str, Field(min_length=1, max_length=256)]
+ModelName = Annotated[str, Field(min_length=1, max_length=MAX_MODEL_NAME_LENGTH)]
 Namespace = Annotated[
     str, Field(min_length=1, max_length=63, pattern="^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
 ]
@@ -266,16 +272,16 @@ ControllerName = Annotated[
 Port = Annotated[int, Field(ge=1, le=65535, strict=True), WHOLE]
 UrlPath = Annotated[
     str,
-    Field(min_length=1, max_length=256),
+    Field(min_length=1, max_length=MAX_PATH_LENGTH),
     Rule(
         'must be an absolute path of a URL, such as "/metrics"',
-        f"self.matches(r'^{_URL_PATH}$')",
-        re.compile(_URL_PATH).fullmatch,
+        f"self.matches(r'^{URL_PATH}$')",
+        re.compile(URL_PATH).fullmatch,
     ),
 ]
 Series = Annotated[
     str,
-    Field(min_length=1, max_length=512),
+    Field(min_length=1, max_length=MAX_SERIES_LENGTH),
     Rule(
         "must be a metric's name, "
         """optionally with labels compared by =: requests{state="running"}""",

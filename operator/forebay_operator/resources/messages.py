@@ -88,7 +88,7 @@ def _problem(kind: type[BaseModel], detail: Any) -> str:
     match detail["type"]:
         case "extra_forbidden":
             return f"unknown field; known fields are {', '.join(_fields(kind, detail['loc'][:-1]))}"
-        case "literal_error":
+        case "literal_error" | "enum":
             expected = context["expected"].replace("'", "").replace(" or ", ", ")
             return f"{shown(detail['input'])} is not one of {expected}"
         case "missing":

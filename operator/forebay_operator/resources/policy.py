@@ -6,6 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from forebay_control.plan import (
+    DEFAULT_BANDS,
+    FairnessName,
+    OrderingName,
+    Plan,
+    SaturationMode,
+    UnmatchedAction,
+)
 from forebay_operator.resources.fields import (
     Bytes,
     Count,
@@ -27,6 +35,9 @@ from forebay_operator.resources.status import (
     PolicyStatus,
 )
 
+PLAN = Plan()  # its defaults
+BAND = DEFAULT_BANDS[0]
+
 
 class TargetRef(Own):
     """A pool that the policy applies to, in the policy's own namespace."""
@@ -44,7 +55,7 @@ class TargetRef(Own):
 class Fairness(Own):
     """How the models of a band share it."""
 
-    policy: Literal["FCFS", "RoundRobin"] = "FCFS"
+    policy: FairnessName = BAND.fairness
     """FCFS serves in order of arrival; RoundRobin lets the models take turns. FCFS by default."""
 
 
@@ -60,11 +71,11 @@ class FlowLimits(Own):
 class Queue(Own):
     """How many requests may wait in a band, and for how long."""
 
-    max_requests: Count = 5000
+    max_requests: Count = BAND.max_requests
     """The number of requests that may wait; more are refused with 429. 5000 by default."""
-    max_bytes: Bytes = 512 << 20
+    max_bytes: Bytes = BAND.max_bytes
     """The total size of waiting requests, such as 512Mi, which is the default; more get 429."""
-    ttl: Seconds = 60.0
+    ttl: Seconds = BAND.ttl_seconds
     """How long a request may wait before it gets 429, such as 30s. 60s by default."""
     per_flow: FlowLimits = FlowLimits()
 
@@ -75,7 +86,7 @@ class Band(Own):
     criticality: Criticality
     """The criticality of the requests that wait here; Critical is served first, Sheddable last."""
     fairness: Fairness = Fairness()
-    ordering: Literal["FCFS"] = "FCFS"
+    ordering: OrderingName = BAND.ordering
     """The order of one model's requests: FCFS, first come, first served."""
     queue: Queue = Queue()
 
@@ -92,22 +103,24 @@ class ModelPolicy(Own):
 class Limits(Own):
     """Caps on what the whole pool may have waiting, and on a request's body."""
 
-    max_requests: Count = 10_000
+    max_requests: Count = PLAN.limits.max_requests
     """The number of requests that may wait, over all bands. 10000 by default."""
-    max_bytes: Bytes = 1 << 30
+    max_bytes: Bytes = PLAN.limits.max_bytes
     """The total size of waiting requests, over all bands, such as 1Gi, which is the default."""
-    max_body_bytes: Bytes = 8 << 20
+    max_body_bytes: Bytes = PLAN.limits.max_body_bytes
     """The largest request body, such as 8Mi, which is the default; larger ones get 413."""
 
 
 class Saturation(Own):
     """How each endpoint's limit, the number of requests it runs at once, is determined."""
 
-    mode: Literal["Adaptive", "Concurrency"] = "Adaptive"
+    mode: SaturationMode = PLAN.saturation.mode
     """Adaptive, the default, learns from the servers' metrics; Concurrency uses maxConcurrency."""
-    max_concurrency: Count = 100
+    max_concurrency: Count = PLAN.saturation.max_concurrency
     """The limit of each server in mode Concurrency. 100 by default."""
-    kv_cache_usage_threshold: Annotated[float, Field(gt=0, le=1, strict=True)] = 0.95
+    kv_cache_usage_threshold: Annotated[float, Field(gt=0, le=1, strict=True)] = (
+        PLAN.saturation.kv_cache_usage_threshold
+    )
     """The share of its KV cache in use above which a server gets no requests. 0.95 by default."""
 
 
@@ -133,7 +146,7 @@ class ModelServerMetrics(Own):
 class Unmatched(Own):
     """What happens to requests without an InferenceModel in the pool; they are one flow."""
 
-    action: Literal["Queue", "Reject"] = "Queue"
+    action: UnmatchedAction = PLAN.unmatched.action
     """Queue, the default, lets them wait; Reject refuses them with 404."""
     criticality: Criticality = "Standard"
     """The band that they join. Standard by default."""
@@ -142,14 +155,14 @@ class Unmatched(Own):
 class NoEndpoints(Own):
     """How long requests wait while the pool has no server."""
 
-    ttl: Seconds = 60.0
+    ttl: Seconds = PLAN.no_endpoints_ttl_seconds
     """How long a request may wait before it gets 503, such as 120s. 60s by default."""
 
 
 class Trust(Own):
     """Which headers from callers are trusted. None by default."""
 
-    objective_header: Flag = False
+    objective_header: Flag = PLAN.trust_objective_header
     """Whether the header x-gateway-inference-objective may choose an InferenceObjective."""
 
 
