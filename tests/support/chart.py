@@ -44,10 +44,11 @@ def helm(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
     return done
 
 
+@cache
 def render(
     *options: str, release: str = RELEASE, namespace: str = NAMESPACE, check: bool = True
 ) -> subprocess.CompletedProcess:
-    """Render the chart as for a cluster that is of today."""
+    """Render the chart as for a cluster that is of today; once for the same options."""
     return helm(
         *("template", release, str(CHART), f"--namespace={namespace}"),
         *(f"--kube-version={KUBERNETES}", *options),
@@ -57,7 +58,8 @@ def render(
 
 def objects(*options: str, **names: str) -> list[dict]:
     """Render the chart and read what it is."""
-    return [each for each in yaml.safe_load_all(render(*options, **names).stdout) if each]
+    rendered = render(*options, **names).stdout
+    return [each for each in yaml.load_all(rendered, yaml.CSafeLoader) if each]
 
 
 def one(found: list[dict], kind: str, name: str) -> dict:
