@@ -50,7 +50,7 @@ NAMES = frozenset({SEPARATE_ENDPOINTS, *(feature.name for feature in FEATURES)})
 
 @dataclass(frozen=True, slots=True)
 class Restricted:
-    """What an EPP can be sent of a snapshot.
+    """The parts of a snapshot that an EPP can be sent.
 
     Attributes:
         snapshot: None where nothing can.

@@ -29,7 +29,7 @@ class Bound(Protocol):
     """What a value must be besides its type."""
 
     def holds(self, values: Iterable[Any]) -> bool:
-        """Say whether every one of several values is within the bound."""
+        """Return whether every one of several values is within the bound."""
 
     def problems(self, value: Any) -> Sequence[Problem]:
         """Return what is wrong with a value that is not; paths are relative to it."""
@@ -87,7 +87,7 @@ class Matches:
         return all(map(self.pattern.fullmatch, values))
 
     def problems(self, value: str) -> Sequence[Problem]:
-        """Say it in words."""
+        """Describe the bound."""
         return (("", f"must be {self.what}, is {value!r}"),)
 
 
@@ -151,7 +151,7 @@ def fields_of(kind: type[DataclassInstance]) -> tuple[Field, ...]:
 
 
 def holds(kind: type[DataclassInstance], values: Sequence[Any]) -> bool:
-    """Say whether every bound and rule holds in dataclasses of one kind and in their parts.
+    """Return whether every bound and rule holds in dataclasses of one kind and in their parts.
 
     They are checked field by field, each over all values: a plan has thousands of models.
     """

@@ -148,7 +148,7 @@ class EndpointPicker:
         return server
 
     def _alive(self) -> bool:
-        """Tell whether the data-plane thread still turns; a thread of the health server asks."""
+        """Return whether the data-plane thread still turns; a thread of the health server asks."""
         turned = threading.Event()
         self._data_plane.post(lambda _: turned.set())
         return turned.wait(FINISH_SECONDS)
@@ -189,7 +189,7 @@ class EndpointPicker:
         return 1 if self._failed else 0
 
     def _serve(self, running: asyncio.AbstractEventLoop, stopping: asyncio.Event) -> None:
-        """Be the data-plane thread. If it ends by itself the process has to."""
+        """Run the data-plane thread. If it fails the process ends."""
         try:
             self._transport.serve()
         except BaseException as error:
@@ -243,7 +243,7 @@ class EndpointPicker:
         return await ask(self._data_plane.post, question, FINISH_SECONDS)
 
     async def _drain(self) -> None:
-        """Be unready at once, let what waits be dispatched, refuse the rest, let answers end."""
+        """Become unready at once, dispatch what waits, refuse the rest, let answers end."""
         if self._failed:
             return
         self._data_plane.serving = False
@@ -342,7 +342,7 @@ class EndpointPicker:
 
 
 def _logged(update: Update) -> dict[str, object]:
-    """Say what is new, for the log."""
+    """Describe an update, for the log."""
     endpoints = None if update.endpoints is None else len(update.endpoints)
     return {"plan": update.plan is not None, "endpoints": endpoints, "deleted": update.deleted}
 

@@ -176,7 +176,7 @@ class DataPlane:
         return len(self._submitted)
 
     def drain(self) -> None:
-        """Be unready, dispatch what waits, queue nothing new."""
+        """Become unready, dispatch what waits, queue nothing new."""
         self.serving = False
         self.controller.drain()
 
@@ -200,7 +200,7 @@ class DataPlane:
             self._give_up_body(exchange)
 
     def handle(self, exchange: Exchange, event: Event) -> None:
-        """Tell the controller what has happened on a stream, and the streams what follows."""
+        """Pass a stream's event to the controller, and the decisions to the streams."""
         now = self.clock()
         self._current = exchange
         match event:
@@ -259,7 +259,7 @@ class DataPlane:
             exchange.stream.extend_timeout(self._patience_seconds)
 
     def _answer_from_catalogue(self, stream: ExtProcStream, name: str) -> Outcome | None:
-        """Tell of models, or that there is none of this name; None where a server has to."""
+        """Answer with models or 404; None where a server must answer."""
         answer = self.catalogue.answer(name)
         if answer is not None:
             stream.answer(answer)

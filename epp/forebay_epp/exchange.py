@@ -23,13 +23,13 @@ class Owner(Protocol):
         """Take a message of a request that was not complete when it came."""
 
     def handle(self, exchange: Exchange, event: Event) -> None:
-        """Hear of an event."""
+        """Take an event."""
 
     def stop_reading(self, exchange: Exchange) -> None:
-        """Hear that the request will not be completed."""
+        """Note that the request will not be completed."""
 
     def forget(self, exchange: Exchange) -> None:
-        """Hear that the stream is gone."""
+        """Note that the stream is gone."""
 
 
 class Exchange:

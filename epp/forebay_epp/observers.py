@@ -26,7 +26,7 @@ class Observer:
         """An ext_proc stream has begun."""
 
     def stream_refused(self) -> None:
-        """It was one too many; `stream_opened` was called, and `stream_closed` will be."""
+        """A stream exceeds the limit; `stream_opened` was called, and `stream_closed` will be."""
 
     def stream_closed(self) -> None:
         """An ext_proc stream is gone."""

@@ -39,7 +39,7 @@ class Unread:
 
 
 class _Connection:
-    """What one connection holds of unread requests: the oldest first, and their bytes."""
+    """The unread requests of one connection, oldest first, and their bytes."""
 
     __slots__ = ("requests", "size_bytes")
 
@@ -81,13 +81,13 @@ class Reading:
         self._begun[unread] = now + READ_REQUEST_SECONDS
 
     def grow(self, unread: Unread, size_bytes: int) -> None:
-        """A part of its body has come."""
+        """Add a part of its body."""
         unread.size_bytes += size_bytes
         self._connections[unread.peer].size_bytes += size_bytes
         self.size_bytes += size_bytes
 
     def end(self, unread: Unread) -> None:
-        """It is complete, or not wanted any more."""
+        """Forget a request that is complete or no longer needed."""
         connection = self._connections[unread.peer]
         del connection.requests[unread]
         connection.size_bytes -= unread.size_bytes

@@ -47,7 +47,7 @@ _log = logging.getLogger("forebay_epp")
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What is to be in force. None: what is in force stays. `deleted`: the pool is deleted."""
+    """The desired parts. None: the part in force stays. `deleted`: the pool is deleted."""
 
     plan: Plan | None
     endpoints: tuple[Endpoint, ...] | None
@@ -297,7 +297,7 @@ class Operator:
             self.usable.set()
 
     async def leave(self) -> None:
-        """Say goodbye to the operator; to end in order is not to crash."""
+        """Say goodbye to the operator, so that an orderly end does not count as a crash."""
         self._last_good.ended()
         await asyncio.gather(
             self._client.leave(GOODBYE_SECONDS), self._last_good.save(GOODBYE_SECONDS)

@@ -23,7 +23,7 @@ _SAME_INSTANT_SECONDS = 1e-6
 
 
 class QueueFullError(Exception):
-    """As many requests wait as may; a server answers 429."""
+    """The queue is full; a server answers 429."""
 
 
 class TooLongError(ValueError):

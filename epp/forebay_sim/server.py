@@ -40,7 +40,7 @@ METRICS_MODES = ("normal", "fake", "hang", "error")
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """What the server pretends to be.
+    """The server that is simulated.
 
     Attributes:
         models: names it serves; "*" serves every name.

@@ -63,7 +63,7 @@ async def _until(claim: Callable[[], Awaitable[bool]], what: str, pause: float) 
 
 
 def _programmed(policy: dict[str, Any]) -> bool:
-    """Say whether the latest generation is in force everywhere."""
+    """Return whether the latest generation is in force everywhere."""
     return _condition(policy, "Programmed") == ("True", policy["metadata"]["generation"])
 
 
@@ -172,7 +172,7 @@ class SimulatedEPP:
     """An EPP of one pool that takes everything: it stands in for a process of 60 MB."""
 
     def __init__(self, port: int, ca: bytes, token: str, pool: str, pod: dict[str, Any]) -> None:
-        """Say who it is."""
+        """Send the Hello."""
         self._credentials = grpc.ssl_channel_credentials(ca)
         self._address = f"127.0.0.1:{port}"
         self._token = token
@@ -351,7 +351,7 @@ async def _cold_start(server: ApiServer, folder: Path, idle_seconds: float) -> d
 
 
 async def _all_reported(api: Cluster) -> bool:
-    """Say whether every policy has a status that will last."""
+    """Return whether every policy has a status that will last."""
     states: Counter[str] = Counter()
     for number in range(NAMESPACES):
         policies = [

@@ -83,7 +83,7 @@ def _snapshot(number: int, addresses: list[str]) -> pb.Snapshot:
 
 
 def _probe(port: int, seconds: float) -> None:
-    """Be the process that sends health checks; print how many milliseconds each took."""
+    """Run as the process that sends health checks; print each one's milliseconds."""
     took = []
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         check = channel.unary_unary("/grpc.health.v1.Health/Check")

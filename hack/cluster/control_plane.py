@@ -49,7 +49,7 @@ def start_etcd(cluster: Cluster) -> Process:
 
 
 def etcd_is_ready(cluster: Cluster) -> bool:
-    """Tell whether etcd is healthy."""
+    """Return whether etcd is healthy."""
     connection = http.client.HTTPConnection(LOOPBACK, cluster.ports["etcd"], timeout=5)
     with contextlib.closing(connection):
         try:
@@ -102,7 +102,7 @@ def start_api_server(cluster: Cluster) -> Process:
 
 
 def api_is_ready(cluster: Cluster) -> bool:
-    """Tell whether the API server can be used; write the administrator's kubeconfig when it can."""
+    """Return whether the API server can be used; if so, write the administrator's kubeconfig."""
     # The namespace comes a moment after readiness, and kubectl's first command needs it.
     ready = all(
         cluster.ask("GET", path)[0] == http.HTTPStatus.OK
@@ -134,7 +134,7 @@ def start_controller_manager(cluster: Cluster) -> Process:
 
 
 def controllers_are_ready(cluster: Cluster) -> bool:
-    """Tell whether the controllers have made the first account."""
+    """Return whether the controllers have made the first account."""
     path = "/api/v1/namespaces/default/serviceaccounts/default"
     return cluster.ask("GET", path)[0] == http.HTTPStatus.OK
 
@@ -153,5 +153,5 @@ def start_scheduler(cluster: Cluster) -> Process:
 
 
 def scheduler_is_ready(cluster: Cluster) -> bool:
-    """Tell whether the scheduler runs: it serves no page, and a pod waits for it."""
+    """Return whether the scheduler runs: it serves no page, and a pod waits for it."""
     return cluster.runs("kube-scheduler")

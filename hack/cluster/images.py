@@ -142,7 +142,7 @@ def timed(what: str) -> Iterator[None]:
 
 
 def docker_works() -> bool:
-    """Tell whether there is a Docker that answers; a client alone builds nothing."""
+    """Return whether there is a Docker that answers; a client alone builds nothing."""
     return (
         shutil.which("docker") is not None
         and subprocess.run(["docker", "info"], capture_output=True, check=False).returncode == 0

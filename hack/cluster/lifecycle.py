@@ -1,4 +1,4 @@
-"""How a cluster is made, started, stopped, saved and restored.
+"""Makes, starts, stops, saves and restores a cluster.
 
 Every function expects the cluster's folder to be locked.
 """

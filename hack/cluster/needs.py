@@ -31,7 +31,7 @@ class UserError(Exception):
 
 
 def say(text: str) -> None:
-    """Tell the user on stderr; stdout is for the shell that evaluates it."""
+    """Inform the user on stderr; stdout is for the shell that evaluates it."""
     print(text, file=sys.stderr, flush=True)
 
 

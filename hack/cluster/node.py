@@ -151,7 +151,7 @@ def _files(cluster: Cluster, network: Network) -> dict[str, str]:
 
 
 def is_ready(cluster: Cluster) -> bool:
-    """Tell whether pods can run, Services are reached from here and DNS answers."""
+    """Return whether pods can run, Services are reached from here and DNS answers."""
     status, node = cluster.ask("GET", f"/api/v1/nodes/{NAME}")
     if status != http.HTTPStatus.OK:
         return False

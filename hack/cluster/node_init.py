@@ -55,7 +55,7 @@ def furnish(folder: Path) -> None:
 
 
 def accepts(path: str) -> bool:
-    """Tell whether a process listens on the socket."""
+    """Return whether a process listens on the socket."""
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(path)

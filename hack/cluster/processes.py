@@ -71,7 +71,7 @@ class Process:
         raise UserError(f"process {self.pid} has ended too early")
 
     def runs(self) -> bool:
-        """Tell whether it still runs."""
+        """Return whether it still runs."""
         return self.started is not None and start_ticks(self.pid) == self.started
 
     def end(self, first_signal: signal.Signals = signal.SIGTERM) -> None:

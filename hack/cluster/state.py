@@ -33,7 +33,7 @@ class Cluster:
 
     @property
     def exists(self) -> bool:
-        """Tell whether the folder holds a cluster, running or not."""
+        """Return whether the folder holds a cluster, running or not."""
         return bool(self._state)
 
     @property
@@ -62,7 +62,7 @@ class Cluster:
         return str(Path(self._state["binaries"]) / name)
 
     def runs(self, name: str) -> bool:
-        """Tell whether the component's process runs."""
+        """Return whether the component's process runs."""
         process = self.process(name)
         return process is not None and process.runs()
 
@@ -95,7 +95,7 @@ class Cluster:
 
     @property
     def certificate(self) -> Path:
-        """What clients trust the API server by."""
+        """The CA by which clients trust the API server."""
         return self.folder / "certificates" / "apiserver.crt"
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:

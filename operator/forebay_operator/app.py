@@ -55,7 +55,7 @@ class StartError(Exception):
 
 
 async def run_folder(settings: Settings, folder: Path) -> int:
-    """Be the operator of a folder until a signal."""
+    """Run the operator of a folder until a signal."""
     stop = asyncio.Event()
     running = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

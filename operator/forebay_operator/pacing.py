@@ -1,4 +1,4 @@
-"""How fast something may go: delays that grow after failures, and a token bucket."""
+"""Pacing: delays that grow after failures, and a token bucket."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def listed(statuses: Statuses, store: Store) -> list[dict[str, Any]]:
 
 
 def _is_loopback(peer: str | None) -> bool:
-    """Tell whether an IP address is this machine's own, also when IPv4 is written as IPv6."""
+    """Return whether an IP address is this machine's own, also when IPv4 is written as IPv6."""
     try:
         address = ipaddress.ip_address(peer or "")
     except ValueError:

@@ -152,7 +152,7 @@ class Installation:
         until(lambda: self.has_only(deployment, replicas), PATIENCE_SECONDS)
 
     def has_only(self, deployment: str, replicas: int) -> bool:
-        """Tell whether so many pods of a Deployment are ready, and there is no other."""
+        """Return whether so many pods of a Deployment are ready, and there is no other."""
         selector = self.get("deployment", deployment)["spec"]["selector"]["matchLabels"]
         labels = ",".join(f"{key}={value}" for key, value in selector.items())
         pods = self.get("pods", "-l", labels)["items"]

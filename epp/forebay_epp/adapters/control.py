@@ -62,7 +62,7 @@ class Dial:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who we are."""
+    """This EPP's identity."""
 
     pod_namespace: str
     pod_name: str
@@ -131,7 +131,7 @@ class ControlClient:
         self._left.set()
 
     async def leave(self, timeout_seconds: float) -> None:
-        """Say goodbye: this EPP is not to be expected any more."""
+        """Say goodbye: this EPP will not come back."""
         self._leaving = True
         if self._stream is not None:
             self._stream.leave()
@@ -225,7 +225,7 @@ class ControlClient:
             _log.warning("no control connection: %s", text, exc_info=error)
 
     def hello(self) -> pb.FromPicker:
-        """Say who we are and what we run."""
+        """Send the Hello: identity and programs."""
         me, programs = self._identity, self._programs
         return pb.FromPicker(
             hello=pb.Hello(

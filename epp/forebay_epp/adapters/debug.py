@@ -54,7 +54,7 @@ def describe(state: ControllerSnapshot) -> dict[str, object]:
 
 
 def is_loopback(peer: str | None) -> bool:
-    """Tell whether an IP address is this machine's own, also when IPv4 is written as IPv6."""
+    """Return whether an IP address is this machine's own, also when IPv4 is written as IPv6."""
     try:
         address = ip_address(peer or "")
     except ValueError:

@@ -1,6 +1,6 @@
-"""What the status of an answer says about the server that gave it.
+"""The verdict of an answer's status about the server that gave it.
 
-What follows from it does not belong here (core/health.py).
+Acting on it belongs in core/health.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an EPP answers to the programs the control plane sends: a state machine.
+"""An EPP's answers to the programs of the control plane: a state machine.
 
 Rules (those of xDS, and a fencing token as in Kleppmann, "How to do distributed locking", 2016):
 1. Versions are totally ordered; only a strictly greater one is applied. What is applied never
@@ -60,7 +60,7 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What is in force.
+    """The program in force.
 
     Attributes:
         version: of the last program of which any part is.
@@ -88,7 +88,7 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """What is not applied; `problems` are (field path, what is wrong) pairs."""
+    """The refused parts; `problems` are (field path, what is wrong) pairs."""
 
     code: Code
     problems: tuple[tuple[str, str], ...]
@@ -96,7 +96,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """What of a program to apply, in one step.
+    """The parts of a program to apply, in one step.
 
     Attributes:
         applied: what is in force then.
@@ -142,7 +142,7 @@ class Programs:
         self.quarantined: frozenset[bytes] = frozenset()
 
     def judge(self, program: pb.Program) -> Accepted | Refused | None:
-        """Say what to do with a program; None: it is in force already and only acknowledged."""
+        """Decide about a program; None: it is already in force and only acknowledged."""
         version = Version(program.version.epoch, program.version.revision)
         now = self.applied
         if version.epoch < self.highest_epoch or (now and version < now.version):

@@ -1,4 +1,4 @@
-"""Who waits where: bands, the flows in them, their lanes, and when requests expire.
+"""Queues: bands, the flows in them, their lanes, and when requests expire.
 
 Deciding when to dispatch, and to which endpoint, does not belong here (controller.py), nor which
 band and flow a request belongs to (classification.py).

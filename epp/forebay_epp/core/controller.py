@@ -113,7 +113,7 @@ class FlowController:
         self._endpoints.observe(metrics, now)
 
     def scrape_failed(self, address: str, now: float, *, refused: bool) -> None:
-        """Take it that a scrape of an endpoint has failed for a reason that is the server's.
+        """Note that a scrape of an endpoint has failed through the server's fault.
 
         Args:
             address: of the endpoint; one that is not in the pool is ignored.

@@ -336,7 +336,7 @@ class EndpointSet:
                 self._measure()
 
     def scrape_failed(self, address: str, now: float, *, refused: bool) -> None:
-        """Take it that a scrape has failed; an endpoint that is not known is ignored."""
+        """Note that a scrape has failed; an unknown endpoint is ignored."""
         state = self._states.get(address)
         if state is not None:
             was_out, failures = state.health.out, state.health.failures

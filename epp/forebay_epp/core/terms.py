@@ -10,7 +10,7 @@ NEVER = float("inf")
 
 
 class RandomSource(Protocol):
-    """What the core needs of randomness; `random.Random` fits."""
+    """The random numbers that the core needs; `random.Random` fits."""
 
     def randrange(self, stop: int, /) -> int:
         """Return an integer of 0 to stop - 1."""
@@ -44,7 +44,7 @@ class Verdict(StrEnum):
     """What the end of an answer says about the server that gave it."""
 
     GOOD = "Good"
-    """It answered; an error that the request itself has earned is a good answer, too."""
+    """It answered; an error that is the request's own fault counts as good."""
 
     ERROR = "Error"
     """It failed at this request, which may or may not be the request's fault: 500."""

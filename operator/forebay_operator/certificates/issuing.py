@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 class Objects(Protocol):
-    """What is needed of a cluster; cluster.Cluster fits."""
+    """The calls needed of a cluster; cluster.Cluster fits."""
 
     async def get_object(self, plural: str, namespace: str, name: str) -> dict[str, Any]:
         """Return a Secret or ConfigMap."""
@@ -181,7 +181,7 @@ class Issuer:
         self._denials.allow(_RESOURCE, place[0])
 
     def _failed(self, place: tuple[str, str], done: str, error: ApiError) -> None:
-        """Tell of a ConfigMap for whose sake nothing else stops."""
+        """Report a ConfigMap; its failure stops nothing else."""
         if error.status == 409:  # another replica was faster
             return
         if 400 <= error.status < 500:

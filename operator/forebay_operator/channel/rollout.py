@@ -32,7 +32,7 @@ MAX_VARIANTS = 8  # of a snapshot: EPPs of a pool are of one or two releases
 
 @dataclass(slots=True)
 class _Record:
-    """What is known of one EPP."""
+    """The known state of one EPP."""
 
     heard_at: float
     sha256: bytes = b""
@@ -53,7 +53,7 @@ class Rollout:
         self._records: dict[str, _Record] = {}
 
     def want(self, snapshot: pb.Snapshot, revision: int) -> bool:
-        """Say what the EPPs should run; return whether that is news."""
+        """Set the desired program; return whether it is new."""
         sha256 = _hash(snapshot)
         if self._snapshot is not None and self._sha256 == sha256:
             return False

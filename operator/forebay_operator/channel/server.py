@@ -108,7 +108,7 @@ class ControlServer(rpc.ControlServicer):
             stream.wake.set()
 
     def program(self, pool: str, snapshot: pb.Snapshot) -> bool:
-        """Say what the EPPs of a pool should run; return whether that is news."""
+        """Set the desired program of a pool; return whether it is new."""
         # One counter for all pools: it also grows over a pool that is deleted and made again.
         if not self._rollouts[pool].want(snapshot, self._revision + 1):
             return False

@@ -43,7 +43,7 @@ class UnansweredError(Exception):
 
 
 class Answer(Enum):
-    """What a refusal was: of the program, of its version, or of nothing that is under way."""
+    """The kind of a refusal: of the program, of its version, or of nothing under way."""
 
     NACK = auto()
     STALE = auto()
@@ -52,7 +52,7 @@ class Answer(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Desired:
-    """What some EPPs of a pool should run: those that know the same features.
+    """The desired program of a pool's EPPs that know the same features.
 
     Attributes:
         snapshot: serialised.
@@ -71,7 +71,7 @@ class Desired:
 
 
 class Session:
-    """What has been sent to an EPP and what it has answered.
+    """The messages sent to an EPP and its answers.
 
     Args:
         now: the moment its Hello came.
@@ -219,5 +219,5 @@ class Session:
 
 
 def _is_band_name(text: str) -> bool:
-    """Say whether a status may hold it: else one EPP's report would block that of all."""
+    """Return whether a status may hold it; otherwise one EPP's report would block all."""
     return 0 < len(text) <= MAX_BAND_NAME and text.isprintable()

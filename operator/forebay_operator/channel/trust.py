@@ -63,7 +63,7 @@ class _Pod(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Pods:
-    """What is known of EPPs.
+    """The known EPPs.
 
     Attributes:
         expected: the EPPs of a pool (name by pod uid), or None for an unknown pool.

@@ -67,7 +67,7 @@ class Denials:
         return True
 
     def holds(self, resource: str, namespace: str) -> bool:
-        """Say whether it is denied."""
+        """Return whether it is denied."""
         return (resource, namespace) in self._held
 
     def of(self, namespace: str) -> list[Denial]:

@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 
 class Leases(Protocol):
-    """What is needed of a cluster; cluster.Cluster fits."""
+    """The calls needed of a cluster; cluster.Cluster fits."""
 
     async def get_lease(self, namespace: str, name: str) -> dict[str, Any] | None:
         """Return the Lease or None."""
@@ -152,7 +152,7 @@ class Elector:
         return self._leadership
 
     def see_epoch(self, epoch: int, uid: str, namespace: str) -> None:
-        """Tell of an epoch that an EPP claims to have seen: ours has to be above it.
+        """Take an epoch that an EPP claims to have seen: ours must be above it.
 
         Args:
             epoch: claimed.
@@ -245,7 +245,7 @@ class Elector:
             self._set(Leadership(holder=holder))
 
     def _may_be_uninstalled(self, lease: dict[str, Any] | None, now: float) -> bool:
-        """Tell whether the Lease has gone so recently that this process may be about to go, too.
+        """Return whether the Lease was deleted so recently that this process may be next.
 
         Where it was deleted with everything else, a new one would be left behind.
         """
@@ -309,7 +309,7 @@ class Elector:
         return max(0.0, self._renewed_at + RENEW_DEADLINE_SECONDS - self._clock())
 
     def _doubt(self) -> None:
-        """Be quiet when the Lease may have run out unseen."""
+        """Become quiet when the Lease may have expired unnoticed."""
         leading = self._leadership
         late = self._clock() - self._renewed_at >= RENEW_DEADLINE_SECONDS
         if leading.epoch is not None and late and not leading.quiet:

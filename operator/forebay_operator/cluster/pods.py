@@ -53,7 +53,7 @@ class PodWatches:
         self._lists = asyncio.Semaphore(1)
 
     def __contains__(self, namespace: str) -> bool:
-        """Say whether the pods of a namespace are watched, or about to be."""
+        """Return whether the pods of a namespace are watched, or about to be."""
         return namespace in self._tasks
 
     def listed(self, namespace: str, version: str) -> None:

@@ -288,7 +288,7 @@ def _older(version: str, known: str) -> bool:
 
 
 def _same(before: Entry, after: Entry) -> bool:
-    """Say whether two states of an object lead to the same plan and the same conditions.
+    """Return whether two states of an object lead to the same plan and the same conditions.
 
     For pods the whole resource decides, since readiness is in the status; for what we report on
     generation and spec do, or each status we write would lead to the next.

@@ -320,7 +320,7 @@ class Watching:
         return version
 
     def _is_answer(self, error: api.ApiError, kind: Kind, namespace: str) -> bool:
-        """Tell whether a LIST failed because the kind is not there or denied, and note that.
+        """Note and return whether a LIST failed because the kind is missing or denied.
 
         What was known of it stays.
         """

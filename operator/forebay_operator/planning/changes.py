@@ -1,4 +1,4 @@
-"""What is different between two snapshots, in lines for people."""
+"""Describes the differences between two snapshots, in lines for people."""
 
 from __future__ import annotations
 

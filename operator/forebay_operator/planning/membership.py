@@ -36,7 +36,7 @@ def pools(resources: Iterable[Resource]) -> list[AnyPool]:
 
 
 def means(reference: PoolReference, name: str = "") -> bool:
-    """Say whether a reference is to a pool, or with a name to the pool of that name."""
+    """Return whether a reference is to a pool, or given a name, to that pool."""
     return (
         reference.kind == "InferencePool"
         and reference.group in POOL_GROUPS
@@ -117,6 +117,6 @@ def _epp_service(pool: AnyPool, resources: Iterable[Resource]) -> Service | None
 
 
 def selects(selector: dict[str, str], pod: Pod) -> bool:
-    """Say whether a pod has all labels of a selector."""
+    """Return whether a pod has all labels of a selector."""
     labels = pod.metadata.labels
     return all(labels.get(name) == value for name, value in selector.items())

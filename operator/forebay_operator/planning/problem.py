@@ -1,4 +1,4 @@
-"""What is wrong with a resource, in words for its owner."""
+"""A problem of a resource, described for its owner."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class Deletions:
             self._control.redial(pool)
 
     def is_deleted(self, pool: str) -> bool:
-        """Say whether a pool that an EPP asks for is deleted; if that is open, find out."""
+        """Return whether a pool that an EPP asks for is deleted; look if that is unknown."""
         self.suspect(pool)
         return self._suspects[pool].deleted
 

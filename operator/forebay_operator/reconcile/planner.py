@@ -157,7 +157,7 @@ class Planner:
             await asyncio.sleep(0)
 
     def acts_on(self, namespace: str) -> bool:
-        """Say whether a pool of a namespace is this operator's."""
+        """Return whether a pool of a namespace is this operator's."""
         resources = [
             entry.resource
             for entry in self._store.entries(namespace)
@@ -256,7 +256,7 @@ def _advice_of(pool: AnyPool, planned: Planned, resources: list[Resource]) -> tu
 
 
 def _is_unread(entry: Entry, pool: str) -> bool:
-    """Say whether an invalid policy may be in force for a pool although we never saw it valid.
+    """Return whether an invalid policy may be in force for a pool although we never saw it valid.
 
     A later generation than the first may have replaced a valid one while we were down, and the
     first may have been valid for an older operator.

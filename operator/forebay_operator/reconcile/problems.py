@@ -38,7 +38,7 @@ class PoolProblems:
         self._told: dict[str, set[str]] = {}  # reasons by pool
 
     def tell(self, name: str, pool: AnyPool, planned: Planned, epps: list[EPP]) -> None:
-        """Tell of a pool's problems that are new, and of those that are over.
+        """Report a pool's new problems, and those that are solved.
 
         A pool without a policy has its EPPs' absence announced too; else the policy's Event does.
         """

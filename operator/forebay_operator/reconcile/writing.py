@@ -52,7 +52,7 @@ class Reporter(Protocol):
         """
 
     async def announce(self, entry: Entry, changes: list[Transition]) -> None:
-        """Tell people of conditions that have changed."""
+        """Announce conditions that have changed."""
 
 
 @dataclass(slots=True)

@@ -190,7 +190,7 @@ class FolderOperator:
         self._errors: tuple[str, ...] = ()
 
     async def _is_absent(self, namespace: str, name: str) -> bool | None:
-        """Say whether the folder has no such pool; not while a file cannot be read."""
+        """Return whether the folder has no such pool; not while a file cannot be read."""
         return None if self._errors else f"{namespace}/{name}" not in self._snapshots
 
     def _epps_changed(self, pool: str) -> None:
@@ -277,7 +277,7 @@ class FolderOperator:
         self._snapshots = snapshots
 
     def _complain(self, manifests: Manifests) -> None:
-        """Tell of what is wrong or has no effect, once per message."""
+        """Report problems and settings without effect, once per message."""
         if manifests.errors != self._errors:
             for line in manifests.errors:
                 if line not in self._errors:
@@ -307,7 +307,7 @@ class FolderOperator:
         return None
 
     async def announce(self, entry: Entry, changes: list[Transition]) -> None:
-        """Tell of conditions that have changed; of one that is new only if it is bad."""
+        """Report conditions that have changed; new ones only if they are bad."""
         if not entry.kind.ours_to_report:
             return  # a pool's problems are reported with the manifests
         metadata = entry.metadata

@@ -187,7 +187,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _fingerprint(folder: Path) -> dict[Path, tuple[int, int, int]]:
-    """Tell contents apart without reading them."""
+    """Return a fingerprint of the contents."""
     found = {}
     with suppress(OSError):  # a folder that is gone is empty
         for file in _files(folder):

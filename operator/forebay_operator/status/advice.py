@@ -111,7 +111,7 @@ def _overrides(
     resources: list[Resource],
     problem: Callable[[str, str], Problem],
 ) -> Iterator[Problem]:
-    """Tell of names in `spec.models` that no InferenceModel of the policy's pools has."""
+    """Report names in `spec.models` that no InferenceModel of the policy's pools has."""
     pools = {ref.name for ref in policy.spec.target_refs}
     names = {
         r.spec.model_name
@@ -172,7 +172,7 @@ def _of_itself(pool: AnyPool, planned: Planned, resources: list[Resource]) -> It
 
 
 def _of_objectives(pool: AnyPool, planned: Planned, resources: list[Resource]) -> Iterator[Problem]:
-    """Tell of objectives that no header may choose, and of those that end up in one band."""
+    """Report objectives that no header may choose, and those that share a band."""
     plan = planned.plan
     if plan is None or not plan.objectives:
         return

@@ -35,7 +35,7 @@ class Transition:
 
 
 def was_in_force(status: Mapping[str, Any]) -> bool:
-    """Say whether a policy's status shows that EPPs have run some generation of it."""
+    """Return whether a policy's status shows that EPPs have run some generation of it."""
     return bool(status.get("programmedGeneration")) or any(
         condition.get("reason") == PLAN_HELD for condition in status.get("conditions") or ()
     )
@@ -126,7 +126,7 @@ def transitions(desired: Mapping[str, Any], observed: Mapping[str, Any]) -> list
 
 
 def unsettled(status: Mapping[str, Any]) -> bool:
-    """Say whether the status is one that acknowledgements are about to change."""
+    """Return whether the status is one that acknowledgements are about to change."""
     return any(
         condition["type"] == "Programmed" and condition["reason"] == "Pending"
         for condition in status.get("conditions") or ()

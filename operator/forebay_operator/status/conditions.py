@@ -202,7 +202,7 @@ def _resolved(attachment: Attachment | None) -> _Verdict:
 
 
 def _programs(subject: Subject, epp: EPP) -> bool:
-    """Say whether an EPP runs the latest generation."""
+    """Return whether an EPP runs the latest generation."""
     return epp.generations.get(subject.uid) == subject.generation
 
 
@@ -226,7 +226,7 @@ def _without_effect(subject: Subject, attachment: Attachment | None) -> _Verdict
 
 
 def _programmed(subject: Subject, attachment: Attachment | None) -> _Verdict:
-    """Say whether all EPPs of a pool run the latest generation of its policy."""
+    """Return whether all EPPs of a pool run the latest generation of its policy."""
     verdict = _without_effect(subject, attachment)
     if verdict is not None or attachment is None:
         return verdict or ("False", "Invalid", "")
@@ -245,7 +245,7 @@ def _programmed(subject: Subject, attachment: Attachment | None) -> _Verdict:
 
 
 def _model_programmed(subject: Subject, attachment: Attachment) -> _Verdict:
-    """Say whether the EPPs that serve run the latest generation of a model.
+    """Return whether the EPPs that serve run the latest generation of a model.
 
     An EPP that cannot be reached serves by what it acknowledged last, and one that has acknowledged
     nothing yet is not ready. Neither is news about a model that the others run.
@@ -345,7 +345,7 @@ def _degraded(subject: Subject, attachment: Attachment | None) -> _Verdict:
 
 
 def _failing(epps: Sequence[EPP]) -> bool:
-    """Say whether more than half of a pool's endpoints are out, by all EPPs' reports together."""
+    """Return whether over half of a pool's endpoints are out, by all EPPs' reports together."""
     reports = numbers.reports(epps)
     out = sum(min(report.endpoints_out, report.endpoints) for report in reports)
     return 2 * out > sum(report.endpoints for report in reports)

@@ -29,7 +29,7 @@ class RequestMode:
     cut = False
 
     def expect_body(self, outbox: deque[bytes], *, early: bool) -> bool:  # noqa: ARG002  # matters to some
-        """Say what the proxy waits for before it shows the body.
+        """Answer what the proxy waits for before it sends the body.
 
         Args:
             outbox: where messages go.
@@ -138,7 +138,7 @@ class StreamedRequest(RequestMode):
         self._owed = 0
 
     def expect_body(self, outbox: deque[bytes], *, early: bool) -> bool:  # noqa: ARG002  # nothing
-        """Tell that it comes early where the proxy says so."""
+        """Return whether the proxy sends it early."""
         return early
 
     def take(self, body: pb.HttpBody) -> bool:
@@ -181,7 +181,7 @@ class UnshownRequest(RequestMode):
     duplex = False
 
     def expect_body(self, outbox: deque[bytes], *, early: bool) -> bool:  # noqa: ARG002  # nothing
-        """Tell that there is none."""
+        """Return False: no body comes."""
         return False
 
 

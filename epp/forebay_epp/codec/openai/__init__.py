@@ -1,4 +1,4 @@
-"""What an endpoint picker reads and writes of OpenAI-style HTTP bodies.
+"""The parts of OpenAI-style HTTP bodies that an EPP reads and writes.
 
 Requests: the model name, and the same body under another one. Answers: usage, the client's model
 name put back. Refusals: OpenAI's error object. The list of models. How bodies travel is

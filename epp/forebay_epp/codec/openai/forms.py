@@ -32,7 +32,7 @@ _UTF8_TEXT = re.compile(rb'text/plain(?:[ \t]*;[ \t]*charset="?utf-8"?)?', re.IG
 
 
 def is_form(content_type: str) -> bool:
-    """Tell whether a body of this type is a form."""
+    """Return whether a body of this type is a form."""
     return content_type.partition(";")[0].strip().lower() == "multipart/form-data"
 
 

@@ -57,7 +57,7 @@ _OPTIONAL = (
 
 
 def model_field(method: str, path: str) -> ModelField:
-    """Tell whether a request to this path names a model in its body.
+    """Return whether a request to this path names a model in its body.
 
     A client that shows no path (NGINX Gateway Fabric) is taken to send completions.
     """

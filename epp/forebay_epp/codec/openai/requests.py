@@ -149,7 +149,7 @@ def _decode(text: bytes, param: str | None) -> str:
 
 
 def _without_model(error: BadRequestError, content_type: str) -> bool:
-    """Tell whether a body that cannot be read as a JSON object surely names no model.
+    """Return whether a body that cannot be read as a JSON object surely names no model.
 
     One that says it is JSON, or says nothing, may be read more leniently by a server.
     """
