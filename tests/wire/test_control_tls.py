@@ -248,7 +248,7 @@ def drop(driver: Driver) -> None:
 
     def end(server) -> None:
         for stream in server._all():
-            server._end(stream)
+            stream.end()
 
     before = driver.ask(lambda server: server._all())
     driver.ask(end)
