@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Protocol
 from watchfiles import awatch
 
 from forebay_control.plan import Plan, PlanError
-from forebay_control.v1 import control_pb2 as pb
 from forebay_epp.adapters.control import ControlClient, Dial, Identity
 from forebay_epp.adapters.lastgood import LastGood
 from forebay_epp.adapters.prometheus import ControlState
 from forebay_epp.codec import plan as plan_codec
-from forebay_epp.codec.control import Accepted, Applied, Programs, Refused, Version
-from forebay_epp.core.terms import Outcome
+from forebay_epp.codec.control import Accepted, Applied, Nacked, Programs, Version
+from forebay_epp.codec.stats import stats
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
+    from forebay_control.v1 import control_pb2 as pb
     from forebay_epp.core.terms import ControllerSnapshot, Endpoint
     from forebay_epp.settings import ControlSettings, Settings
     from forebay_epp.traffic import Traffic
@@ -207,7 +207,7 @@ class Operator:
         plan_sha256, whole = b"", state.whole
         for kept in state.plans:
             read = programs.read_plan(kept.data)
-            if not isinstance(read, Refused):
+            if not isinstance(read, Nacked):
                 plan, plan_sha256 = read, kept.sha256
                 self.ready.set()
                 _log.info(
@@ -219,7 +219,7 @@ class Operator:
             self._disk_refused("plan", read)
         endpoints: tuple[Endpoint, ...] = ()
         kept_endpoints = programs.read_endpoints(state.endpoints)
-        if isinstance(kept_endpoints, Refused):
+        if isinstance(kept_endpoints, Nacked):
             whole = False
             self._disk_refused("endpoints", kept_endpoints)
         elif kept_endpoints:
@@ -235,7 +235,7 @@ class Operator:
             )
         return Update(plan or Plan(pool=pool), endpoints, state.deleted), programs
 
-    def _disk_refused(self, part: str, refused: Refused) -> None:
+    def _disk_refused(self, part: str, refused: Nacked) -> None:
         self._disk_failures["refused"] = self._disk_failures.get("refused", 0) + 1
         _log.error("the %s on disk is not used: %s", part, list(refused.problems))
 
@@ -320,33 +320,4 @@ class Operator:
         )
 
     async def _stats(self) -> pb.Stats:
-        return stats(await self._snapshot(), self._traffic)
-
-
-def stats(state: ControllerSnapshot, traffic: Traffic) -> pb.Stats:
-    """Sum up for the operator: what waits now, and what was decided since the start."""
-    decided: dict[str, dict[str, int]] = {}
-    for (band, _, outcome), count in dict(traffic.outcomes).items():
-        kind = "dispatched" if outcome is Outcome.DISPATCHED else "evicted"
-        if outcome.value.startswith("Rejected"):
-            kind = "rejected"
-        elif outcome is Outcome.ANSWERED:
-            continue
-        sums = decided.setdefault(band, {})
-        sums[kind] = sums.get(kind, 0) + count
-    return pb.Stats(
-        saturation=state.saturation,
-        endpoints=len(state.endpoints),
-        endpoints_out=sum(endpoint.out for endpoint in state.endpoints),
-        in_flight=state.in_flight,
-        bands=[
-            pb.BandStats(
-                band=band.band,
-                requests=band.requests,
-                bytes=band.size_bytes,
-                oldest_seconds=band.oldest_seconds,
-                **decided.get(band.band, {}),
-            )
-            for band in state.bands
-        ],
-    )
+        return stats(await self._snapshot(), dict(self._traffic.outcomes))

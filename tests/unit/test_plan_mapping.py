@@ -15,7 +15,7 @@ from forebay_control import fields, mapping
 from forebay_control.fields import Length, Matches, Range
 from forebay_control.plan import BandPlan, LimitsPlan, MetricsPlan, ModelPlan, Plan, PlanError
 from forebay_control.v1 import control_pb2 as pb
-from forebay_epp.codec.control import Programs, Refused
+from forebay_epp.codec.control import Nacked, Programs
 
 INTEGERS = {
     descriptor_pb2.FieldDescriptorProto.TYPE_INT32: (-(2**31), 2**31 - 1),
@@ -146,7 +146,7 @@ def test_damaged_bytes_are_a_plan_or_refused(plan, where):
 
     read = Programs(plan.pool).read_plan(bytes(data))
 
-    assert isinstance(read, Plan) or (isinstance(read, Refused) and read.problems)
+    assert isinstance(read, Plan) or (isinstance(read, Nacked) and read.problems)
 
 
 def test_every_unknown_word_is_told_with_the_words_that_are_known():

@@ -15,8 +15,8 @@ from forebay_epp.codec.control import (
     MAX_ERRORS,
     Accepted,
     Code,
+    Nacked,
     Programs,
-    Refused,
     Version,
 )
 from forebay_epp.core.terms import Endpoint
@@ -54,9 +54,9 @@ def program(made, epoch=5, revision=1, nonce=1) -> pb.Program:
     )
 
 
-def judged(made, *, programs: Programs | None = None, **version) -> Refused:
+def judged(made, *, programs: Programs | None = None, **version) -> Nacked:
     verdict = (programs or Programs(POOL)).judge(program(made, **version))
-    assert isinstance(verdict, Refused), verdict
+    assert isinstance(verdict, Nacked), verdict
     return verdict
 
 
@@ -298,7 +298,7 @@ def test_problems_are_counted_out():
     programs = Programs(POOL)
     bad = program(snapshot().SerializeToString() + b"\xf8\x3e\x01" * 100_000)
     refused = programs.judge(bad).refused
-    nack = programs.nack(bad, Refused(refused.code, refused.problems * 100)).nack
+    nack = programs.nack(bad, Nacked(refused.code, refused.problems * 100)).nack
 
     assert len(refused.problems) <= MAX_ERRORS
     assert len(nack.errors) == MAX_ERRORS
@@ -388,7 +388,7 @@ def test_versions_never_decrease_and_every_program_gets_one_answer(steps):
         if isinstance(verdict, Accepted) and applies:
             programs.took(verdict)
         elif isinstance(verdict, Accepted):
-            verdict = Refused(Code.INTERNAL, (("snapshot", "no"),))
+            verdict = Nacked(Code.INTERNAL, (("snapshot", "no"),))
         refused = verdict.refused if isinstance(verdict, Accepted) else verdict
         parts = verdict.parts if isinstance(verdict, Accepted) else []
         answer = (

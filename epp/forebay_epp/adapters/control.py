@@ -21,7 +21,7 @@ from forebay_control import features
 from forebay_control.channel import PROTOCOL, SILENCE_SECONDS, host_port
 from forebay_control.v1 import control_pb2 as pb
 from forebay_control.v1 import control_pb2_grpc as rpc
-from forebay_epp.codec.control import Accepted, Code, Refused
+from forebay_epp.codec.control import Accepted, Code, Nacked
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -103,7 +103,7 @@ class ControlClient:
         self._stats = stats
         self._stats_seconds = stats_seconds
         self._said = ""
-        self._refused: Refused | None = None
+        self._refused: Nacked | None = None
         self._judging = asyncio.Lock()
         self._tasks: set[asyncio.Task[pb.FromPicker]] = set()
         self._stream: _Stream | None = None
@@ -264,7 +264,7 @@ class ControlClient:
                 await self._apply(verdict)
             except Exception as error:
                 _log.exception("a program could not be applied")
-                verdict = Refused(Code.INTERNAL, (("snapshot", f"{type(error).__name__}"),))
+                verdict = Nacked(Code.INTERNAL, (("snapshot", f"{type(error).__name__}"),))
             else:
                 self._programs.took(verdict)
         refused = verdict.refused if isinstance(verdict, Accepted) else verdict

@@ -87,7 +87,7 @@ class Applied:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class Nacked:
     """The refused parts; `problems` are (field path, what is wrong) pairs."""
 
     code: Code
@@ -112,7 +112,7 @@ class Accepted:
     plan: Plan | None = None
     endpoints: tuple[Endpoint, ...] | None = None
     deleted: bool = False
-    refused: Refused | None = None
+    refused: Nacked | None = None
     plan_data: bytes = b""
     endpoints_data: bytes = b""
 
@@ -141,49 +141,49 @@ class Programs:
         self.highest_epoch = max(highest_epoch, applied.version.epoch if applied else 0)
         self.quarantined: frozenset[bytes] = frozenset()
 
-    def judge(self, program: pb.Program) -> Accepted | Refused | None:
+    def judge(self, program: pb.Program) -> Accepted | Nacked | None:
         """Decide about a program; None: it is already in force and only acknowledged."""
         version = Version(program.version.epoch, program.version.revision)
         now = self.applied
         if version.epoch < self.highest_epoch or (now and version < now.version):
             text = f"epoch {version.epoch} revision {version.revision} is older than what was seen"
-            return Refused(Code.STALE_EPOCH, (("version", text),))
+            return Nacked(Code.STALE_EPOCH, (("version", text),))
         if now and version == now.version:
             if program.sha256 != now.sha256:
                 text = "another program has the same version"
-                return Refused(Code.HASH_CONFLICT, (("sha256", text),))
+                return Nacked(Code.HASH_CONFLICT, (("sha256", text),))
             if now.whole:
                 return None
         self.highest_epoch = version.epoch
         if len(program.snapshot) > MAX_SNAPSHOT_BYTES:
             text = f"has {len(program.snapshot)} bytes, more than {MAX_SNAPSHOT_BYTES}"
-            return Refused(Code.TOO_LARGE, (("snapshot", text),))
+            return Nacked(Code.TOO_LARGE, (("snapshot", text),))
         if hashlib.sha256(program.snapshot).digest() != program.sha256:
-            return Refused(Code.INVALID, (("sha256", "is not that of the snapshot"),))
+            return Nacked(Code.INVALID, (("sha256", "is not that of the snapshot"),))
         try:
             snapshot = pb.Snapshot.FromString(program.snapshot)
         except DecodeError:
-            return Refused(Code.INVALID, (("snapshot", "is not a Snapshot message"),))
+            return Nacked(Code.INVALID, (("snapshot", "is not a Snapshot message"),))
         if snapshot.HasField("plan") and snapshot.plan.pool != self.pool:
             pool = snapshot.plan.pool
             text = f"{pool!r} is not the pool of this EPP, {self.pool!r}"
-            return Refused(Code.INVALID, (("plan.pool", text),))
+            return Nacked(Code.INVALID, (("plan.pool", text),))
         return self._take(version, program.sha256, snapshot)
 
-    def _take(self, version: Version, sha256: bytes, snapshot: pb.Snapshot) -> Accepted | Refused:
+    def _take(self, version: Version, sha256: bytes, snapshot: pb.Snapshot) -> Accepted | Nacked:
         """Judge the parts of a program for this pool."""
         plan = endpoints = None
         plan_data = endpoints_data = b""
-        refusals: list[Refused] = []
+        refusals: list[Nacked] = []
         paths = (path for path in _unknown(snapshot) if not path.startswith("endpoints."))
         if unknown := list(islice(paths, MAX_ERRORS)):
             text = "is not known to this release of the EPP: update it"
             problems = tuple((path, text) for path in unknown)
-            refusals.append(Refused(Code.UNSUPPORTED, problems))
+            refusals.append(Nacked(Code.UNSUPPORTED, problems))
         elif snapshot.HasField("plan"):
             plan_data = snapshot.plan.SerializeToString(deterministic=True)
             read = self.read_plan(plan_data)
-            if isinstance(read, Refused):
+            if isinstance(read, Nacked):
                 refusals.append(read)
             else:
                 plan = read
@@ -192,11 +192,11 @@ class Programs:
             try:
                 endpoints = plan_codec.parse_endpoints(snapshot.endpoints)
             except PlanError as error:
-                refusals.append(Refused(Code.INVALID, tuple(error.problems)))
+                refusals.append(Nacked(Code.INVALID, tuple(error.problems)))
         refused = None
         if refusals:
             problems = tuple(problem for refusal in refusals for problem in refusal.problems)
-            refused = Refused(refusals[0].code, problems)
+            refused = Nacked(refusals[0].code, problems)
             if plan is None and endpoints is None:
                 return refused
         before = self.applied
@@ -214,33 +214,33 @@ class Programs:
             endpoints_data,
         )
 
-    def read_plan(self, data: bytes) -> Plan | Refused:
+    def read_plan(self, data: bytes) -> Plan | Nacked:
         """Translate a serialised plan, wherever it comes from, and check it whole."""
         if len(data) > MAX_PLAN_BYTES:
             text = f"has {len(data)} bytes, more than {MAX_PLAN_BYTES}"
-            return Refused(Code.TOO_LARGE, (("plan", text),))
+            return Nacked(Code.TOO_LARGE, (("plan", text),))
         if hashlib.sha256(data).digest() in self.quarantined:
             text = "the EPP has crashed under this plan: change it, or delete the pod"
-            return Refused(Code.INTERNAL, (("plan", text),))
+            return Nacked(Code.INTERNAL, (("plan", text),))
         try:
             plan = plan_from_message(pb.Plan.FromString(data))
         except DecodeError:
-            return Refused(Code.INVALID, (("plan", "is not a Plan message"),))
+            return Nacked(Code.INVALID, (("plan", "is not a Plan message"),))
         except PlanError as error:
-            return Refused(Code.INVALID, tuple(error.problems))
+            return Nacked(Code.INVALID, tuple(error.problems))
         if plan.pool != self.pool:
             text = f"{plan.pool!r} is not the pool of this EPP, {self.pool!r}"
-            return Refused(Code.INVALID, (("plan.pool", text),))
+            return Nacked(Code.INVALID, (("plan.pool", text),))
         return plan
 
-    def read_endpoints(self, data: bytes) -> tuple[Endpoint, ...] | Refused:
+    def read_endpoints(self, data: bytes) -> tuple[Endpoint, ...] | Nacked:
         """Translate serialised endpoints that come from the disk."""
         try:
             return plan_codec.parse_endpoints(pb.Endpoints.FromString(data))
         except DecodeError:
-            return Refused(Code.INVALID, (("endpoints", "is not an Endpoints message"),))
+            return Nacked(Code.INVALID, (("endpoints", "is not an Endpoints message"),))
         except PlanError as error:
-            return Refused(Code.INVALID, tuple(error.problems))
+            return Nacked(Code.INVALID, tuple(error.problems))
 
     def took(self, accepted: Accepted) -> None:
         """Note what is in force."""
@@ -259,7 +259,7 @@ class Programs:
         )
 
     def nack(
-        self, program: pb.Program, refused: Refused, applied: Iterable[str] = ()
+        self, program: pb.Program, refused: Nacked, applied: Iterable[str] = ()
     ) -> pb.FromPicker:
         """Refuse a program, but for the parts that were applied."""
         return pb.FromPicker(

@@ -29,15 +29,7 @@ from google.protobuf.message import DecodeError
 
 from forebay_epp.codec import openai
 from forebay_epp.codec.extproc import framing
-from forebay_epp.codec.extproc.events import (
-    ABANDONED,
-    Abandoned,
-    Arrived,
-    BodyPart,
-    Finished,
-    FirstChunk,
-    Rejected,
-)
+from forebay_epp.codec.extproc.events import ABANDONED, Arrived, Finished, Rejected
 from forebay_epp.codec.extproc.request import ProtocolError, RequestHalf
 from forebay_epp.codec.extproc.response import ResponseHalf
 from forebay_epp.core.terms import Outcome
@@ -46,7 +38,7 @@ from forebay_extproc.v3 import external_processor_pb2 as pb
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from forebay_epp.codec.extproc.events import Event
+    from forebay_epp.codec.extproc.events import Abandoned, BodyPart, Event, FirstChunk
 
 OUTCOME = "x-forebay-outcome"
 
@@ -134,7 +126,6 @@ class ExtProcStream:
                 return self._read(Rejected(Outcome.REJECTED_BAD_REQUEST, text))
             case State.QUEUED:
                 self._half_closed = True
-                return None
             case State.RESPONSE:
                 return self._end(self._response.finished(blind=not self._response.status))
             case State.HEADERS | State.DONE:
@@ -192,9 +183,8 @@ class ExtProcStream:
         param: str | None = None,
     ) -> None:
         """Answer the request with an error and end the stream; without effect behind an answer."""
-        headers = {}
-        if retry_after_seconds is not None:
-            headers["retry-after"] = str(retry_after_seconds)
+        retry = retry_after_seconds
+        headers = {} if retry is None else {"retry-after": str(retry)}
         body = openai.error_body(outcome, message, param)
         self._answer(openai.HTTP_STATUS[outcome], outcome, body, headers)
 
@@ -211,11 +201,7 @@ class ExtProcStream:
         self.outbox.append(framing.immediate(status, body, headers, f"forebay_{outcome}"))
 
     def extend_timeout(self, seconds: float) -> None:
-        """Ask the proxy for patience while the request waits.
-
-        Only proxies whose message timeout runs meanwhile are asked; those in full duplex do not
-        arm it.
-        """
+        """Ask for patience while the request waits, if the proxy's message timeout runs."""
         if self.state is State.QUEUED and self._request.arms_timeout:
             self.outbox.append(framing.patience(seconds))
 
@@ -249,7 +235,8 @@ class ExtProcStream:
         return event
 
     def _on_late_body(self, message: pb.ProcessingRequest) -> Event | None:
-        self._request.take_late_body(message.request_body, decided=self.state is not State.QUEUED)
+        decided = self.state is not State.QUEUED
+        self._request.take_late_body(message.request_body, decided=decided)
         return None
 
     def _on_late_trailers(self, _: pb.ProcessingRequest) -> Event | None:
@@ -259,10 +246,7 @@ class ExtProcStream:
     # --- response
 
     def _on_local_reply(self, message: pb.ProcessingRequest) -> Abandoned:
-        """The proxy answers the request itself (a timeout, a limit of its own): let it.
-
-        Or it shows answers only; then this is all there is.
-        """
+        """The proxy answers the request itself (a timeout, a limit), or shows answers only."""
         if self.state is State.HEADERS:
             self._read_modes(message)
         self._request.drop()
