@@ -84,6 +84,7 @@ class Sent:
     at: float
     band: str
     longest: float
+    deadline: float
     endpoint: str = ""
 
 
@@ -92,6 +93,7 @@ requests = st.lists(
         st.sampled_from(NAMES),
         st.integers(0, 60),
         st.none() | st.frozensets(st.sampled_from([*ADDRESSES, "10.9.9.9:8000"]), max_size=2),
+        st.sampled_from([float("inf"), float("inf"), 0.25, 2.0, 100.0]),
     ),
     min_size=1,
     max_size=6,
@@ -142,6 +144,7 @@ class Flow(RuleBasedStateMachine):
                 self.in_flight[decision.request_id] = sent
 
     def check_refusal(self, decision, sent):
+        assert sent.at + decision.waited_seconds <= sent.deadline + EPSILON
         assert 1 <= decision.retry_after_seconds <= 60
         assert decision.waited_seconds <= sent.longest + EPSILON
         if decision.outcome is Outcome.EVICTED_TTL:
@@ -154,6 +157,7 @@ class Flow(RuleBasedStateMachine):
         assert decision.endpoint in self.present
         assert sent.subset is None or decision.endpoint in sent.subset
         assert decision.waited_seconds <= sent.longest + EPSILON
+        assert self.now < sent.deadline
         for other in self.undecided.values():
             if other.subset is None or decision.endpoint in other.subset:
                 assert self.priority(other) <= self.priority(sent)
@@ -165,7 +169,8 @@ class Flow(RuleBasedStateMachine):
         ttl = self.band_plans[sent.band].ttl_seconds
         without = self.plan.no_endpoints_ttl_seconds
         since = max(sent.at, self.regime_since)
-        return min(since + (ttl if self.present else without), sent.at + ttl + without)
+        by_band = min(since + (ttl if self.present else without), sent.at + ttl + without)
+        return min(by_band, sent.deadline)
 
     def longest(self, band):
         return self.band_plans[band].ttl_seconds + self.plan.no_endpoints_ttl_seconds
@@ -183,11 +188,14 @@ class Flow(RuleBasedStateMachine):
     def submit(self, arriving):
         bands_of = {model.name: model.band for model in self.plan.models}
         queues = self.plan.unmatched.action is UnmatchedAction.QUEUE
-        for model, size_bytes, subset in arriving:
+        for model, size_bytes, subset, patience in arriving:
+            deadline = self.now + patience
             band = bands_of.get(model, self.plan.unmatched.band if queues else "")
             longest = self.longest(band) if band else 0.0
-            self.undecided[self.next_id] = Sent(model, size_bytes, subset, self.now, band, longest)
-            self.call("submit", self.next_id, model, size_bytes, subset, self.now)
+            self.undecided[self.next_id] = Sent(
+                model, size_bytes, subset, self.now, band, longest, deadline
+            )
+            self.call("submit", self.next_id, model, size_bytes, subset, deadline, self.now)
             self.next_id += 1
         self.polled()
         if self.drained and len(arriving) == 1:
@@ -353,8 +361,9 @@ class Flow(RuleBasedStateMachine):
 def perform(controller, name, arguments, named):
     """Make a recorded call; a new request each time, because the core writes on it."""
     if name == "submit":
-        request_id, model, size_bytes, subset, now = arguments
-        return controller.submit(Request(request_id, model, size_bytes, subset), now)
+        request_id, model, size_bytes, subset, deadline, now = arguments
+        request = Request(request_id, model, size_bytes, subset, deadline=deadline)
+        return controller.submit(request, now)
     return getattr(controller, name)(*arguments, **named)
 
 

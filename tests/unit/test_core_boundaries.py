@@ -1,0 +1,268 @@
+"""Where a cap, a deadline or a limit begins to count, and what the core notes of an answer."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from forebay_control.plan import (
+    BandPlan,
+    LimitsPlan,
+    ModelPlan,
+    Plan,
+    SaturationMode,
+    SaturationPlan,
+)
+from forebay_epp.core.bands import SPARE_DEADLINES
+from forebay_epp.core.controller import FlowController
+from forebay_epp.core.limits import AdaptiveLimit
+from forebay_epp.core.limits.adaptive import CROWDED_SCRAPES, INITIAL_LIMIT, MIN_BACKOFF_SECONDS
+from forebay_epp.core.terms import Dispatched, Endpoint, Outcome, Request
+
+A = "10.0.0.1:8000"
+ONE_SLOT = SaturationPlan(SaturationMode.CONCURRENCY, 1)
+
+
+def controller_of(*addresses, band=None, limits=None, **fields):
+    plan = Plan(
+        bands=(band or BandPlan("Standard", 0),),
+        limits=limits or LimitsPlan(),
+        saturation=ONE_SLOT,
+        **fields,
+    )
+    controller = FlowController(plan, Random(1))
+    controller.set_endpoints([Endpoint(address) for address in addresses], 0.0)
+    controller.poll(0.0)
+    return controller
+
+
+def refusals(controller, now):
+    return [
+        (decision.request_id, decision.outcome)
+        for decision in controller.poll(now)
+        if not isinstance(decision, Dispatched)
+    ]
+
+
+@pytest.mark.parametrize(
+    "caps",
+    [
+        {"limits": LimitsPlan(max_bytes=100)},
+        {"band": BandPlan("Standard", 0, max_bytes=100)},
+        {"band": BandPlan("Standard", 0, flow_max_bytes=100)},
+    ],
+    ids=["pool", "band", "flow"],
+)
+def test_a_cap_of_bytes_is_reached_exactly(caps):
+    """A hundred bytes fit under a cap of a hundred, and not one more."""
+    controller = controller_of(**caps)
+    controller.submit(Request(1, "m", 60), 0.0)
+    controller.submit(Request(2, "m", 40), 0.0)
+    controller.submit(Request(3, "m", 1), 0.0)
+
+    assert refusals(controller, 0.0) == [(3, Outcome.REJECTED_QUEUE_FULL)]
+
+
+@pytest.mark.parametrize(
+    "caps",
+    [
+        {"limits": LimitsPlan(max_requests=2)},
+        {"band": BandPlan("Standard", 0, max_requests=2)},
+        {"band": BandPlan("Standard", 0, flow_max_requests=2)},
+    ],
+    ids=["pool", "band", "flow"],
+)
+def test_a_cap_of_requests_is_reached_exactly(caps):
+    """Two fit under a cap of two, and not one more."""
+    controller = controller_of(**caps)
+    for number in (1, 2, 3):
+        controller.submit(Request(number, "m", 1), 0.0)
+
+    assert refusals(controller, 0.0) == [(3, Outcome.REJECTED_QUEUE_FULL)]
+
+
+def test_a_band_that_drains_stays_while_a_request_waits_in_it():
+    """Neither an empty band of the plan nor a full one that drains is forgotten by a poll."""
+    both = (BandPlan("Gold", 10), BandPlan("Standard", 0))
+    plan = Plan(bands=both, models=(ModelPlan("m", "Gold"),), saturation=ONE_SLOT)
+    controller = FlowController(plan, Random(1))
+    for number in (1, 2):
+        controller.submit(Request(number, "m", 1), 0.0)
+    controller.reconfigure(Plan(bands=both[1:], saturation=ONE_SLOT), 0.0)
+    controller.cancel(1, 0.0)
+    controller.poll(0.0)
+
+    bands = [(band.band, band.requests) for band in controller.snapshot(0.0).bands]
+    assert bands == [("Gold", 1), ("Standard", 0)]
+
+
+# --- deadlines
+
+
+def test_a_request_is_evicted_at_its_own_deadline():
+    """Before the band's TTL, whatever came before it."""
+    controller = controller_of(A)
+    controller.submit(Request(1, "m", 1), 0.0)
+    controller.submit(Request(2, "m", 1), 0.0)
+    controller.submit(Request(3, "m", 1, deadline=5.0), 1.0)
+    controller.poll(1.0)
+
+    assert controller.next_wakeup() == 5.0
+    assert refusals(controller, 4.9) == []
+    (refused,) = controller.poll(5.0)
+    assert (refused.request_id, refused.outcome) == (3, Outcome.EVICTED_TTL)
+    assert refused.message == "waited 4.0 s for a free slot, longer than its deadline allows"
+    assert controller.next_wakeup() == 60.0
+
+
+def test_deadlines_are_kept_in_order_of_time_not_of_arrival():
+    """Ten requests, each with an earlier deadline than the one before."""
+    controller = controller_of()
+    for number in range(10):
+        controller.submit(Request(number, "m", 1, deadline=20.0 - number), 0.0)
+    controller.poll(0.0)
+
+    expired = []
+    while controller.waiting:
+        now = controller.next_wakeup()
+        expired += [(now, number) for number, _ in refusals(controller, now)]
+
+    assert expired == [(20.0 - number, number) for number in reversed(range(10))]
+
+
+def test_a_deadline_does_not_lengthen_the_ttl():
+    """The band's TTL ends the wait first."""
+    controller = controller_of(A, band=BandPlan("Standard", 0, ttl_seconds=3.0))
+    controller.submit(Request(1, "m", 1), 0.0)
+    controller.submit(Request(2, "m", 1, deadline=100.0), 0.0)
+    controller.poll(0.0)
+
+    assert refusals(controller, 3.0) == [(2, Outcome.EVICTED_TTL)]
+
+
+def test_a_deadline_that_has_passed_costs_no_slot():
+    """The request is evicted although a slot is free."""
+    controller = controller_of(A)
+    controller.submit(Request(1, "m", 1, deadline=9.0), 10.0)
+
+    assert refusals(controller, 10.0) == [(1, Outcome.EVICTED_TTL)]
+    assert controller.snapshot(10.0).in_flight == 0
+
+
+def test_deadlines_of_requests_that_have_gone_take_no_memory():
+    """However many were cancelled long before they would have expired."""
+    controller = controller_of()
+    controller.submit(Request(0, "m", 1), 0.0)
+    for number in range(1, 1000):
+        controller.submit(Request(number, "m", 1, deadline=1e6), 0.0)
+        controller.cancel(number, 0.0)
+    controller.poll(0.0)
+
+    (band,) = controller._bands.all
+    assert len(band._deadlines) <= SPARE_DEADLINES + 4
+
+
+def test_hints_of_requests_that_have_gone_take_no_memory():
+    """Nor do the lanes that waited at an endpoint."""
+    controller = controller_of(A)
+    controller.submit(Request(0, "m", 1), 0.0)
+    controller.poll(0.0)
+    for number in range(1, 1000):
+        hint = frozenset({A, f"10.9.9.9:{number}"})
+        controller.submit(Request(number, "m", 1, hint), 0.0)
+        controller.cancel(number, 0.0)
+    controller.poll(0.0)
+
+    (band,) = controller._bands.all
+    assert not band.sites
+    assert not band.flows
+
+
+# --- what the core notes of an answer
+
+
+def test_the_first_of_two_first_tokens_counts():
+    """A caller that says so twice changes nothing."""
+    controller = controller_of(A)
+    request = Request(1, "m", 1)
+    controller.submit(request, 0.0)
+    controller.poll(0.0)
+    controller.first_token(1, 2.0)
+    controller.first_token(1, 3.0)
+
+    assert request.first_token_at == 2.0
+    controller.complete(1, None, 4.0)
+    with pytest.raises(KeyError):
+        controller.first_token(1, 5.0)
+
+
+# --- the learned limit
+
+
+def adaptive():
+    return AdaptiveLimit(SaturationPlan())
+
+
+def test_as_many_waiting_as_were_sent_is_no_proof_of_a_full_batch():
+    """They may only wait for the engine's next step; one more may not."""
+    limit = adaptive()
+    limit.observe(running=2, waiting=3, occupancy=4, arrivals=3, now=1.0)
+    assert limit.value == INITIAL_LIMIT
+
+    limit.observe(running=2, waiting=4, occupancy=4, arrivals=3, now=1.2)
+    assert limit.value == 2
+
+
+def test_a_limit_that_is_just_used_up_grows():
+    """At its value, and with half of that known to the server."""
+    limit = adaptive()
+    limit.observe(running=2, waiting=0, occupancy=3, arrivals=0, now=1.0)
+    assert limit.value == INITIAL_LIMIT
+    limit.observe(running=1, waiting=0, occupancy=4, arrivals=0, now=1.2)
+    assert limit.value == INITIAL_LIMIT
+
+    limit.observe(running=2, waiting=0, occupancy=4, arrivals=0, now=1.4)
+    assert limit.value == 2 * INITIAL_LIMIT
+
+
+def test_one_more_slot_is_tried_as_soon_as_the_limit_is_no_longer_settled():
+    """Slow start ends with the first full batch; the pause has doubled by it."""
+    limit = adaptive()
+    limit.observe(running=4, waiting=9, occupancy=4, arrivals=0, now=1.0)
+    settled = limit.settled_until
+    assert settled == 1.0 + 2 * MIN_BACKOFF_SECONDS
+    limit.observe(running=4, waiting=0, occupancy=4, arrivals=0, now=settled - 0.01)
+    assert limit.value == 4
+    limit.observe(running=4, waiting=0, occupancy=4, arrivals=0, now=settled)
+    assert limit.value == 5
+
+
+def test_the_pause_does_not_grow_while_the_same_batch_is_seen():
+    """Only a batch smaller than the limit is a try that failed."""
+    limit = adaptive()
+    limit.observe(running=4, waiting=9, occupancy=4, arrivals=0, now=1.0)
+    first = limit.settled_until - 1.0
+    limit.observe(running=4, waiting=9, occupancy=4, arrivals=0, now=2.0)
+    assert limit.settled_until - 2.0 == first
+    limit.observe(running=3, waiting=0, occupancy=3, arrivals=0, now=2.5)
+    limit.observe(running=3, waiting=9, occupancy=4, arrivals=0, now=3.0)
+    assert limit.settled_until - 3.0 == 2 * first
+
+
+def test_a_steady_batch_is_believed_after_so_many_crowded_scrapes():
+    """Not after one less."""
+    limit = adaptive()
+    for number in range(CROWDED_SCRAPES):
+        assert limit.value == INITIAL_LIMIT
+        limit.observe(running=3, waiting=1, occupancy=4, arrivals=5, now=1.0 + number / 10)
+
+    assert limit.value == 3
+
+
+def test_a_cache_at_its_threshold_closes():
+    """Just below it does not."""
+    limit = AdaptiveLimit(SaturationPlan(kv_cache_usage_threshold=0.9))
+
+    assert limit.closes(0.9)
+    assert not limit.closes(0.89)
