@@ -207,7 +207,7 @@ def test_the_operator_runs_as_a_user_without_a_name(node_cluster, place):
         node_cluster.kubectl("delete", *bound)
 
 
-def test_the_endpoint_picker_starts(node_cluster, place):
+def test_the_epp_starts(node_cluster, place):
     """The EPP's image is alive while no operator answers."""
     manifest = pods.pod(
         "epp",

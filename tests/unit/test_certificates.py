@@ -142,7 +142,7 @@ def test_the_key_of_a_replaced_ca_is_forgotten(operators):
 
 
 def test_the_old_ca_is_known_for_a_week_after_it_was_needed(operators):
-    """For replicas and pickers that are late; then the bundle has one CA again."""
+    """For replicas and EPPs that are late; then the bundle has one CA again."""
     operators.until(START + CA_DUE)
 
     found = operators.until(operators.now + 2 * OVERLAP - DAY)
@@ -169,7 +169,7 @@ def test_no_picker_ever_has_to_refuse(operators):
 
 
 def test_a_leaf_waits_until_its_ca_is_published(operators):
-    """A ConfigMap that cannot be written must not make pickers refuse."""
+    """A ConfigMap that cannot be written must not make EPPs refuse."""
     old = authorities(operators.found[CA])[0]
     operators.until(START + CA_DUE, publish=False)
     operators.until(operators.now + 4 * OVERLAP, publish=False)
@@ -195,7 +195,7 @@ def test_what_cannot_be_used_is_replaced(operators, lost, now_there):
 
 
 def test_a_ca_whose_key_is_lost_is_replaced_without_haste(operators):
-    """Its leaf is served on while pickers learn the new CA."""
+    """Its leaf is served on while EPPs learn the new CA."""
     before = {**operators.found, CA_KEY: b""}
 
     found = renew(before, [before[CA]], NAME, START + DAY)

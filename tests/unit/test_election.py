@@ -410,7 +410,7 @@ def test_an_epoch_that_a_picker_has_seen_is_passed(replica, leases):
 
 
 def test_our_own_epoch_in_foreign_hands_is_passed(replica):
-    """Two leaders had the same one: a picker has refused a version of it."""
+    """Two leaders had the same one: an EPP has refused a version of it."""
     a = replica("a/1")
     epoch = a.step().epoch
     a.see(epoch)
@@ -420,7 +420,7 @@ def test_our_own_epoch_in_foreign_hands_is_passed(replica):
 
 @pytest.mark.parametrize("seen", [START + MAX_EPOCH_AHEAD + 1, 2**63, 2**64 - 1])
 def test_an_absurd_epoch_is_refused_and_counted(replica, seen):
-    """A picker must not be able to use the counter up."""
+    """An EPP must not be able to exhaust the counter."""
     a = replica("a/1")
     epoch = a.step().epoch
     before = metrics.REFUSALS.labels("epoch")._value.get()
@@ -589,7 +589,7 @@ class Replicas(RuleBasedStateMachine):
 
     @invariant()
     def no_epoch_is_shared(self):
-        """Two may believe to lead; pickers know by the epoch which of them does."""
+        """Two may believe to lead; EPPs know by the epoch which of them does."""
         epochs = [replica.epoch for replica in self.replicas if replica.epoch is not None]
         assert len(epochs) == len(set(epochs))
 

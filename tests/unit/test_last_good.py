@@ -187,7 +187,7 @@ def test_a_folder_in_the_place_of_the_file(tmp_path):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    """The picker serves; it has no warm start."""
+    """The EPP serves; it has no warm start."""
     last_good = kept(tmp_path / "missing", 1)
 
     assert last_good._failures == {"unwritable": 2}

@@ -1,4 +1,4 @@
-"""What a picker answers to programs: order, fencing, and nothing it does not understand."""
+"""An EPP's answers to programs: order, fencing, and nothing that it does not understand."""
 
 from __future__ import annotations
 
