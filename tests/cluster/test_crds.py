@@ -234,6 +234,6 @@ def test_kubectl_explains_a_field(crds):
     """By its short name, in the words of the models."""
     printed = crds.kubectl("explain", "fcp.spec.bands.queue").stdout
 
-    assert "What may wait in a band, and for how long." in printed
+    assert "How many requests may wait in a band, and for how long." in printed
     assert "How long a request may wait" in printed
     assert f"GROUP:      {POLICY.group}" in printed
