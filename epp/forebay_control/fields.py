@@ -123,7 +123,7 @@ class Field:
         many: the value is a list, as a tuple.
         optional: the value may be None, which is unset.
         bounds: of the value, not of each entry.
-        part: `kind` is a dataclass again.
+        part: `kind` is a dataclass itself.
     """
 
     name: str
@@ -132,11 +132,7 @@ class Field:
     many: bool
     optional: bool
     bounds: tuple[Bound, ...]
-
-    @property
-    def part(self) -> bool:
-        """Whether the value has fields of its own."""
-        return dataclasses.is_dataclass(self.kind)
+    part: bool
 
 
 @functools.cache
@@ -223,4 +219,5 @@ def _field(name: str, hint: Any) -> Field:
                 hint, many = arguments[0], True
             case _:
                 raise TypeError(f"{name}: {hint} is not a type that the Plan knows")
-    return Field(name, camel_case(name), hint, many, optional, bounds)
+    part = dataclasses.is_dataclass(hint)
+    return Field(name, camel_case(name), hint, many, optional, bounds, part)
