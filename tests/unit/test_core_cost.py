@@ -74,3 +74,25 @@ def test_a_completion_touches_the_one_that_ends_and_the_one_that_follows(queue):
     (decision,) = queue.poll(20.0)
 
     assert Watched.touched == {0, decision.request_id}
+
+
+def test_requests_that_are_blocked_elsewhere_are_not_looked_at():
+    """A thousand lanes wait for the second server when the first one gets a slot."""
+    other = "10.0.0.2:8000"
+    plan = Plan(saturation=SaturationPlan(SaturationMode.CONCURRENCY, 1))
+    controller = FlowController(plan, Random(1))
+    controller.set_endpoints([Endpoint(A), Endpoint(other)], 0.0)
+    controller.submit(Watched(0, "m", 1, frozenset({A})), 0.0)
+    controller.submit(Watched(1, "m", 1, frozenset({other})), 0.0)
+    controller.poll(0.0)
+    for number in range(2, 1002):
+        controller.submit(Watched(number, "m", 1, frozenset({other, f"10.9.9.9:{number}"})), 0.0)
+    controller.submit(Watched(1002, "m", 1), 0.0)
+    controller.poll(0.0)
+    Watched.touched.clear()
+
+    controller.complete(0, None, 1.0)
+    (decision,) = controller.poll(1.0)
+
+    assert decision.request_id == 1002
+    assert Watched.touched == {0, 1002}
