@@ -1,153 +1,13 @@
-"""Selection and doubt against several model servers in virtual time.
-
-Each server runs up to n requests at once, for a random time each, and keeps the others in a list of
-its own. The EPP knows of it what scrapes tell, which may stand still.
-"""
+"""Selection and doubt against several model servers in virtual time."""
 
 from __future__ import annotations
 
-import heapq
-from collections import deque
-from random import Random
-
 import pytest
+from virtual_time import Run, Server
 
-from forebay_control.plan import MAX_SECONDS, BandPlan, LimitsPlan, Plan
-from forebay_epp.core.controller import FlowController
-from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Request, Verdict
+from forebay_epp.core.terms import EndpointMetrics, Request, Verdict
 
-MANY = 1_000_000
-SCRAPE_SECONDS = 0.2
 KV_FULL = 0.99
-
-
-class Server:
-    """A batch of `slots`; `foreign` of them are other clients', all the time."""
-
-    def __init__(self, slots, foreign=0):
-        self.slots = slots
-        self.foreign = foreign
-        self.running = 0
-        self.waiting = deque()
-        self.frozen = None
-        self.scraped = True
-        self.seconds_running = 0.0
-
-    @property
-    def page(self):
-        if self.frozen is not None:
-            return self.frozen
-        return self.running + self.foreign, len(self.waiting), None
-
-    @property
-    def held(self):
-        return self.running + len(self.waiting) + self.foreign
-
-
-class Run:
-    """Controller and servers on one list of events."""
-
-    def __init__(self, *servers, seed=3):
-        plan = Plan(
-            bands=(BandPlan("Standard", 0, ttl_seconds=MAX_SECONDS, max_requests=MANY),),
-            limits=LimitsPlan(max_requests=MANY),
-        )
-        self.servers = {f"10.0.0.{n}:8000": server for n, server in enumerate(servers)}
-        self.random = Random(seed)
-        self.controller = FlowController(plan, Random(seed))
-        self.now = 0.0
-        self.controller.set_endpoints([Endpoint(address) for address in self.servers], 0.0)
-        self.events = []
-        self.number = self.next_id = 0
-        self.backlog = 0
-        self.measured_from = 0.0
-        self.most_held = 0
-        self.waiting_inside = 0
-        self.scrapes = 0
-        self.first_dispatch_at = None
-        for number, address in enumerate(self.servers):
-            self.at(SCRAPE_SECONDS * (1 + number / len(self.servers)), self.scrape, address)
-
-    def at(self, when, action, *arguments):
-        self.number += 1
-        heapq.heappush(self.events, (when, self.number, action, arguments))
-
-    def arrivals(self, rate, until):
-        when = self.now
-        while (when := when + self.random.expovariate(rate)) < until:
-            self.at(when, self.submit)
-
-    def submit(self):
-        self.next_id += 1
-        self.controller.submit(Request(self.next_id, "chat", 1), self.now)
-        self.poll()
-
-    def poll(self):
-        while self.controller.waiting < self.backlog:
-            self.next_id += 1
-            self.controller.submit(Request(self.next_id, "chat", 1), self.now)
-        for decision in self.controller.poll(self.now):
-            assert isinstance(decision, Dispatched)
-            if self.first_dispatch_at is None:
-                self.first_dispatch_at = self.now
-            server = self.servers[decision.endpoint]
-            server.waiting.append(decision.request_id)
-            self.most_held = max(self.most_held, server.held)
-            server.frozen = None  # a step publishes the gauges
-            self.admit(server)
-
-    def admit(self, server):
-        while server.waiting and server.running + server.foreign < server.slots:
-            server.running += 1
-            seconds = self.random.uniform(0.5, 1.5)
-            self.at(self.now + seconds, self.finish, server, server.waiting.popleft(), seconds)
-
-    def finish(self, server, request_id, seconds):
-        server.running -= 1
-        if self.now - seconds >= self.measured_from:
-            server.seconds_running += seconds
-        self.admit(server)
-        self.controller.complete(request_id, None, self.now, Verdict.GOOD)
-        self.poll()
-
-    def scrape(self, address):
-        server = self.servers[address]
-        if server.scraped:
-            running, waiting, kv_usage = server.page
-            self.controller.observe(
-                EndpointMetrics(address, running, waiting, kv_usage, self.now), self.now
-            )
-            self.scrapes += 1
-            self.waiting_inside += waiting
-            self.poll()
-        self.at(self.now + SCRAPE_SECONDS, self.scrape, address)
-
-    def until(self, end):
-        while True:
-            wakeup = self.controller.next_wakeup() or float("inf")
-            event = self.events[0][0] if self.events else float("inf")
-            if min(wakeup, event) > end:
-                break
-            if wakeup < event:
-                self.now = wakeup
-                self.poll()
-            else:
-                self.now, _, action, arguments = heapq.heappop(self.events)
-                action(*arguments)
-        self.now = end
-
-    def measure(self):
-        """Begin to count what the servers do."""
-        self.measured_from = self.now
-        self.scrapes = self.waiting_inside = 0
-        for server in self.servers.values():
-            server.seconds_running = 0.0
-
-    @property
-    def unevenness(self):
-        """The most loaded server's work over that of the least loaded one."""
-        work = [server.seconds_running for server in self.servers.values()]
-        return max(work) / min(work)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -200,7 +60,7 @@ def test_a_small_server_is_not_flooded_beside_a_large_one():
     run.measure()
     run.until(90)
 
-    assert run.waiting_inside / run.scrapes < 1
+    assert run.mean_waiting_inside(30) < 1
 
 
 @pytest.mark.parametrize("frozen", [(106, 15, None), (0, 0, KV_FULL), (3, 0, KV_FULL)])
