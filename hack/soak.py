@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from control_plane import EPPProcess, FolderOperator, Process
 from envoy_process import Envoy, free_port
+from ext_proc_peer import until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
 
 MODELS = ("llama-chat",) * 8 + ("llama-summary",) * 7 + ("llama-batch",) * 4 + ("made-up-{}",)
 REQUESTS_PER_SECOND = 20.0
@@ -47,6 +48,15 @@ class Request:
     id: str
     outcome: str
     sent_at: float
+    ended_at: float
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A process that was ended. Times are monotonic seconds; an EPP is away until it is ready."""
+
+    what: str
+    began_at: float
     ended_at: float
 
 
@@ -83,7 +93,7 @@ class Soak:
         self._envoy = Envoy(folder, self._epp.grpc)
         self._http = self._envoy.http
         self._served: Counter[str] = Counter()
-        self._kills: list[tuple[float, str]] = []
+        self._kills: list[Kill] = []
         self._ended: list[Request] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._sent = 0
@@ -200,14 +210,31 @@ class Soak:
             print(f"{loop.time() - began:6.0f} s {fault.__name__.strip('_')}", flush=True)
             await fault()
 
-    def _note_kill(self, what: str) -> None:
-        self._kills.append((time.monotonic(), what))
+    @contextmanager
+    def _killing(self, what: str) -> Iterator[None]:
+        """Note from when to when a process is away."""
+        began = time.monotonic()
+        yield
+        self._kills.append(Kill(what, began, time.monotonic()))
+
+    @asynccontextmanager
+    async def _replacing_the_epp(self) -> AsyncIterator[None]:
+        """Note from when to when the EPP is away: until its log says once more that it serves."""
+        starts = self._epp_starts()
+        with self._killing("epp"):
+            yield
+            self._epp.restart()
+            self._memory["epp"].clear()
+            await asyncio.to_thread(until, lambda: self._epp_starts() > starts, 60)
+
+    def _epp_starts(self) -> int:
+        return self._epp.log.count('"msg": "serving"')
 
     async def _kill_server(self) -> None:
         server = self._random.choice(self._servers)
         self._served += await asyncio.to_thread(server.served)  # its list dies with it
-        self._note_kill("server")
-        server.kill()
+        with self._killing("server"):
+            server.kill()
         await asyncio.sleep(self._random.uniform(2, 15))
         server.restart()
 
@@ -218,16 +245,12 @@ class Soak:
         server.thaw()
 
     async def _kill_epp(self) -> None:
-        self._note_kill("epp")
-        self._epp.kill()
-        self._epp.restart()
-        self._memory["epp"].clear()
+        async with self._replacing_the_epp():
+            self._epp.kill()
 
     async def _restart_epp(self) -> None:
-        self._note_kill("epp")
-        await asyncio.to_thread(self._epp.stop, 60)
-        self._epp.restart()
-        self._memory["epp"].clear()
+        async with self._replacing_the_epp():
+            await asyncio.to_thread(self._epp.stop, 60)
 
     async def _kill_operator(self) -> None:
         self._operator.kill()
@@ -273,14 +296,7 @@ class Soak:
         if unexplained:
             found = Counter(request.outcome for request in unexplained)
             wrong.append(f"{len(unexplained)} failures without a kill: {found}; {unexplained[:3]}")
-        for at, what in self._kills:
-            later = [
-                request
-                for request in self._ended
-                if self._failed(request) and at <= request.sent_at < at + SETTLE_SECONDS
-            ]
-            if what == "server" and len(later) > MAX_FAILURES_AFTER_KILL:
-                wrong.append(f"{len(later)} requests failed that were sent after a server's kill")
+        wrong += self._judge_kills()
         await self._idle(wrong)
         for name, samples in self._memory.items():
             settled = samples[len(samples) // 4 :]  # before, it warms up
@@ -291,7 +307,23 @@ class Soak:
                     wrong.append(f"memory of the {name} grows by {slope:.2f} MB in 10 minutes")
         outcomes = Counter(request.outcome for request in self._ended)
         print(f"{self._sent} requests: {dict(outcomes.most_common())}")
-        print(f"kills: {dict(Counter(what for _, what in self._kills))}")
+        return wrong
+
+    def _judge_kills(self) -> list[str]:
+        wrong = []
+        for kill in self._kills:
+            later = [
+                request
+                for request in self._ended
+                if self._failed(request)
+                and kill.began_at <= request.sent_at < kill.began_at + SETTLE_SECONDS
+            ]
+            if kill.what == "server" and len(later) > MAX_FAILURES_AFTER_KILL:
+                wrong.append(f"{len(later)} requests failed that were sent after a server's kill")
+        print(f"kills: {dict(Counter(kill.what for kill in self._kills))}")
+        if away := [kill.ended_at - kill.began_at for kill in self._kills if kill.what == "epp"]:
+            median, most = statistics.median(away), max(away)
+            print(f"the EPP was away for {median:.1f} s, {most:.1f} s at most")
         return wrong
 
     async def _idle(self, wrong: list[str]) -> None:
@@ -308,7 +340,8 @@ class Soak:
     def _explained(self, request: Request) -> bool:
         """Whether something was killed while the request was on its way."""
         return any(
-            request.sent_at - SETTLE_SECONDS <= at <= request.ended_at for at, _ in self._kills
+            kill.began_at <= request.ended_at and request.sent_at <= kill.ended_at + SETTLE_SECONDS
+            for kill in self._kills
         )
 
     def stop(self) -> None:
