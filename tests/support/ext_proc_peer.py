@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -99,21 +98,24 @@ class EPPThread:
         assert not self._thread.is_alive()
 
 
+def http_headers(values: dict[str, str], *, end: bool = False) -> pb.HttpHeaders:
+    """Headers as Envoy sends them: in `raw_value`."""
+    return pb.HttpHeaders(
+        headers=pb.HeaderMap(
+            headers=[
+                pb.HeaderValue(key=key, raw_value=value.encode()) for key, value in values.items()
+            ]
+        ),
+        end_of_stream=end,
+    )
+
+
 def headers_message(
     path: str = "/v1/completions", *, end: bool = False, **more
 ) -> pb.ProcessingRequest:
     """The first message of a stream."""
-    headers = {":method": "POST", ":path": path, **more}
     return pb.ProcessingRequest(
-        request_headers=pb.HttpHeaders(
-            headers=pb.HeaderMap(
-                headers=[
-                    pb.HeaderValue(key=key, raw_value=value.encode())
-                    for key, value in headers.items()
-                ]
-            ),
-            end_of_stream=end,
-        ),
+        request_headers=http_headers({":method": "POST", ":path": path, **more}, end=end),
         protocol_config=pb.ProtocolConfiguration(
             request_body_mode=pb.FULL_DUPLEX_STREAMED,
             response_body_mode=pb.FULL_DUPLEX_STREAMED,
@@ -174,13 +176,7 @@ class Stream:
 
     def respond(self, body: bytes = b"{}", status: str = "200") -> None:
         """Show the EPP a whole answer and take its echo."""
-        self.send(
-            response_headers=pb.HttpHeaders(
-                headers=pb.HeaderMap(
-                    headers=[pb.HeaderValue(key=":status", raw_value=status.encode())]
-                )
-            )
-        )
+        self.send(response_headers=http_headers({":status": status}))
         assert self.answer().HasField("response_headers")
         self.send(response_body=pb.HttpBody(body=body, end_of_stream=True))
         echo = self.answer().response_body.response.body_mutation.streamed_response
@@ -200,7 +196,6 @@ def client_process(program: str, address: str, word: str) -> Iterator[subprocess
             assert process.stdout.readline() == f"{word}\n".encode()
             yield process
         finally:
-            process.send_signal(signal.SIGCONT)
             process.kill()
 
 

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 import grpc
+from ext_proc_peer import http_headers
 
 from forebay_epp.transport import PROCESS
 from forebay_extproc.v3 import external_processor_pb2 as pb
@@ -20,13 +21,6 @@ WAIT_SECONDS = 60
 CONFIG = pb.ProtocolConfiguration(
     request_body_mode=pb.BUFFERED, response_body_mode=pb.FULL_DUPLEX_STREAMED
 )
-
-
-def _headers(**values: str) -> pb.HttpHeaders:
-    found = [
-        pb.HeaderValue(key=f":{key}", raw_value=value.encode()) for key, value in values.items()
-    ]
-    return pb.HttpHeaders(headers=pb.HeaderMap(headers=found))
 
 
 class Waiting:
@@ -77,7 +71,7 @@ class Waiting:
 
     async def _enqueue(self, number: int, model: str) -> None:
         call = self._process()
-        head = _headers(method="POST", path="/v1/completions")
+        head = http_headers({":method": "POST", ":path": "/v1/completions"})
         await call.write(pb.ProcessingRequest(request_headers=head, protocol_config=CONFIG))
         assert (await self._read(call)).HasField("request_headers")
         body = pb.HttpBody(body=b'{"model":"%b"}' % model.encode(), end_of_stream=True)
@@ -101,7 +95,7 @@ class Waiting:
         else:
             assert answer.HasField("request_body"), answer
             self.order.append(number)
-            head = _headers(status="200")
+            head = http_headers({":status": "200"})
             await call.write(pb.ProcessingRequest(response_headers=head))
             assert (await self._read(call)).HasField("response_headers")
             body = pb.HttpBody(body=b"{}", end_of_stream=True)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 WAIT_SECONDS = 120
+READER_BYTES = 1 << 24  # that a connection's reader holds
 
 
 class LoopThread:
@@ -37,13 +38,8 @@ class LoopThread:
         """Return what a coroutine does."""
         return self.submit(work).result(WAIT_SECONDS)
 
-    def listen(self, serve: Serve, *, limit: int = 1 << 24) -> str:
-        """Serve each connection with a coroutine; return the address.
-
-        Args:
-            serve: is given reader and writer; the connection is closed when it returns.
-            limit: bytes that a reader holds.
-        """
+    def listen(self, serve: Serve) -> str:
+        """Serve each connection with a coroutine, closing it afterwards; return the address."""
 
         def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Awaitable[None]:
             # Noted before the coroutine's first step, which a cancelled one never takes.
@@ -57,7 +53,9 @@ class LoopThread:
             self._connections.discard(writer)
 
         async def start() -> str:
-            server = await asyncio.start_server(accept, "127.0.0.1", 0, backlog=4096, limit=limit)
+            server = await asyncio.start_server(
+                accept, "127.0.0.1", 0, backlog=4096, limit=READER_BYTES
+            )
             self._servers.append(server)
             return f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
 

@@ -8,6 +8,7 @@ import sys
 from itertools import pairwise
 
 import pytest
+from ext_proc_peer import http_headers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,17 +40,7 @@ def headers(end=False, modes=(pb.FULL_DUPLEX_STREAMED,) * 2, early_body=False, *
     """A request_headers message."""
     values = {":method": "POST", ":path": "/v1/chat/completions"}
     values.update({name.replace("_", "-"): value for name, value in given.items()})
-    message = pb.ProcessingRequest(
-        request_headers=pb.HttpHeaders(
-            headers=pb.HeaderMap(
-                headers=[
-                    pb.HeaderValue(key=key, raw_value=value.encode())
-                    for key, value in values.items()
-                ]
-            ),
-            end_of_stream=end,
-        )
-    )
+    message = pb.ProcessingRequest(request_headers=http_headers(values, end=end))
     if modes:
         message.protocol_config.request_body_mode = modes[0]
         message.protocol_config.response_body_mode = modes[1]
@@ -62,18 +53,9 @@ def body(data=BODY, end=True):
 
 
 def answer_headers(status="200", content_type="application/json", end=False, **given):
-    values = {":status": status, "content-type": content_type, **given}
-    return pb.ProcessingRequest(
-        response_headers=pb.HttpHeaders(
-            headers=pb.HeaderMap(
-                headers=[
-                    pb.HeaderValue(key=key.replace("_", "-"), raw_value=value.encode())
-                    for key, value in values.items()
-                ]
-            ),
-            end_of_stream=end,
-        )
-    )
+    values = {":status": status, "content-type": content_type}
+    values.update({name.replace("_", "-"): value for name, value in given.items()})
+    return pb.ProcessingRequest(response_headers=http_headers(values, end=end))
 
 
 def answer_body(data=JSON_ANSWER, end=True):

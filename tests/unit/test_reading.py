@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from ext_proc_peer import http_headers
 
 from forebay_control.plan import LimitsPlan, Plan, SaturationMode, SaturationPlan
 from forebay_epp.core.controller import FlowController
@@ -55,12 +56,7 @@ class Site:
 
 
 def headers():
-    pairs = {":method": b"POST", ":path": b"/v1/completions"}
-    return pb.HttpHeaders(
-        headers=pb.HeaderMap(
-            headers=[pb.HeaderValue(key=key, raw_value=value) for key, value in pairs.items()]
-        )
-    )
+    return http_headers({":method": "POST", ":path": "/v1/completions"})
 
 
 def speak(exchange, **fields):
