@@ -7,7 +7,6 @@ everything else (scrapes, the plan file or the operator, metrics). News crosses 
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import random
 import signal
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from aiohttp import web
 
+from forebay_epp import memory
 from forebay_epp.adapters import debug, logs, prometheus
 from forebay_epp.adapters.scraper import Scraper
 from forebay_epp.adapters.served import ServedModels
@@ -62,6 +62,7 @@ class StartError(Exception):
 
 def run(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT, drain, and return the exit status."""
+    memory.limit_fragmentation()
     logs.configure(settings.verbosity, sys.stderr)
     try:
         picker = EndpointPicker(settings)
@@ -70,11 +71,7 @@ def run(settings: Settings) -> int:
         return 2
     # The data-plane thread handles an event in some 50 us; 5 ms of another thread would show.
     sys.setswitchinterval(0.0005)
-    # What exists now lives as long as the process. Collections are rare because the streams'
-    # objects die by reference count.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    memory.make_collections_rare()
     return asyncio.run(picker.run())
 
 

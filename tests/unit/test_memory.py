@@ -1,0 +1,33 @@
+"""How the EPP keeps its memory."""
+
+import subprocess
+import sys
+
+# In a process of its own, because the allocator's thresholds hold for a whole process. hblks counts
+# the blocks that are mapped on their own.
+SCRIPT = """
+import ctypes
+from forebay_epp import memory
+
+class Mallinfo2(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+        "fordblks", "keepcost")]
+
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Mallinfo2
+memory.limit_fragmentation()
+bytearray(8_000_000)
+before = libc.mallinfo2().hblks
+body = bytearray(200_000)
+print(libc.mallinfo2().hblks - before)
+"""
+
+
+def test_body_after_a_larger_one_stays_out_of_the_heap() -> None:
+    """A body after a larger one is mapped on its own, so that its memory goes back when it ends."""
+    answer = subprocess.run(
+        [sys.executable, "-P", "-c", SCRIPT], capture_output=True, text=True, check=True
+    )
+
+    assert answer.stdout.strip() == "1"
