@@ -13,10 +13,10 @@ _MAX_ARENAS = 1
 
 
 def limit_fragmentation() -> None:
-    """Keep large buffers out of the heap, so that their memory goes back when they are freed.
+    """Keep buffers of 128 KiB and more out of the heap: their memory goes back when they are freed.
 
     By default glibc raises its mmap threshold to the largest buffer that was ever freed, up to
-    32 MiB: from then on request bodies lie in the heap between small objects, in one arena for
+    32 MiB: from then on larger bodies, too, lie in the heap between small objects, in one arena for
     each of grpc's threads. A value that is set stays. Does nothing where the C library is not
     glibc. Call it before the first thread starts.
     """
