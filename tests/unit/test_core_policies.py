@@ -37,9 +37,6 @@ class FewestTokens:
         self._tokens[flow.name] = self._tokens.get(flow.name, 0) + cost.completion_tokens
         flow.rank = self._tokens[flow.name]
 
-    def deactivate(self, flow, now):
-        pass
-
 
 def controller_of(*models, slots=1, addresses=(A,)):
     plan = Plan(
@@ -109,9 +106,6 @@ def test_a_charge_for_a_band_that_is_gone_is_dropped():
 class Second:
     """A toy scorer: likes the second server, and sees the request."""
 
-    def __init__(self, pool):
-        pass
-
     def score(self, request, endpoints, now):
         liked = B if request.model == "b" else A
         return [float(endpoint.address == liked) for endpoint in endpoints]
@@ -132,9 +126,6 @@ def test_a_toy_scorer_is_one_class_and_a_line(monkeypatch, weight, expected):
 
 class NotForBatch:
     """A toy filter: keeps one server free of batch."""
-
-    def __init__(self, pool):
-        pass
 
     def keep(self, request, endpoints):
         return [e for e in endpoints if request.model != "batch" or e.address != A]

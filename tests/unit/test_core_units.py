@@ -156,18 +156,18 @@ def endpoint_with(address, limit, taken):
 
 
 class Pool(EndpointSet):
-    """Endpoints as the test has made them."""
+    """Endpoints as the test has made them, in a pool whose largest limit is 8."""
 
-    def __init__(self, states, largest):
+    def __init__(self, states):
         super().__init__(SaturationPlan())
-        self.largest = largest
         for state in states:
+            state.measure(8)
             self._moved(state)
 
 
-def picked(*states, largest=8, lot=0):
+def picked(*states, lot=0):
     lots = Lots(lot)
-    state = Selection(Pool(states, largest), lots).pick(Request(1, "m", 1), 0.0)
+    state = Selection(Pool(states), lots).pick(Request(1, "m", 1), 0.0)
     return state and state.address, lots.stops
 
 

@@ -17,7 +17,7 @@ from forebay_epp.core.ordering import ORDERINGS
 from forebay_epp.core.terms import NEVER, BandSnapshot, Cost, FlowSnapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Iterable
 
     from forebay_control.plan import BandPlan, Plan
     from forebay_epp.core.ordering import Ordering
@@ -41,7 +41,7 @@ class Flow:
         rank: written by the band's fairness policy.
         requests: how many wait.
         size_bytes: of those that wait.
-        lanes: those in which a request waits, by subset hint.
+        lanes: those in which a request waits, by subset hint; the one without a hint stays.
     """
 
     __slots__ = ("lanes", "name", "rank", "requests", "size_bytes")
@@ -61,8 +61,8 @@ class Lane:
         flow: whose they are.
         subset: addresses of the endpoints, or None for all.
         sites: the same in a fixed order; `_ANYWHERE` for all.
-        queue: the requests, at least one.
-        head: the rank of the first of them by the ordering.
+        queue: the requests.
+        head: the rank of the first of them by the ordering; infinity without any.
         parked: whether the lane waits at its sites because none of them had a free slot.
     """
 
@@ -89,42 +89,43 @@ class Site:
     """The lanes that wait for a slot of one endpoint, flow by flow.
 
     Two levels, because a charge changes the turn of all lanes of a flow at once.
+
+    Attributes:
+        address: of the endpoint.
+        flows: the lanes, by flow.
     """
 
-    __slots__ = ("_flows", "_next", "address")
+    __slots__ = ("_next", "address", "flows")
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._flows: dict[Flow, Least[Lane]] = {}
+        self.flows: dict[Flow, Least[Lane]] = {}
         self._next: Least[Flow] = Least(self._flow_key)
 
-    def __len__(self) -> int:
-        return len(self._flows)
-
     def _flow_key(self, flow: Flow) -> tuple[float, float] | None:
-        lane = self._flows[flow].first()
+        lane = self.flows[flow].first()
         return None if lane is None else lane.key()
 
     def add(self, lane: Lane) -> None:
         """Let a lane wait here, or take note that its next request has become another."""
-        lanes = self._flows.get(lane.flow)
+        lanes = self.flows.get(lane.flow)
         if lanes is None:
-            lanes = self._flows[lane.flow] = Least(Lane.rank)
+            lanes = self.flows[lane.flow] = Least(Lane.rank)
         lanes.add(lane, lane.head)
         self._next.add(lane.flow, self._flow_key(lane.flow))
 
     def discard(self, lane: Lane) -> None:
         """Let a lane wait here no longer."""
-        lanes = self._flows[lane.flow]
+        lanes = self.flows[lane.flow]
         lanes.discard(lane)
         if not lanes:
             self._next.discard(lane.flow)
-            del self._flows[lane.flow]
+            del self.flows[lane.flow]
 
     def first(self) -> Lane | None:
         """Return the lane whose turn it is, or None if none waits here."""
         flow = self._next.first()
-        return None if flow is None else self._flows[flow].first()
+        return None if flow is None else self.flows[flow].first()
 
     def key(self) -> tuple[tuple[float, float], str] | None:
         """Return what decides between sites."""
@@ -147,7 +148,7 @@ class Band:
         plan: the band's part of the plan.
         draining: whether the plan no longer names the band.
         arrival: what waits, by id, the oldest first.
-        flows: those that have something waiting, by name.
+        flows: by name; one that has nothing waiting stays until the next plan.
         size_bytes: of all that waits.
         sites: those of parked lanes, by address.
     """
@@ -194,6 +195,7 @@ class Band:
         old = self.plan
         self.plan = plan
         self.draining = False
+        self.flows = {name: flow for name, flow in self.flows.items() if flow.requests}
         if (old.fairness, old.ordering) != (plan.fairness, plan.ordering):
             self._fairness = FAIRNESS[plan.fairness]()
             self._open = Least(Lane.key)
@@ -250,14 +252,14 @@ class Band:
         self._fairness.charge(flow, _ONE_REQUEST, now)
         self._drained = self._drained * self._decay(now) + 1.0
         self._drained_at = now
-        self._leave(request, lane, now)
+        self._leave(request, lane)
         return request
 
-    def remove(self, request: Request, now: float) -> None:
+    def remove(self, request: Request) -> None:
         """Take out this request without dispatching it."""
         lane = self.flows[request.flow].lanes[request.subset]
         lane.queue.remove(request)
-        self._leave(request, lane, now)
+        self._leave(request, lane)
 
     def charge(self, request: Request, usage: Usage, now: float) -> None:
         """Charge the flow of a request that was dispatched for the tokens it took."""
@@ -281,7 +283,7 @@ class Band:
             else:
                 self._untried.add(lane)
 
-    def _leave(self, request: Request, lane: Lane, now: float) -> None:
+    def _leave(self, request: Request, lane: Lane) -> None:
         del self.arrival[request.id]
         self.size_bytes -= request.size_bytes
         flow = lane.flow
@@ -289,14 +291,15 @@ class Band:
         flow.size_bytes -= request.size_bytes
         lane.head = lane.queue.rank()
         if lane.head == NEVER:
-            del flow.lanes[lane.subset]
             if lane.parked:
                 self._leave_sites(lane)
+                lane.parked = False
+            elif lane.subset is None:
+                self._open.discard(lane)
             else:
-                self._leave_open(lane)
-            if not flow.requests:
-                self._fairness.deactivate(flow, now)
-                del self.flows[flow.name]
+                self._untried.discard(lane)
+            if lane.subset is not None:
+                del flow.lanes[lane.subset]
 
     # --- whose turn it is
 
@@ -315,7 +318,7 @@ class Band:
             is_open: says whether the endpoint of this address has a free slot.
         """
         lane = self._open.first()
-        if self._untried:
+        if self._untried.flows:
             lane = _before(self._untried.first(), lane)
         if self.sites:
             lane = _before(self._first_parked(self._contested, is_open), lane)
@@ -331,17 +334,14 @@ class Band:
     def park(self, lane: Lane) -> None:
         """Let a lane wait until an endpoint that it may go to gets a free slot."""
         if not lane.parked:
-            self._leave_open(lane)
+            if lane.subset is None:
+                self._open.discard(lane)
+            else:
+                self._untried.discard(lane)
             lane.parked = True
             self._wait_at_sites(lane)
         for address in lane.sites:
             self._contested.discard(self.sites[address])
-
-    def _leave_open(self, lane: Lane) -> None:
-        if lane.subset is None:
-            self._open.discard(lane)
-        else:
-            self._untried.discard(lane)
 
     def _wait_at_sites(self, lane: Lane) -> None:
         for address in lane.sites:
@@ -354,7 +354,7 @@ class Band:
         for address in lane.sites:
             site = self.sites[address]
             site.discard(lane)
-            if not site:
+            if not site.flows:
                 del self.sites[address]
 
     # --- time
@@ -410,6 +410,7 @@ class Band:
             flows=tuple(
                 FlowSnapshot(flow.name, flow.requests, flow.size_bytes)
                 for flow in self.flows.values()
+                if flow.requests
             ),
         )
 
@@ -466,7 +467,3 @@ class Bands:
             if band.draining and not band.arrival:
                 self._sort()
                 return
-
-    def waiting(self) -> Collection[Band]:
-        """Return the bands with waiting requests, highest priority first."""
-        return [band for band in self.all if band.arrival]

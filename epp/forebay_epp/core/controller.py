@@ -94,7 +94,7 @@ class FlowController:
         self._plan = plan
         self._classifier = Classifier(plan)
         self._bands.reconfigure(plan, now)
-        self._endpoints.reconfigure(plan.saturation)
+        self._endpoints.reconfigure(plan.saturation, now)
         self._reschedule(now)
 
     def set_endpoints(self, endpoints: Iterable[Endpoint], now: float) -> None:
@@ -199,10 +199,12 @@ class FlowController:
             retry_after = band.retry_after_seconds(now)
             self._reject(request, Outcome.REJECTED_QUEUE_FULL, retry_after, full)
             return
+        if not band.arrival:  # behind others of its band it expires after them
+            self._next_expiry = min(self._next_expiry, self._deadline(band, now))
+        self._next_expiry = min(self._next_expiry, request.deadline)
         band.push(request, now, blocked=blocked)
         self._waiting[request.id] = request
         self._size_bytes += request.size_bytes
-        self._next_expiry = min(self._next_expiry, self._deadline(band, now), request.deadline)
         self._changed = True
 
     def cancel(self, request_id: int, now: float) -> None:
@@ -326,11 +328,12 @@ class FlowController:
             now: monotonic seconds.
         """
         endpoints = self._endpoints
-        for band in self._bands.waiting():
+        is_open = endpoints.is_open
+        for band in self._bands.all:
             if band.sites:
                 band.wake(opened)
             while band.arrival:
-                lane = band.next(endpoints.is_open)
+                lane = band.next(is_open)
                 if lane is None:
                     break
                 endpoint = self._selection.pick(lane.queue.head(), now)
@@ -343,7 +346,8 @@ class FlowController:
 
     def _send(self, lane: Lane, band: Band, endpoint: EndpointState, now: float) -> None:
         request = band.pop(lane, now)
-        self._leave_queue(request)
+        del self._waiting[request.id]
+        self._size_bytes -= request.size_bytes
         request.endpoint = endpoint.address
         request.dispatched_at = now
         self._dispatched[request.id] = (request, endpoint)
@@ -357,10 +361,6 @@ class FlowController:
             )
         )
 
-    def _leave_queue(self, request: Request) -> None:
-        del self._waiting[request.id]
-        self._size_bytes -= request.size_bytes
-
     def _reject(
         self, request: Request, outcome: Outcome, retry_after_seconds: int, message: str
     ) -> None:
@@ -369,8 +369,9 @@ class FlowController:
     def _evict(self, request: Request, outcome: Outcome, message: str, now: float) -> None:
         band = self._bands.by_name[request.band]
         retry_after = band.retry_after_seconds(now)
-        band.remove(request, now)
-        self._leave_queue(request)
+        band.remove(request)
+        del self._waiting[request.id]
+        self._size_bytes -= request.size_bytes
         self._decisions.append(
             Refused(request.id, outcome, retry_after, now - request.enqueued_at, message)
         )
@@ -401,7 +402,7 @@ class FlowController:
 
     def _expire_requests(self, now: float) -> None:
         self._next_expiry = NEVER
-        for band in self._bands.waiting():
+        for band in self._bands.all:
             self._expire_deadlines(band, now)
             while band.arrival:
                 request = next(iter(band.arrival.values()))

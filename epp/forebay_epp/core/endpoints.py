@@ -47,8 +47,10 @@ class EndpointState:
         free: slots that can be given away now; negative when a limit has shrunk.
         counted: those of them that are in the sum of `EndpointSet`.
         occupancy: slots taken, by this EPP or others.
+        load: the same over the slots there are. A limit that is not settled says little about the
+            server, whose size may be that of the largest: it counts as the largest of the pool.
         spared: used although it is out, because the whole pool is.
-        wake_at: when `free` may change by time alone, in monotonic seconds.
+        wake_at: when `free` or `load` may change by time alone, in monotonic seconds.
         scheduled_at: when `EndpointSet` will look at it.
     """
 
@@ -57,10 +59,12 @@ class EndpointState:
         "_blind",
         "_foreign_then",
         "_idle_since",
+        "_largest",
         "_mode",
         "_observed_at",
         "_peak",
         "_probing",
+        "_settled",
         "_stale_at",
         "address",
         "counted",
@@ -71,6 +75,7 @@ class EndpointState:
         "in_flight",
         "kv_usage",
         "limit",
+        "load",
         "name",
         "occupancy",
         "present",
@@ -91,6 +96,9 @@ class EndpointState:
         self.health = Health()
         self._mode = plan.mode
         self.limit = LIMITS[plan.mode](plan)
+        self._settled = now < self.limit.settled_until
+        self._largest = self.limit.value
+        self.load = 0.0
         self.in_flight = 0
         self.foreign = 0
         self.running = 0
@@ -111,13 +119,14 @@ class EndpointState:
         self._blind: deque[float] = deque()
         self.refresh()
 
-    def reconfigure(self, plan: SaturationPlan) -> None:
+    def reconfigure(self, plan: SaturationPlan, now: float) -> None:
         """Take a new plan; what has been learned stays when the mode does."""
         if plan.mode is self._mode:
             self.limit.reconfigure(plan)
         else:
             self._mode = plan.mode
             self.limit = LIMITS[plan.mode](plan)
+        self._settled = now < self.limit.settled_until
         if not self.limit.learned:
             self.foreign = self._foreign_then = 0
             self._blind.clear()
@@ -170,6 +179,7 @@ class EndpointState:
             self.limit.observe(
                 metrics.running, metrics.waiting, self.occupancy, self._arrivals, now
             )
+            self._settled = now < self.limit.settled_until
         self._peak = self.in_flight
         self._arrivals = 0
         was_open = self.free > 0
@@ -190,28 +200,36 @@ class EndpointState:
             # A half is rounded down whatever its last bit, or the next step would be now again.
             self.foreign = math.ceil(left * (1 - EPSILON) - 0.5)
         self.health.elapse(now)
+        self._settled = now < self.limit.settled_until
         self._probing = not self.in_flight and now >= self._idle_since + PROBE_SECONDS
         self.refresh()
+
+    def measure(self, largest: int) -> None:
+        """Take note of the largest limit of the pool, in slots."""
+        self._largest = largest
+        self.load = self.occupancy / (self.limit.value if self._settled else largest)
 
     def refresh(self) -> None:
         """Count free slots again, and say when time alone may change them."""
         occupancy = self.occupancy = self.in_flight + len(self._blind) + self.foreign
+        limit = self.limit
+        self.load = occupancy / (limit.value if self._settled else self._largest)
         if not self.present:
             self.free = 0
             self.wake_at = NEVER
             return
-        free = self.limit.value - occupancy
-        wake_at = NEVER
+        free = limit.value - occupancy
+        wake_at = limit.settled_until if self._settled else NEVER
         if self.fresh:
-            wake_at = self._stale_at
+            wake_at = min(wake_at, self._stale_at)
         elif self.foreign:
-            wake_at = self._next_decay()
+            wake_at = min(wake_at, self._next_decay())
         if (
             free > 0
             and self.fresh
             and self.kv_usage is not None
             and occupancy + self.running > 0
-            and self.limit.closes(self.kv_usage)
+            and limit.closes(self.kv_usage)
         ):
             free = 0  # an idle server takes a request whatever it says, or nothing would move
         if free <= 0 and not self.in_flight:
@@ -276,14 +294,14 @@ class EndpointSet:
     Attributes:
         present: endpoints of the pool; others only have requests that still run.
         free: slots that can be given away now.
-        largest: the largest limit, in slots.
+        next_at: when time alone may change anything; infinity for never.
         opened: addresses of endpoints that have got a free slot since the caller cleared this.
     """
 
     def __init__(self, plan: SaturationPlan) -> None:
         self.present: tuple[EndpointState, ...] = ()
         self.free = 0
-        self.largest = 1
+        self.next_at = NEVER
         self.opened: list[str] = []
         self._plan = plan
         self._open: dict[EndpointState, None] = {}  # those with a free slot
@@ -292,11 +310,11 @@ class EndpointSet:
         self._alarm_number = 0
         self._changes: list[HealthChange] = []
 
-    def reconfigure(self, plan: SaturationPlan) -> None:
+    def reconfigure(self, plan: SaturationPlan, now: float) -> None:
         """Take a new plan."""
         self._plan = plan
         for state in self._states.values():
-            state.reconfigure(plan)
+            state.reconfigure(plan, now)
             self._moved(state)
         self._measure()
         self.opened = [state.address for state in self.present if state.free > 0]
@@ -371,11 +389,6 @@ class EndpointSet:
 
     # --- time
 
-    @property
-    def next_at(self) -> float:
-        """When time alone may free a slot; infinity for never."""
-        return self._alarms[0][0] if self._alarms else NEVER
-
     def elapse(self, now: float) -> None:
         """Let time change what it changes."""
         while self._alarms and self._alarms[0][0] <= now:
@@ -384,6 +397,7 @@ class EndpointSet:
                 state.scheduled_at = NEVER
             state.elapse(now)
             self._moved(state)
+        self.next_at = self._alarms[0][0] if self._alarms else NEVER
 
     # --- looking
 
@@ -437,9 +451,12 @@ class EndpointSet:
             state.scheduled_at = state.wake_at
             self._alarm_number += 1
             heappush(self._alarms, (state.wake_at, self._alarm_number, state))
+            self.next_at = self._alarms[0][0]
 
     def _measure(self) -> None:
-        self.largest = max((state.limit.value for state in self.present), default=1)
+        largest = max((state.limit.value for state in self.present), default=1)
+        for state in self.present:
+            state.measure(largest)
 
     def _note_health(self, state: EndpointState, was_out: bool, failures: int) -> None:  # noqa: FBT001  # what `Health` said before
         health = state.health

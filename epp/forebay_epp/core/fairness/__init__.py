@@ -5,7 +5,7 @@ is next, and of equal ranks the one whose next request comes first by the band's
 it, past all flows that wait for another endpoint, is the work of bands.py, so no policy needs a
 queue of its own or has to know which flows are blocked.
 
-To add a policy, write a class with the three methods of `Fairness` in a file of its own, name it in
+To add a policy, write a class with the two methods of `Fairness` in a file of its own, name it in
 `forebay_control.plan.FairnessName` and enter it in `FAIRNESS`.
 """
 
@@ -48,9 +48,6 @@ class Fairness(Protocol):
         It may have nothing waiting by then, and be another object of the same name when it is
         activated next. A policy that remembers idle flows does so by name, and bounds how many.
         """
-
-    def deactivate(self, flow: Ranked, now: float) -> None:
-        """Take note that a flow has nothing waiting any more."""
 
 
 FAIRNESS: dict[FairnessName, Callable[[], Fairness]] = {

@@ -20,6 +20,3 @@ class FCFS:
 
     def charge(self, flow: Ranked, cost: Cost, now: float) -> None:
         """Charge nothing."""
-
-    def deactivate(self, flow: Ranked, now: float) -> None:
-        """Keep nothing."""

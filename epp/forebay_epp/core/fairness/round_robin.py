@@ -32,6 +32,3 @@ class RoundRobin:
         if cost.requests:
             self._turns += 1
             flow.rank = self._turns
-
-    def deactivate(self, flow: Ranked, now: float) -> None:
-        """Keep nothing: a flow that returns joins behind all others."""

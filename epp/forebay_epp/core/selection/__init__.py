@@ -39,8 +39,8 @@ class Scorer(Protocol):
         """Return how well each suits the request, from 0 (not at all) to 1."""
 
 
-FILTERS: tuple[Callable[[EndpointSet], Filter], ...] = ()  # besides presence, subset and slots
-SCORERS: tuple[tuple[Callable[[EndpointSet], Scorer], float], ...] = ((Load, 1.0),)  # with weights
+FILTERS: tuple[Callable[[], Filter], ...] = ()  # besides presence, subset and slots
+SCORERS: tuple[tuple[Callable[[], Scorer], float], ...] = ((Load, 1.0),)  # with weights
 
 
 class Selection:
@@ -53,8 +53,8 @@ class Selection:
 
     def __init__(self, pool: EndpointSet, random: RandomSource) -> None:
         self._pool = pool
-        self._filters = [make(pool) for make in FILTERS]
-        self._scorers = [(make(pool), weight) for make, weight in SCORERS]
+        self._filters = [make() for make in FILTERS]
+        self._scorers = [(make(), weight) for make, weight in SCORERS]
         self._picker = MaxScore(random)
 
     def pick(self, request: Request, now: float) -> EndpointState | None:

@@ -22,5 +22,6 @@ class MaxScore:
         best = max(scores)
         if scores.count(best) == 1:
             return endpoints[scores.index(best)]
-        equals = [number for number, score in enumerate(scores) if score == best]
-        return endpoints[equals[self._random.randrange(len(equals))]]
+        pairs = zip(endpoints, scores, strict=True)
+        equals = [endpoint for endpoint, score in pairs if score == best]
+        return equals[self._random.randrange(len(equals))]

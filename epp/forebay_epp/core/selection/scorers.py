@@ -7,34 +7,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from forebay_epp.core.endpoints import EndpointSet, EndpointState
+    from forebay_epp.core.endpoints import EndpointState
     from forebay_epp.core.terms import Request
 
 
 class Load:
     """Prefers the endpoint of which the smallest part is occupied.
 
-    Occupancy is relative, slots taken over slots there are, so that servers of different size are
-    used evenly. A limit that is not settled says little about the server, whose size may be that
-    of the largest: it counts as the largest of the pool. Equal servers are so loaded equally
-    whatever their limits have come to, and one whose limit was cut is filled until it shows what
-    it takes.
+    Load is relative, slots taken over slots there are, so that servers of different size are used
+    evenly. What has not been learned yet counts as the largest of the pool (`EndpointState.load`):
+    equal servers are so loaded equally whatever their limits have come to, and one whose limit was
+    cut is filled until it shows what it takes.
     """
-
-    def __init__(self, pool: EndpointSet) -> None:
-        self._pool = pool
 
     def score(
         self,
         request: Request,  # noqa: ARG002  # all requests take one slot
         endpoints: Sequence[EndpointState],
-        now: float,
+        now: float,  # noqa: ARG002  # time changes a load when the pool is told of it
     ) -> list[float]:
-        """Return the free part of each."""
-        largest = self._pool.largest
-        scores = []
-        for endpoint in endpoints:
-            own = endpoint.limit
-            limit = own.value if now < own.settled_until else largest
-            scores.append(1.0 - endpoint.occupancy / limit if endpoint.occupancy < limit else 0.0)
-        return scores
+        """Return the free part of each, below 0 where a trial goes beyond the limit."""
+        return [1.0 - endpoint.load for endpoint in endpoints]
