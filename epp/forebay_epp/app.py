@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     import grpc
 
-    from forebay_epp.core.terms import ControllerSnapshot, Endpoint, HealthChange
+    from forebay_epp.core.terms import ControllerState, Endpoint, HealthChange
     from forebay_epp.settings import Settings
     from forebay_epp.sources import Source, Update
     from forebay_epp.transport import Transport
@@ -113,7 +113,7 @@ class EndpointPicker:
     def _open_source(self) -> Source:
         settings = self._settings
         if settings.control is not None:
-            return Operator(settings, settings.control, self._traffic, self._snapshot)
+            return Operator(settings, settings.control, self._traffic, self._state)
         if settings.plan_file is None:
             raise StartError("neither --plan-file nor --control-address")
         try:
@@ -315,16 +315,16 @@ class EndpointPicker:
 
     # --- pages
 
-    async def _snapshot(self) -> ControllerSnapshot:
-        return await self._ask(self._controller.snapshot)
+    async def _state(self) -> ControllerState:
+        return await self._ask(self._controller.state)
 
     def _web_app(self) -> web.Application:
         app = web.Application()
         source = self._source
         app.add_routes(
-            prometheus.routes(self._snapshot, self._traffic, self._scraper.failures, source.state)
+            prometheus.routes(self._state, self._traffic, self._scraper.failures, source.state)
         )
-        app.add_routes(debug.routes(self._snapshot))
+        app.add_routes(debug.routes(self._state))
         return app
 
     async def _serve_metrics(self, runner: web.AppRunner) -> None:

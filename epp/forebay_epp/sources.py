@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from forebay_control.v1 import control_pb2 as pb
-    from forebay_epp.core.terms import ControllerSnapshot, Endpoint
+    from forebay_epp.core.terms import ControllerState, Endpoint
     from forebay_epp.settings import ControlSettings, Settings
     from forebay_epp.traffic import Traffic
 
@@ -153,7 +153,7 @@ class Operator:
         settings: of the process.
         control: the part of them that is about the operator.
         traffic: counters, to feed and to report.
-        snapshot: asks the controller for its state.
+        state: asks the controller for its state.
     """
 
     def __init__(
@@ -161,14 +161,14 @@ class Operator:
         settings: Settings,
         control: ControlSettings,
         traffic: Traffic,
-        snapshot: Callable[[], Awaitable[ControllerSnapshot]],
+        state: Callable[[], Awaitable[ControllerState]],
     ) -> None:
         pool = f"{settings.pool_namespace}/{settings.pool_name}"
         self.bootstrap_seconds = control.bootstrap_timeout_seconds
         self.ready = asyncio.Event()
         self.usable = asyncio.Event()
         self._traffic = traffic
-        self._snapshot = snapshot
+        self._ask_state = state
         self._put: Put | None = None
         self._began_at = time.monotonic()  # to run the plan that is kept
         self._begun = asyncio.Event()
@@ -320,4 +320,4 @@ class Operator:
         )
 
     async def _stats(self) -> pb.Stats:
-        return stats(await self._snapshot(), dict(self._traffic.outcomes))
+        return stats(await self._ask_state(), dict(self._traffic.outcomes))

@@ -104,7 +104,7 @@ class Play:
 
     def band(self, name: str) -> int:
         """How many wait in a band."""
-        snapshot = self.controller.snapshot(self.now)
+        snapshot = self.controller.state(self.now)
         return next(band.requests for band in snapshot.bands if band.band == name)
 
     def outcomes(self, numbers: list[int]) -> Counter[str]:
@@ -267,7 +267,7 @@ def test_servers_without_metrics():
     sent = play.send("llama-chat", 40)
 
     assert play.outcomes(sent) == {"Dispatched": 32}
-    in_flight = [endpoint.in_flight for endpoint in play.controller.snapshot(0).endpoints]
+    in_flight = [endpoint.in_flight for endpoint in play.controller.state(0).endpoints]
     assert in_flight == [16, 16]
 
 

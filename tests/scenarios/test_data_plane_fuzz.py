@@ -367,7 +367,7 @@ class Run:
     def check(self):
         for proxy in self.proxies:
             proxy.take()
-        state = self.controller.snapshot(self.now)
+        state = self.controller.state(self.now)
         assert state.requests + state.in_flight == self.data_plane.unfinished
         assert state.requests == sum(band.requests for band in state.bands)
         assert state.size_bytes == sum(band.size_bytes for band in state.bands)
@@ -384,7 +384,7 @@ class Run:
         for proxy in list(self.proxies):
             self.close(proxy)
         self.data_plane.tick()
-        state = self.controller.snapshot(self.now)
+        state = self.controller.state(self.now)
         assert (state.requests, state.size_bytes, state.in_flight) == (0, 0, 0)
         assert all(endpoint.in_flight == 0 for endpoint in state.endpoints)
         assert self.controller.decided == self.controller.submitted

@@ -286,7 +286,7 @@ class Flow(RuleBasedStateMachine):
 
     @invariant()
     def the_snapshot_equals_the_model(self):
-        snapshot = self.controller.snapshot(self.now)
+        snapshot = self.controller.state(self.now)
         waiting = list(self.undecided.values())
         assert snapshot.requests == self.controller.waiting == len(waiting)
         assert snapshot.size_bytes == sum(sent.size_bytes for sent in waiting)
@@ -304,7 +304,7 @@ class Flow(RuleBasedStateMachine):
 
     @invariant()
     def slots_equal_the_model(self):
-        snapshot = self.controller.snapshot(self.now)
+        snapshot = self.controller.state(self.now)
         assert {endpoint.address for endpoint in snapshot.endpoints} == self.present
         for endpoint in snapshot.endpoints:
             mine = sum(sent.endpoint == endpoint.address for sent in self.in_flight.values())
@@ -316,13 +316,13 @@ class Flow(RuleBasedStateMachine):
 
     @invariant()
     def an_endpoint_that_is_out_has_at_most_a_trial(self):
-        endpoints = self.controller.snapshot(self.now).endpoints
+        endpoints = self.controller.state(self.now).endpoints
         if not all(endpoint.out for endpoint in endpoints):
             assert all(endpoint.free <= 1 for endpoint in endpoints if endpoint.out)
 
     @invariant()
     def no_free_slot_is_left_that_somebody_waits_for(self):
-        for endpoint in self.controller.snapshot(self.now).endpoints:
+        for endpoint in self.controller.state(self.now).endpoints:
             if endpoint.free:
                 for sent in self.undecided.values():
                     assert sent.subset is not None
@@ -348,7 +348,7 @@ class Flow(RuleBasedStateMachine):
             self.call("complete", request_id, None, self.now)
         self.in_flight.clear()
         self.polled()
-        snapshot = self.controller.snapshot(self.now)
+        snapshot = self.controller.state(self.now)
         assert (snapshot.requests, snapshot.size_bytes, snapshot.in_flight) == (0, 0, 0)
         assert all(endpoint.in_flight == 0 for endpoint in snapshot.endpoints)
         assert self.decided == set(range(self.next_id))

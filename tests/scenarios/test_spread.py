@@ -102,6 +102,6 @@ def test_a_page_is_believed_until_the_next_ones_are_overdue():
     run.controller.poll(1.0)
 
     run.controller.poll(9.9)
-    assert run.controller.snapshot(9.9).endpoints[0].fresh
+    assert run.controller.state(9.9).endpoints[0].fresh
     run.controller.poll(12.1)
-    assert not run.controller.snapshot(12.1).endpoints[0].fresh
+    assert not run.controller.state(12.1).endpoints[0].fresh

@@ -142,7 +142,7 @@ class Story:
         self.lines.append("never" if wakeup is None else f"at {wakeup:g}")
 
     def do_queues(self, _arguments, _options, _more):
-        snapshot = self.controller.snapshot(self.now)
+        snapshot = self.controller.state(self.now)
         draining = ", draining" if snapshot.draining else ""
         self.lines.append(f"{snapshot.requests} requests, {snapshot.size_bytes} bytes{draining}")
         for band in snapshot.bands:
@@ -151,7 +151,7 @@ class Story:
             self.lines.append(f"  {band.band}{ending}: {flows or 'empty'}")
 
     def do_slots(self, _arguments, _options, _more):
-        snapshot = self.controller.snapshot(self.now)
+        snapshot = self.controller.state(self.now)
         for state in snapshot.endpoints:
             self.lines.append(
                 f"{state.address}: {state.in_flight} in flight, {state.foreign} foreign, "

@@ -84,12 +84,12 @@ class EPPThread:
         self.data_plane.post(lambda now: answers.put(question(now)))
         return answers.get(timeout=DEADLINE_SECONDS)
 
-    def snapshot(self):
-        return self.ask(self.controller.snapshot)
+    def state(self):
+        return self.ask(self.controller.state)
 
     def idle(self) -> bool:
         """Whether nothing is queued, in flight or open any more."""
-        state = self.snapshot()
+        state = self.state()
         return (state.requests, state.in_flight, self.data_plane.open_streams) == (0, 0, 0)
 
     def stop(self) -> None:

@@ -151,7 +151,7 @@ class Run:
             )
             self.waiting_inside.append((self.now, waiting))
             self.poll()
-            endpoint = self.controller.snapshot(self.now).endpoints[0]
+            endpoint = self.controller.state(self.now).endpoints[0]
             self.limits.append((self.now, endpoint.limit))
         self.at(self.now + SCRAPE_SECONDS, self.scrape, address)
 

@@ -93,7 +93,7 @@ def test_a_band_that_drains_stays_while_a_request_waits_in_it():
     controller.cancel(1, 0.0)
     controller.poll(0.0)
 
-    bands = [(band.band, band.requests) for band in controller.snapshot(0.0).bands]
+    bands = [(band.band, band.requests) for band in controller.state(0.0).bands]
     assert bands == [("Gold", 1), ("Standard", 0)]
 
 
@@ -147,7 +147,7 @@ def test_a_deadline_that_has_passed_costs_no_slot():
     controller.submit(Request(1, "m", 1, deadline=9.0), 10.0)
 
     assert refusals(controller, 10.0) == [(1, Outcome.EVICTED_TTL)]
-    assert controller.snapshot(10.0).in_flight == 0
+    assert controller.state(10.0).in_flight == 0
 
 
 def test_deadlines_of_requests_that_have_gone_take_no_memory():

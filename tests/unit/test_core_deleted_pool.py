@@ -64,7 +64,7 @@ def test_what_still_waits_in_the_end_is_evicted(controller):
         2: Outcome.EVICTED_POOL_DELETED,
         3: Outcome.EVICTED_POOL_DELETED,
     }
-    assert controller.snapshot(end).in_flight == 1
+    assert controller.state(end).in_flight == 1
     controller.complete(1, None, 5.0)
 
 

@@ -23,7 +23,7 @@ def controller_of(plan, *addresses):
 
 
 def state_of(controller, now):
-    (endpoint,) = controller.snapshot(now).endpoints
+    (endpoint,) = controller.state(now).endpoints
     return endpoint
 
 
@@ -89,7 +89,7 @@ def test_metrics_are_believed_for_two_seconds(page_at, fresh):
         controller.observe(EndpointMetrics(other, 1, 0, 0.1, now), now)
         controller.poll(now)
 
-    states = {state.address: state for state in controller.snapshot(3.0).endpoints}
+    states = {state.address: state for state in controller.state(3.0).endpoints}
 
     assert states[A].fresh == fresh
     assert states[other].fresh
@@ -169,7 +169,7 @@ def test_a_request_that_ends_on_the_old_pod_frees_no_slot_on_the_new_one():
     assert [decision.request_id for decision in controller.poll(2.0)] == [3 + limit]
     for number in range(4, 3 + limit + 1):
         controller.complete(number, None, 2.0)
-    assert controller.snapshot(2.0).in_flight == 0
+    assert controller.state(2.0).in_flight == 0
     assert state_of(controller, 2.0).in_flight == 0
 
 
@@ -204,4 +204,4 @@ def test_a_pod_that_left_with_requests_does_not_lend_them_to_its_successor():
     controller.complete(1, None, 3.0)
     controller.complete(2, None, 3.0)
     assert state_of(controller, 3.0).in_flight == 0
-    assert controller.snapshot(3.0).in_flight == 0
+    assert controller.state(3.0).in_flight == 0

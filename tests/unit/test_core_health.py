@@ -201,7 +201,7 @@ class Driver:
             )
 
     def state(self, address, now):
-        return next(e for e in self.controller.snapshot(now).endpoints if e.address == address)
+        return next(e for e in self.controller.state(now).endpoints if e.address == address)
 
 
 def fail(driver, address, now):

@@ -100,7 +100,7 @@ def test_a_charge_for_a_band_that_is_gone_is_dropped():
 
     controller.complete(1, Usage(1, 1), 0.0)
 
-    assert controller.snapshot(0.0).in_flight == 0
+    assert controller.state(0.0).in_flight == 0
 
 
 class Second:

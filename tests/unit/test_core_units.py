@@ -20,7 +20,7 @@ from forebay_control.plan import (
 from forebay_epp.core.bands import MAX_RETRY_AFTER_SECONDS
 from forebay_epp.core.classification import UNMATCHED_FLOW
 from forebay_epp.core.controller import FlowController
-from forebay_epp.core.endpoints import EndpointSet, EndpointState
+from forebay_epp.core.endpoints import EndpointSet, TrackedEndpoint
 from forebay_epp.core.selection import Selection
 from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Request
 
@@ -79,7 +79,7 @@ def test_invented_names_are_one_flow_whatever_they_are():
         controller.submit(Request(number, name, 1), 0.0)
     controller.submit(Request(len(names), "chat", 1), 0.0)
 
-    flows = controller.snapshot(0.0).bands[0].flows
+    flows = controller.state(0.0).bands[0].flows
     assert {flow.flow: flow.requests for flow in flows} == {UNMATCHED_FLOW: len(names), "chat": 1}
 
 
@@ -91,7 +91,7 @@ def test_a_model_that_leaves_the_plan_keeps_what_waits_in_its_flow():
     controller.reconfigure(Plan(bands=ONE_BAND), 0.0)
     controller.submit(Request(2, "chat", 1), 0.0)
 
-    flows = controller.snapshot(0.0).bands[0].flows
+    flows = controller.state(0.0).bands[0].flows
     assert {flow.flow: flow.requests for flow in flows} == {"chat": 1, UNMATCHED_FLOW: 1}
 
 
@@ -149,7 +149,7 @@ class Lots:
 
 
 def endpoint_with(address, limit, taken):
-    state = EndpointState(Endpoint(address), concurrency(limit), 0.0)
+    state = TrackedEndpoint(Endpoint(address), concurrency(limit), 0.0)
     for _ in range(taken):
         state.dispatched()
     return state
@@ -190,7 +190,7 @@ def test_only_the_equal_draw_lots():
 
 def test_a_limit_that_is_not_settled_counts_as_the_largest():
     """Nothing is known of the server's size, so the lower number of requests decides."""
-    unknown = EndpointState(Endpoint(A), SaturationPlan(SaturationMode.ADAPTIVE), 0.0)
+    unknown = TrackedEndpoint(Endpoint(A), SaturationPlan(SaturationMode.ADAPTIVE), 0.0)
     unknown.dispatched()
 
     assert picked(unknown, endpoint_with(B, 8, 2)) == (A, [])
@@ -209,7 +209,7 @@ def test_foreign_load_is_forgotten_when_limits_are_given():
     controller.observe(EndpointMetrics(A, 3, 0, 0.1, 1.0), 1.0)
     controller.reconfigure(Plan(saturation=concurrency(4)), 1.0)
 
-    (endpoint,) = controller.snapshot(1.0).endpoints
+    (endpoint,) = controller.state(1.0).endpoints
 
     assert (endpoint.foreign, endpoint.free) == (0, 4)
 
@@ -223,7 +223,7 @@ def test_places_held_blindly_are_free_when_limits_are_given():
     controller.complete(1, None, 1.0, blind=True)
     controller.reconfigure(Plan(saturation=concurrency(4)), 1.0)
 
-    (endpoint,) = controller.snapshot(1.0).endpoints
+    (endpoint,) = controller.state(1.0).endpoints
 
     assert endpoint.free == 4
 
@@ -238,7 +238,7 @@ def test_a_burst_completed_blindly_still_counts_once_the_server_reports_it():
         controller.complete(decision.request_id, None, 1.0, blind=True)
     controller.observe(EndpointMetrics(A, 4, 1, 0.1, 1.2), 1.2)
 
-    (endpoint,) = controller.snapshot(1.2).endpoints
+    (endpoint,) = controller.state(1.2).endpoints
 
     assert endpoint.free == 0
 
@@ -255,7 +255,7 @@ def test_metrics_become_stale_while_an_endpoint_is_out_of_the_pool():
     controller.set_endpoints([Endpoint(A)], 100.0)
     controller.poll(100.0)
 
-    (endpoint,) = controller.snapshot(100.0).endpoints
+    (endpoint,) = controller.state(100.0).endpoints
 
     assert not endpoint.fresh
     assert endpoint.free == 3
@@ -271,7 +271,7 @@ def test_a_removed_band_is_gone_with_its_last_request(ending):
     controller.submit(Request(2, "of another band", 1), 0.0)
     controller.reconfigure(Plan(bands=ONE_BAND, saturation=concurrency(1)), 0.0)
     controller.poll(0.0)
-    before = [band.band for band in controller.snapshot(0.0).bands]
+    before = [band.band for band in controller.state(0.0).bands]
     now = 0.0
     if ending == "dispatched":
         controller.set_endpoints([Endpoint(A)], now)
@@ -284,7 +284,7 @@ def test_a_removed_band_is_gone_with_its_last_request(ending):
     controller.poll(now)
 
     assert before == ["Gold", "Standard"]
-    assert [band.band for band in controller.snapshot(now).bands] == ["Standard"]
+    assert [band.band for band in controller.state(now).bands] == ["Standard"]
 
 
 def calls_of_one_life(queued, fairness, hints=0):

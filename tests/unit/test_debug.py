@@ -11,13 +11,13 @@ from aiohttp.test_utils import TestClient, TestServer
 from forebay_epp.adapters import debug
 from forebay_epp.adapters.debug import is_loopback
 from forebay_epp.core.terms import (
-    BandSnapshot,
-    ControllerSnapshot,
-    EndpointSnapshot,
-    FlowSnapshot,
+    BandState,
+    ControllerState,
+    EndpointState,
+    FlowState,
 )
 
-STATE = ControllerSnapshot(
+STATE = ControllerState(
     pool="serving/chat",
     requests=4,
     size_bytes=4000,
@@ -25,17 +25,17 @@ STATE = ControllerSnapshot(
     saturation=1.25,
     draining=False,
     bands=(
-        BandSnapshot("Sheddable", -100, 0, 0, 0.0, 0.0, draining=True, flows=()),
-        BandSnapshot(
+        BandState("Sheddable", -100, 0, 0, 0.0, 0.0, draining=True, flows=()),
+        BandState(
             *("Critical", 100, 4, 4000, 0.5, 3.0, False),
-            (FlowSnapshot("chat\ud800", 1, 1000), FlowSnapshot("batch", 3, 3000)),
+            (FlowState("chat\ud800", 1, 1000), FlowState("batch", 3, 3000)),
         ),
     ),
-    endpoints=(EndpointSnapshot("10.0.0.1:8000", "pod-1", 8, 0, 8, 0, 8, 1, 0.9, fresh=True),),
+    endpoints=(EndpointState("10.0.0.1:8000", "pod-1", 8, 0, 8, 0, 8, 1, 0.9, fresh=True),),
 )
 
 
-def client_of(snapshot, remote: str | None = None) -> TestClient:
+def client_of(state, remote: str | None = None) -> TestClient:
     """A client of a server that believes its peer to be `remote`."""
 
     @web.middleware
@@ -43,18 +43,18 @@ def client_of(snapshot, remote: str | None = None) -> TestClient:
         return await handler(request.clone(remote=remote) if remote else request)
 
     app = web.Application(middlewares=[pretend])
-    app.add_routes(debug.routes(snapshot))
+    app.add_routes(debug.routes(state))
     return TestClient(TestServer(app))
 
 
-async def snapshot() -> ControllerSnapshot:
+async def state() -> ControllerState:
     """The controller's answer."""
     return STATE
 
 
 async def test_shows_bands_by_priority_with_their_longest_flows_first():
     """The order is the order of dispatch."""
-    async with client_of(snapshot) as client:
+    async with client_of(state) as client:
         response = await client.get("/debug/queues")
         data = await response.json()
 
@@ -69,7 +69,7 @@ async def test_shows_bands_by_priority_with_their_longest_flows_first():
 
 async def test_shows_endpoints_and_saturation():
     """Everything that decides whether a request may leave."""
-    async with client_of(snapshot) as client:
+    async with client_of(state) as client:
         data = await (await client.get("/debug/queues")).json()
 
     assert data["saturation"] == 1.25
@@ -96,7 +96,7 @@ async def test_other_machines_are_refused():
     """The answer is an error in JSON, and the controller is not even asked."""
     asked = []
 
-    async def counted() -> ControllerSnapshot:
+    async def counted() -> ControllerState:
         asked.append(1)
         return STATE
 
@@ -111,9 +111,9 @@ async def test_other_machines_are_refused():
 
 async def test_a_data_plane_that_does_not_answer_is_an_error(monkeypatch):
     """The page does not hang with it."""
-    monkeypatch.setattr(debug, "SNAPSHOT_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr(debug, "STATE_TIMEOUT_SECONDS", 0.05)
 
-    async def never() -> ControllerSnapshot:
+    async def never() -> ControllerState:
         return await asyncio.get_running_loop().create_future()
 
     async with client_of(never) as client:

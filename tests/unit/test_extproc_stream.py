@@ -786,7 +786,7 @@ def test_a_body_that_cannot_be_rewritten_costs_neither_the_loop_nor_a_slot():
     controller = FlowController(plan, random.Random(1))
     controller.set_endpoints([Endpoint("10.0.0.1:8000")], 0.0)
     controller.observe(EndpointMetrics("10.0.0.1:8000", 0, 0, 0.0, 0.0), 0.0)
-    free = controller.snapshot(0.0).endpoints[0].free
+    free = controller.state(0.0).endpoints[0].free
     data_plane = DataPlane(controller, Traffic(), clock=lambda: 0.0)
     data_plane.serving = True
 
@@ -800,7 +800,7 @@ def test_a_body_that_cannot_be_rewritten_costs_neither_the_loop_nor_a_slot():
         exchange.close()
 
     assert data_plane.unfinished == 0
-    assert controller.snapshot(0.0).endpoints[0].free == free > 0
+    assert controller.state(0.0).endpoints[0].free == free > 0
 
 
 @pytest.mark.parametrize("status", ["9" * 5000, "", "-1", "2000", "ok"], ids=range(5))

@@ -18,15 +18,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from forebay_epp.adapters import prometheus
 from forebay_epp.codec.extproc.events import Arrived
 from forebay_epp.core.terms import (
-    BandSnapshot,
-    ControllerSnapshot,
-    EndpointSnapshot,
-    FlowSnapshot,
+    BandState,
+    ControllerState,
+    EndpointState,
+    FlowState,
     Outcome,
 )
 from forebay_epp.traffic import MAX_MODEL_LABELS, OTHER_MODEL, Traffic
 
-STATE = ControllerSnapshot(
+STATE = ControllerState(
     pool="serving/chat",
     requests=5,
     size_bytes=5000,
@@ -34,22 +34,22 @@ STATE = ControllerSnapshot(
     saturation=1.25,
     draining=False,
     bands=(
-        BandSnapshot(
+        BandState(
             *("Critical", 100, 2, 2000, 0.5, 3.0, False),
-            (FlowSnapshot("chat", 2, 2000), FlowSnapshot("idle", 0, 0)),
+            (FlowState("chat", 2, 2000), FlowState("idle", 0, 0)),
         ),
-        BandSnapshot(*("Standard", 0, 3, 3000, 1.5, 4.0, False), (FlowSnapshot("batch", 3, 3000),)),
+        BandState(*("Standard", 0, 3, 3000, 1.5, 4.0, False), (FlowState("batch", 3, 3000),)),
     ),
     endpoints=(
-        EndpointSnapshot("10.0.0.1:8000", "pod-1", 8, 0, 8, 0, 8, 1, 0.9, fresh=True),
-        EndpointSnapshot("10.0.0.2:8000", "pod-2", 0, 0, 4, 4, 0, 0, None, fresh=False),
+        EndpointState("10.0.0.1:8000", "pod-1", 8, 0, 8, 0, 8, 1, 0.9, fresh=True),
+        EndpointState("10.0.0.2:8000", "pod-2", 0, 0, 4, 4, 0, 0, None, fresh=False),
     ),
 )
 
 
 async def read(
     traffic: Traffic | None = None,
-    state: ControllerSnapshot = STATE,
+    state: ControllerState = STATE,
     scrapes_failed: dict[str, int] | None = None,
     accept: str = "",
     times: int = 1,
@@ -57,12 +57,12 @@ async def read(
 ) -> str:
     """The text of the page, from a real server."""
 
-    async def snapshot() -> ControllerSnapshot:
+    async def ask_state() -> ControllerState:
         return state
 
     app = web.Application()
     app.add_routes(
-        prometheus.routes(snapshot, traffic or Traffic(), scrapes_failed or {}, lambda: control)
+        prometheus.routes(ask_state, traffic or Traffic(), scrapes_failed or {}, lambda: control)
     )
     async with TestClient(TestServer(app)) as client:
         for _ in range(times):
@@ -225,7 +225,7 @@ async def test_reading_twice_gives_each_series_once():
 
 async def test_flows_beyond_the_cap_are_summed():
     """Four thousand flows give a hundred series and one for the rest."""
-    flows = tuple(FlowSnapshot(f"flow-{number}", 1, 10) for number in range(4_000))
+    flows = tuple(FlowState(f"flow-{number}", 1, 10) for number in range(4_000))
     state = replace(STATE, bands=(replace(STATE.bands[0], flows=flows),))
     traffic = Traffic()
     traffic.configure(flow.flow for flow in flows)
@@ -242,7 +242,7 @@ async def test_any_name_leaves_the_page_readable(name):
     traffic.configure([name])
     decide(traffic, name, name, Outcome.DISPATCHED, 0.1)
     complete(traffic, name, name, 200, 1.0, 1, 1)
-    band = replace(STATE.bands[0], band=name, flows=(FlowSnapshot(name, 1, 1),))
+    band = replace(STATE.bands[0], band=name, flows=(FlowState(name, 1, 1),))
     endpoint = replace(STATE.endpoints[0], address=name)
     text = await read(traffic, replace(STATE, pool=name, bands=(band,), endpoints=(endpoint,)))
 
@@ -252,9 +252,9 @@ async def test_any_name_leaves_the_page_readable(name):
 
 async def test_without_an_answer_of_the_controller_the_rest_is_published(monkeypatch):
     """When the data plane hangs, its lag is what one looks for."""
-    monkeypatch.setattr(prometheus, "SNAPSHOT_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr(prometheus, "STATE_TIMEOUT_SECONDS", 0.05)
 
-    async def never() -> ControllerSnapshot:
+    async def never() -> ControllerState:
         return await asyncio.get_running_loop().create_future()
 
     app = web.Application()

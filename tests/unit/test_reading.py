@@ -84,7 +84,7 @@ def test_unfinished_bodies_never_keep_an_honest_request_out():
     assert [refused(exchange) for exchange in slow] == [429] + [0] * (FITTING - 1)
     assert told == [slow[0]]
     assert all(exchange.outbox and not refused(exchange) for exchange in honest)
-    assert site.controller.snapshot(site.now).in_flight == 3
+    assert site.controller.state(site.now).in_flight == 3
     assert site.traffic.outcomes["", "", Outcome.REJECTED_QUEUE_FULL] == 1
 
 

@@ -23,7 +23,7 @@ def test_outcomes_of_a_band_are_summed_over_models_by_kind():
         ("", "", Outcome.ANSWERED): 9,
     }
 
-    report = stats(controller.snapshot(0.0), outcomes)
+    report = stats(controller.state(0.0), outcomes)
 
     (band,) = (band for band in report.bands if band.band == "Standard")
     assert (band.dispatched, band.rejected, band.evicted) == (7, 3, 2)

@@ -76,7 +76,7 @@ def test_a_frozen_proxy_loses_its_slots(start):
     """It is stopped with four requests running; the kernel still takes what is sent to it."""
     epp = start(slots=4, connections=QUICK)
     with client_process(PROXY, epp.address, "routed") as proxy:
-        assert epp.snapshot().in_flight == 4
+        assert epp.state().in_flight == 4
         proxy.send_signal(signal.SIGSTOP)
 
         until(epp.idle, 20)
@@ -116,7 +116,7 @@ def test_a_proxy_that_pings_while_its_request_waits_is_not_cut(start):
     with socket.create_connection(("127.0.0.1", epp.transport.port), 10) as peer:
         answers = peer.makefile("rb")
         peer.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"") + request())
-        until(lambda: epp.snapshot().requests == 1)
+        until(lambda: epp.state().requests == 1)
         answered = 0
         for number in range(10):
             time.sleep(0.1)  # the interval is what is tested
@@ -132,7 +132,7 @@ def test_a_proxy_that_pings_while_its_request_waits_is_not_cut(start):
                     peer.sendall(frame(PING, ACK, 0, payload))
         answers.close()
 
-        assert (answered, epp.snapshot().requests) == (10, 1)
+        assert (answered, epp.state().requests) == (10, 1)
 
 
 def test_an_old_connection_is_left_without_a_cut(start):
@@ -175,12 +175,12 @@ def test_a_wall_clock_that_is_set_back_delays_nothing(transport, start, monkeypa
 
     monkeypatch.setattr(time, "time", jumping)
     epp = start()
-    epp.snapshot()
+    epp.state()
     jumps.append(3600.0)
     if transport == "completion-queue":
         until(lambda: not jumps)
 
     began = time.monotonic()
-    epp.snapshot()
+    epp.state()
 
     assert time.monotonic() - began < 5.0

@@ -85,8 +85,8 @@ def stack(module_stack):
     module_stack.server.hold.set()
     yield module_stack
     module_stack.server.hold.set()
-    until(lambda: module_stack.epp.snapshot().in_flight == 0)
-    until(lambda: module_stack.epp.snapshot().requests == 0)
+    until(lambda: module_stack.epp.state().in_flight == 0)
+    until(lambda: module_stack.epp.state().requests == 0)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -270,7 +270,7 @@ def test_a_request_waits_for_a_slot_and_then_runs(stack, mode):
     stack.envoy(mode)
     for thread in threads:
         thread.start()
-    until(lambda: stack.epp.snapshot().requests == 1)
+    until(lambda: stack.epp.state().requests == 1)
     until(lambda: len(stack.server.seen) == 1)
 
     stack.server.hold.set()
@@ -292,7 +292,7 @@ def test_a_buffering_proxy_is_asked_for_patience(stack):
     first.start()
     until(lambda: len(stack.server.seen) == 1)
     second.start()
-    until(lambda: stack.epp.snapshot().requests == 1)
+    until(lambda: stack.epp.state().requests == 1)
     waited_until = time.monotonic() + 0.6
     until(lambda: time.monotonic() > waited_until)
 
@@ -311,11 +311,11 @@ def test_a_client_that_leaves_while_queued_is_forgotten(stack):
     until(lambda: len(stack.server.seen) == 1)
     leaving = stack.envoy().connect()
     leaving.request("POST", "/v1/completions", '{"model":"chat"}')
-    until(lambda: stack.epp.snapshot().requests == 1)
+    until(lambda: stack.epp.state().requests == 1)
 
     leaving.close()
 
-    until(lambda: stack.epp.snapshot().requests == 0)
+    until(lambda: stack.epp.state().requests == 0)
     stack.server.hold.set()
     first.join(20)
     assert len(stack.server.seen) == 1
@@ -326,11 +326,11 @@ def test_a_client_that_leaves_while_answered_frees_its_slot(stack):
     stack.server.hold.clear()
     leaving = stack.envoy().connect()
     leaving.request("POST", "/v1/completions", '{"model":"chat"}')
-    until(lambda: stack.epp.snapshot().in_flight == 1)
+    until(lambda: stack.epp.state().in_flight == 1)
 
     leaving.close()
 
-    until(lambda: stack.epp.snapshot().in_flight == 0)
+    until(lambda: stack.epp.state().in_flight == 0)
 
 
 def test_a_subset_hint_that_matches_nothing_is_refused(stack):
@@ -360,13 +360,13 @@ def test_a_websocket_talks_to_a_server_and_holds_a_slot(stack, mode):
                 for word in ("one", "two " * 50_000):
                     await socket.send_str(word)
                     heard.append(await socket.receive_str(timeout=20))
-                held = stack.epp.snapshot().in_flight
+                held = stack.epp.state().in_flight
         return heard, held
 
     heard, held = asyncio.run(talk())
 
     assert (heard, held) == (["one", "two " * 50_000], 1)
-    until(lambda: stack.epp.snapshot().in_flight == 0)
+    until(lambda: stack.epp.state().in_flight == 0)
     assert envoy.request('{"model":"chat"}')[0] == 200
     assert [seen["path"] for seen in stack.server.seen] == ["/v1/realtime", "/v1/chat/completions"]
 
@@ -384,11 +384,11 @@ def test_a_websocket_whose_client_vanishes_frees_its_slot(stack):
             "sec-websocket-key": "AAAAAAAAAAAAAAAAAAAAAA==",
         },
     )
-    until(lambda: stack.epp.snapshot().in_flight == 1)
+    until(lambda: stack.epp.state().in_flight == 1)
 
     connection.close()
 
-    until(lambda: stack.epp.snapshot().in_flight == 0)
+    until(lambda: stack.epp.state().in_flight == 0)
 
 
 def test_a_local_reply_of_envoy_comes_as_envoy_gave_it(stack):

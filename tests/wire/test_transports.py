@@ -72,7 +72,7 @@ def test_a_request_waits_until_a_slot_is_free(start, open_stream):
     first.send_request()
     first.routed()
     second.send_request()
-    until(lambda: epp.snapshot().requests == 1)
+    until(lambda: epp.state().requests == 1)
 
     first.respond()
 
@@ -88,10 +88,10 @@ def test_a_queued_stream_that_is_cancelled_frees_its_place(start, open_stream):
     for stream in streams[1:]:
         stream.send_request()
         expected = streams.index(stream)
-        until(lambda expected=expected: epp.snapshot().requests == expected)
+        until(lambda expected=expected: epp.state().requests == expected)
 
     streams[1].cancel()
-    until(lambda: epp.snapshot().requests == 1)
+    until(lambda: epp.state().requests == 1)
     streams[0].respond()
 
     assert streams[2].routed() == "10.0.0.1:8000"
@@ -104,7 +104,7 @@ def test_a_dispatched_stream_that_is_cancelled_frees_its_slot(start, open_stream
     first.send_request()
     first.routed()
     second.send_request()
-    until(lambda: epp.snapshot().requests == 1)
+    until(lambda: epp.state().requests == 1)
 
     first.cancel()
 
@@ -135,7 +135,7 @@ def test_a_client_that_half_closes_while_queued_is_answered_later(start, open_st
     first.routed()
     second.send_request()
     second.half_close()
-    until(lambda: epp.snapshot().requests == 1)
+    until(lambda: epp.state().requests == 1)
 
     first.respond()
 
@@ -205,7 +205,7 @@ def test_a_websocket_holds_its_slot_until_its_end(start, open_stream):
     talking.send_body(b"ping", end=False)
     said = talking.answer().request_body.response.body_mutation.streamed_response
     next_one.send_request()
-    until(lambda: epp.snapshot().requests == 1)
+    until(lambda: epp.state().requests == 1)
 
     talking.half_close()
 
@@ -335,7 +335,7 @@ def test_draining_dispatches_what_waits_and_refuses_what_comes(start, open_strea
     running.send_request()
     running.routed()
     waiting.send_request()
-    until(lambda: epp.snapshot().requests == 1)
+    until(lambda: epp.state().requests == 1)
 
     epp.ask(lambda _: epp.data_plane.drain())
     late.send_request()
@@ -367,7 +367,7 @@ def test_a_slot_freed_by_a_new_endpoint_serves_the_queue(start, open_stream):
     epp = start(endpoints=())
     stream = open_stream(epp)
     stream.send_request()
-    until(lambda: epp.snapshot().requests == 1)
+    until(lambda: epp.state().requests == 1)
 
     epp.ask(lambda now: epp.controller.set_endpoints([Endpoint("10.0.0.9:80")], now))
 
@@ -380,7 +380,7 @@ def test_a_thousand_cancelled_at_once_leave_nothing(start, open_stream):
     streams = [open_stream(epp) for _ in range(200)]
     for stream in streams:
         stream.send_request()
-    until(lambda: epp.snapshot().requests == 190)
+    until(lambda: epp.state().requests == 190)
 
     for stream in streams:
         stream.cancel()
@@ -396,6 +396,6 @@ def test_a_burst_that_comes_while_the_loop_is_busy_is_not_dropped(start):
     with client_process(BURST, epp.address, "sent") as client:
         busy.set()
 
-        until(lambda: epp.snapshot().requests == 1499, 60)
+        until(lambda: epp.state().requests == 1499, 60)
         client.kill()
         until(epp.idle, 60)

@@ -17,34 +17,34 @@ from aiohttp import web
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from forebay_epp.core.terms import ControllerSnapshot
+    from forebay_epp.core.terms import ControllerState
 
-SNAPSHOT_TIMEOUT_SECONDS = 5.0
+STATE_TIMEOUT_SECONDS = 5.0
 
 
-def routes(snapshot: Callable[[], Awaitable[ControllerSnapshot]]) -> list[web.RouteDef]:
+def routes(ask_state: Callable[[], Awaitable[ControllerState]]) -> list[web.RouteDef]:
     """Return the route that answers GET /debug/queues.
 
     It answers 403 to peers that are not on loopback and 503 when the controller does not answer.
 
     Args:
-        snapshot: asks the controller for its state.
+        ask_state: asks the controller for its state.
     """
 
     async def queues(request: web.Request) -> web.Response:
         if not is_loopback(request.remote):
             return _error(403, "debug pages are served on loopback only")
         try:
-            async with asyncio.timeout(SNAPSHOT_TIMEOUT_SECONDS):
-                state = await snapshot()
+            async with asyncio.timeout(STATE_TIMEOUT_SECONDS):
+                state = await ask_state()
         except TimeoutError:
-            return _error(503, f"no answer from the data plane in {SNAPSHOT_TIMEOUT_SECONDS:g} s")
+            return _error(503, f"no answer from the data plane in {STATE_TIMEOUT_SECONDS:g} s")
         return _json(200, describe(state))
 
     return [web.get("/debug/queues", queues)]
 
 
-def describe(state: ControllerSnapshot) -> dict[str, object]:
+def describe(state: ControllerState) -> dict[str, object]:
     """Return the state as JSON data: bands by priority, the longest queues of a band first."""
     data = asdict(state)
     data["bands"] = sorted(data["bands"], key=lambda band: band["priority"], reverse=True)

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
     from prometheus_client.core import Metric
 
-    from forebay_epp.core.terms import BandSnapshot, ControllerSnapshot, EndpointSnapshot
+    from forebay_epp.core.terms import BandState, ControllerState, EndpointState
     from forebay_epp.traffic import Histogram, Traffic
 
-SNAPSHOT_TIMEOUT_SECONDS = 1.0
+STATE_TIMEOUT_SECONDS = 1.0
 
-_BAND_GAUGES: tuple[tuple[str, str, Callable[[BandSnapshot], float]], ...] = (
+_BAND_GAUGES: tuple[tuple[str, str, Callable[[BandState], float]], ...] = (
     ("forebay_queue_requests", "Requests that wait.", lambda band: band.requests),
     (
         "forebay_queue_size_bytes",
@@ -48,7 +48,7 @@ _BAND_GAUGES: tuple[tuple[str, str, Callable[[BandSnapshot], float]], ...] = (
     ),
 )
 
-_ENDPOINT_GAUGES: tuple[tuple[str, str, Callable[[EndpointSnapshot], float]], ...] = (
+_ENDPOINT_GAUGES: tuple[tuple[str, str, Callable[[EndpointState], float]], ...] = (
     (
         "forebay_in_flight_requests",
         "Requests dispatched to the endpoint and not yet completed.",
@@ -105,7 +105,7 @@ class ControlState:
 
 
 def routes(
-    snapshot: Callable[[], Awaitable[ControllerSnapshot]],
+    ask_state: Callable[[], Awaitable[ControllerState]],
     traffic: Traffic,
     scrapes_failed: Mapping[str, int],
     control: Callable[[], ControlState | None],
@@ -113,7 +113,7 @@ def routes(
     """Return the route that answers GET /metrics.
 
     Args:
-        snapshot: asks the controller for its state. When that takes too long the page goes out
+        ask_state: asks the controller for its state. When that takes too long the page goes out
             without queues and endpoints, because then the rest of it is what is needed.
         traffic: counters that the data-plane thread keeps updating.
         scrapes_failed: failed scrapes by cause; read again for every page.
@@ -126,10 +126,10 @@ def routes(
 
     async def metrics(request: web.Request) -> web.Response:
         try:
-            async with asyncio.timeout(SNAPSHOT_TIMEOUT_SECONDS):
-                page.snapshot = await snapshot()
+            async with asyncio.timeout(STATE_TIMEOUT_SECONDS):
+                page.state = await ask_state()
         except TimeoutError:
-            page.snapshot = None
+            page.state = None
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         return web.Response(body=encode(registry), headers={"Content-Type": content_type})
 
@@ -137,7 +137,7 @@ def routes(
 
 
 class _Page(Collector):
-    """Everything but process_*. `snapshot` is set before each collection; None means unknown."""
+    """Everything but process_*. `state` is set before each collection; None means unknown."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class _Page(Collector):
         scrapes_failed: Mapping[str, int],
         control: Callable[[], ControlState | None],
     ) -> None:
-        self.snapshot: ControllerSnapshot | None = None
+        self.state: ControllerState | None = None
         self._control = control
         self._traffic = traffic
         self._scrapes_failed = scrapes_failed
@@ -155,11 +155,11 @@ class _Page(Collector):
         yield GaugeMetricFamily(
             "forebay_controller_responding",
             "1 when the data plane has answered for this page.",
-            value=self.snapshot is not None,
+            value=self.state is not None,
         )
-        if self.snapshot is not None:
-            yield from self._queues(self.snapshot)
-            yield from _endpoints(self.snapshot)
+        if self.state is not None:
+            yield from self._queues(self.state)
+            yield from _endpoints(self.state)
         yield from _requests(self._traffic)
         yield from _streams(self._traffic)
         yield _counter(
@@ -174,14 +174,14 @@ class _Page(Collector):
         if (control := self._control()) is not None:
             yield from _control(control)
 
-    def _queues(self, snapshot: ControllerSnapshot) -> Iterator[Metric]:
+    def _queues(self, state: ControllerState) -> Iterator[Metric]:
         for name, text, value_of in _BAND_GAUGES:
             gauge = GaugeMetricFamily(name, text, labels=("pool", "band"))
-            for band in snapshot.bands:
-                gauge.add_metric((printable(snapshot.pool), printable(band.band)), value_of(band))
+            for band in state.bands:
+                gauge.add_metric((printable(state.pool), printable(band.band)), value_of(band))
             yield gauge
         waiting: Counter[tuple[str, str]] = Counter()
-        for band in snapshot.bands:
+        for band in state.bands:
             for flow in band.flows:
                 if flow.requests:
                     waiting[printable(band.band), self._traffic.models.label(flow.flow)] += (
@@ -197,15 +197,15 @@ class _Page(Collector):
         yield gauge
 
 
-def _endpoints(snapshot: ControllerSnapshot) -> Iterator[Metric]:
+def _endpoints(state: ControllerState) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "forebay_saturation",
         "How full the pool is; at or above 1: no free slot.",
-        value=snapshot.saturation,
+        value=state.saturation,
     )
     for name, text, value_of in _ENDPOINT_GAUGES:
         gauge = GaugeMetricFamily(name, text, labels=("endpoint",))
-        for endpoint in snapshot.endpoints:
+        for endpoint in state.endpoints:
             gauge.add_metric((printable(endpoint.address),), value_of(endpoint))
         yield gauge
 

@@ -13,10 +13,10 @@ from forebay_epp.core.terms import Outcome
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from forebay_epp.core.terms import ControllerSnapshot
+    from forebay_epp.core.terms import ControllerState
 
 
-def stats(state: ControllerSnapshot, outcomes: Mapping[tuple[str, str, Outcome], int]) -> pb.Stats:
+def stats(state: ControllerState, outcomes: Mapping[tuple[str, str, Outcome], int]) -> pb.Stats:
     """Return the report.
 
     Args:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from forebay_epp.core.fairness import FAIRNESS
 from forebay_epp.core.least import Least
 from forebay_epp.core.ordering import ORDERINGS
-from forebay_epp.core.terms import NEVER, BandSnapshot, Cost, FlowSnapshot
+from forebay_epp.core.terms import NEVER, BandState, Cost, FlowState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -396,10 +396,10 @@ class Band:
             return MAX_RETRY_AFTER_SECONDS
         return max(1, math.ceil(waiting / rate))
 
-    def snapshot(self, now: float) -> BandSnapshot:
+    def state(self, now: float) -> BandState:
         """Copy the band's state."""
         oldest = next(iter(self.arrival.values()), None)
-        return BandSnapshot(
+        return BandState(
             band=self.plan.name,
             priority=self.plan.priority,
             requests=len(self.arrival),
@@ -408,7 +408,7 @@ class Band:
             drain_rate=self.drain_rate(now),
             draining=self.draining,
             flows=tuple(
-                FlowSnapshot(flow.name, flow.requests, flow.size_bytes)
+                FlowState(flow.name, flow.requests, flow.size_bytes)
                 for flow in self.flows.values()
                 if flow.requests
             ),

@@ -17,7 +17,7 @@ from forebay_epp.core.endpoints import EndpointSet
 from forebay_epp.core.selection import Selection
 from forebay_epp.core.terms import (
     NEVER,
-    ControllerSnapshot,
+    ControllerState,
     Decision,
     Dispatched,
     Outcome,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from forebay_control.plan import Plan
     from forebay_epp.core.bands import Band, Lane
-    from forebay_epp.core.endpoints import EndpointState
+    from forebay_epp.core.endpoints import TrackedEndpoint
     from forebay_epp.core.terms import (
         Endpoint,
         EndpointMetrics,
@@ -67,7 +67,7 @@ class FlowController:
         self._regime_since = -NEVER
         self._waiting: dict[int, Request] = {}
         self._size_bytes = 0
-        self._dispatched: dict[int, tuple[Request, EndpointState]] = {}
+        self._dispatched: dict[int, tuple[Request, TrackedEndpoint]] = {}
         self._decisions: list[Decision] = []
         self._draining = False
         self._served_until = NEVER
@@ -296,17 +296,17 @@ class FlowController:
             return max(1.0, load)
         return min(load, 1.0 - 1e-9)
 
-    def snapshot(self, now: float) -> ControllerSnapshot:
+    def state(self, now: float) -> ControllerState:
         """Copy the whole state."""
-        return ControllerSnapshot(
+        return ControllerState(
             pool=self._plan.pool,
             requests=len(self._waiting),
             size_bytes=self._size_bytes,
             in_flight=len(self._dispatched),
             saturation=self.saturation(),
             draining=self._draining,
-            bands=tuple(band.snapshot(now) for band in self._bands.all),
-            endpoints=tuple(state.snapshot(now) for state in self._endpoints.present),
+            bands=tuple(band.state(now) for band in self._bands.all),
+            endpoints=tuple(tracked.state(now) for tracked in self._endpoints.present),
         )
 
     # --- inside
@@ -344,7 +344,7 @@ class FlowController:
                 if endpoints.free <= 0:
                     return
 
-    def _send(self, lane: Lane, band: Band, endpoint: EndpointState, now: float) -> None:
+    def _send(self, lane: Lane, band: Band, endpoint: TrackedEndpoint, now: float) -> None:
         request = band.pop(lane, now)
         del self._waiting[request.id]
         self._size_bytes -= request.size_bytes

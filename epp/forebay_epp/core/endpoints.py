@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from forebay_epp.core.health import Health
 from forebay_epp.core.limits import LIMITS
-from forebay_epp.core.terms import NEVER, EndpointSnapshot, HealthChange
+from forebay_epp.core.terms import NEVER, EndpointState, HealthChange
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -29,7 +29,7 @@ FOREIGN_HALF_LIFE_SECONDS = 300.0
 EPSILON = 1e-9
 
 
-class EndpointState:
+class TrackedEndpoint:
     """One endpoint: what it holds and how much more it takes.
 
     Three things are in its slots: requests in flight, which this EPP has sent and whose end it
@@ -265,10 +265,10 @@ class EndpointState:
         self.name = endpoint.name or endpoint.address
         self.refresh()
 
-    def snapshot(self, now: float) -> EndpointSnapshot:
-        """Copy the state."""
+    def state(self, now: float) -> EndpointState:
+        """Copy what it is now."""
         health = self.health
-        return EndpointSnapshot(
+        return EndpointState(
             address=self.address,
             name=self.name,
             in_flight=self.in_flight,
@@ -299,25 +299,25 @@ class EndpointSet:
     """
 
     def __init__(self, plan: SaturationPlan) -> None:
-        self.present: tuple[EndpointState, ...] = ()
+        self.present: tuple[TrackedEndpoint, ...] = ()
         self.free = 0
         self.next_at = NEVER
         self.opened: list[str] = []
         self._plan = plan
-        self._open: dict[EndpointState, None] = {}  # those with a free slot
-        self._states: dict[str, EndpointState] = {}
-        self._alarms: list[tuple[float, int, EndpointState]] = []
+        self._open: dict[TrackedEndpoint, None] = {}  # those with a free slot
+        self._states: dict[str, TrackedEndpoint] = {}
+        self._alarms: list[tuple[float, int, TrackedEndpoint]] = []
         self._alarm_number = 0
         self._changes: list[HealthChange] = []
 
     def reconfigure(self, plan: SaturationPlan, now: float) -> None:
         """Take a new plan."""
         self._plan = plan
-        for state in self._states.values():
-            state.reconfigure(plan, now)
-            self._moved(state)
+        for tracked in self._states.values():
+            tracked.reconfigure(plan, now)
+            self._moved(tracked)
         self._measure()
-        self.opened = [state.address for state in self.present if state.free > 0]
+        self.opened = [tracked.address for tracked in self.present if tracked.free > 0]
 
     def replace(self, endpoints: Iterable[Endpoint], now: float) -> None:
         """Take these endpoints for the pool; what is in flight on others may still complete.
@@ -325,52 +325,52 @@ class EndpointSet:
         A different pod at a known address is a new endpoint; the old one's requests stay its own.
         """
         wanted = {endpoint.address: endpoint for endpoint in endpoints}
-        for address, state in list(self._states.items()):
-            replaced = address in wanted and state.is_another(wanted[address])
-            if (address not in wanted and state.present) or replaced:
-                state.leave()
-                self._moved(state)
-                if replaced or not state.in_flight:
+        for address, tracked in list(self._states.items()):
+            replaced = address in wanted and tracked.is_another(wanted[address])
+            if (address not in wanted and tracked.present) or replaced:
+                tracked.leave()
+                self._moved(tracked)
+                if replaced or not tracked.in_flight:
                     del self._states[address]
         for address, endpoint in wanted.items():
             known = self._states.get(address)
             if known is None:
-                known = self._states[address] = EndpointState(endpoint, self._plan, now)
+                known = self._states[address] = TrackedEndpoint(endpoint, self._plan, now)
             else:
                 known.rejoin(endpoint)
             self._moved(known)
-        self.present = tuple(state for state in self._states.values() if state.present)
+        self.present = tuple(tracked for tracked in self._states.values() if tracked.present)
         self._measure()
         self._spare()
 
     def observe(self, metrics: EndpointMetrics, now: float) -> None:
         """Take what a scrape said; an endpoint that is not known is ignored."""
-        state = self._states.get(metrics.address)
-        if state is not None:
-            limit = state.limit.value
-            state.observe(metrics, now)
-            self._moved(state)
-            if state.limit.value != limit:
+        tracked = self._states.get(metrics.address)
+        if tracked is not None:
+            limit = tracked.limit.value
+            tracked.observe(metrics, now)
+            self._moved(tracked)
+            if tracked.limit.value != limit:
                 self._measure()
 
     def scrape_failed(self, address: str, now: float, *, refused: bool) -> None:
         """Note that a scrape has failed; an unknown endpoint is ignored."""
-        state = self._states.get(address)
-        if state is not None:
-            was_out, failures = state.health.out, state.health.failures
-            state.health.scrape_failed(now, refused=refused)
-            state.refresh()
-            self._moved(state)
-            self._note_health(state, was_out, failures)
+        tracked = self._states.get(address)
+        if tracked is not None:
+            was_out, failures = tracked.health.out, tracked.health.failures
+            tracked.health.scrape_failed(now, refused=refused)
+            tracked.refresh()
+            self._moved(tracked)
+            self._note_health(tracked, was_out, failures)
 
-    def dispatched(self, state: EndpointState) -> None:
+    def dispatched(self, tracked: TrackedEndpoint) -> None:
         """One of the endpoint's free slots is taken."""
-        state.dispatched()
-        self._moved(state)
+        tracked.dispatched()
+        self._moved(tracked)
 
     def completed(
         self,
-        state: EndpointState,
+        tracked: TrackedEndpoint,
         dispatched_at: float,
         verdict: Verdict,
         now: float,
@@ -378,30 +378,30 @@ class EndpointSet:
         blind: bool,
     ) -> None:
         """A request that was sent to the endpoint has ended."""
-        was_out, failures = state.health.out, state.health.failures
-        state.completed(dispatched_at, verdict, now, blind=blind)
-        self._moved(state)
-        if was_out or state.health.out:
-            self._note_health(state, was_out, failures)
-        left = not state.present and not state.in_flight
-        if left and self._states.get(state.address) is state:
-            del self._states[state.address]
+        was_out, failures = tracked.health.out, tracked.health.failures
+        tracked.completed(dispatched_at, verdict, now, blind=blind)
+        self._moved(tracked)
+        if was_out or tracked.health.out:
+            self._note_health(tracked, was_out, failures)
+        left = not tracked.present and not tracked.in_flight
+        if left and self._states.get(tracked.address) is tracked:
+            del self._states[tracked.address]
 
     # --- time
 
     def elapse(self, now: float) -> None:
         """Let time change what it changes."""
         while self._alarms and self._alarms[0][0] <= now:
-            when, _, state = heappop(self._alarms)
-            if when == state.scheduled_at:
-                state.scheduled_at = NEVER
-            state.elapse(now)
-            self._moved(state)
+            when, _, tracked = heappop(self._alarms)
+            if when == tracked.scheduled_at:
+                tracked.scheduled_at = NEVER
+            tracked.elapse(now)
+            self._moved(tracked)
         self.next_at = self._alarms[0][0] if self._alarms else NEVER
 
     # --- looking
 
-    def within(self, subset: frozenset[str] | None) -> Sequence[EndpointState]:
+    def within(self, subset: frozenset[str] | None) -> Sequence[TrackedEndpoint]:
         """Return the pool's endpoints, or those that have one of these addresses."""
         if subset is None:
             return self.present
@@ -412,22 +412,22 @@ class EndpointSet:
             if address in states and states[address].present
         ]
 
-    def open_within(self, subset: frozenset[str] | None) -> Sequence[EndpointState]:
+    def open_within(self, subset: frozenset[str] | None) -> Sequence[TrackedEndpoint]:
         """Return those of them that have a free slot."""
         if subset is None:
             return list(self._open)
-        return [state for state in self.within(subset) if state.free > 0]
+        return [tracked for tracked in self.within(subset) if tracked.free > 0]
 
     def is_open(self, address: str) -> bool:
         """Whether the endpoint of this address has a free slot."""
-        state = self._states.get(address)
-        return state is not None and state.free > 0
+        tracked = self._states.get(address)
+        return tracked is not None and tracked.free > 0
 
     def load(self) -> float:
         """Return slots taken over slots there are, of the endpoints in use; 1.0 without any."""
-        used = [state for state in self.present if state.spared or not state.health.out]
-        limit = sum(state.limit.value for state in used)
-        return sum(state.occupancy for state in used) / limit if limit else 1.0
+        used = [tracked for tracked in self.present if tracked.spared or not tracked.health.out]
+        limit = sum(tracked.limit.value for tracked in used)
+        return sum(tracked.occupancy for tracked in used) / limit if limit else 1.0
 
     def take_changes(self) -> list[HealthChange]:
         """Return which endpoints have gone out or come back since the last call."""
@@ -436,44 +436,46 @@ class EndpointSet:
 
     # --- inside
 
-    def _moved(self, state: EndpointState) -> None:
+    def _moved(self, tracked: TrackedEndpoint) -> None:
         """Account for a change of an endpoint's free slots, and look at it again in time."""
-        if state.free != state.counted:
-            more = max(0, state.free) - state.counted
+        if tracked.free != tracked.counted:
+            more = max(0, tracked.free) - tracked.counted
             if more > 0:
-                self.opened.append(state.address)
-                self._open[state] = None
-            elif state.free <= 0:
-                self._open.pop(state, None)
-            state.counted += more
+                self.opened.append(tracked.address)
+                self._open[tracked] = None
+            elif tracked.free <= 0:
+                self._open.pop(tracked, None)
+            tracked.counted += more
             self.free += more
-        if state.wake_at < state.scheduled_at:
-            state.scheduled_at = state.wake_at
+        if tracked.wake_at < tracked.scheduled_at:
+            tracked.scheduled_at = tracked.wake_at
             self._alarm_number += 1
-            heappush(self._alarms, (state.wake_at, self._alarm_number, state))
+            heappush(self._alarms, (tracked.wake_at, self._alarm_number, tracked))
             self.next_at = self._alarms[0][0]
 
     def _measure(self) -> None:
-        largest = max((state.limit.value for state in self.present), default=1)
-        for state in self.present:
-            state.measure(largest)
+        largest = max((tracked.limit.value for tracked in self.present), default=1)
+        for tracked in self.present:
+            tracked.measure(largest)
 
-    def _note_health(self, state: EndpointState, was_out: bool, failures: int) -> None:  # noqa: FBT001  # what `Health` said before
-        health = state.health
-        if not state.present or (health.out, health.failures) == (was_out, failures):
+    def _note_health(self, tracked: TrackedEndpoint, was_out: bool, failures: int) -> None:  # noqa: FBT001  # what `Health` said before
+        health = tracked.health
+        if not tracked.present or (health.out, health.failures) == (was_out, failures):
             return
         if health.out != was_out:
-            self._changes.append(HealthChange(state.address, state.name, health.out, health.cause))
+            self._changes.append(
+                HealthChange(tracked.address, tracked.name, health.out, health.cause)
+            )
         self._spare()
 
     def _spare(self) -> None:
         """Decide which endpoints are used although they are out."""
         least = None
-        if all(state.health.out for state in self.present):
-            least = min((state.health.failures for state in self.present), default=None)
-        for state in self.present:
-            spared = state.health.failures == least
-            if spared != state.spared:
-                state.spared = spared
-                state.refresh()
-                self._moved(state)
+        if all(tracked.health.out for tracked in self.present):
+            least = min((tracked.health.failures for tracked in self.present), default=None)
+        for tracked in self.present:
+            spared = tracked.health.failures == least
+            if spared != tracked.spared:
+                tracked.spared = spared
+                tracked.refresh()
+                self._moved(tracked)

@@ -188,7 +188,7 @@ class HealthChange:
 
 
 @dataclass(slots=True, frozen=True)
-class FlowSnapshot:
+class FlowState:
     """One flow's queue at a moment; `flow` is "" for requests that match no model."""
 
     flow: str
@@ -197,7 +197,7 @@ class FlowSnapshot:
 
 
 @dataclass(slots=True, frozen=True)
-class BandSnapshot:
+class BandState:
     """One band's queues at a moment. `drain_rate` is dispatches per second, averaged."""
 
     band: str
@@ -207,11 +207,11 @@ class BandSnapshot:
     oldest_seconds: float
     drain_rate: float
     draining: bool
-    flows: tuple[FlowSnapshot, ...]
+    flows: tuple[FlowState, ...]
 
 
 @dataclass(slots=True, frozen=True)
-class EndpointSnapshot:
+class EndpointState:
     """One endpoint's slots at a moment.
 
     Attributes:
@@ -246,7 +246,7 @@ class EndpointSnapshot:
 
 
 @dataclass(slots=True, frozen=True)
-class ControllerSnapshot:
+class ControllerState:
     """The whole controller at a moment. `saturation` >= 1.0 means no free slot."""
 
     pool: str
@@ -255,5 +255,5 @@ class ControllerSnapshot:
     in_flight: int
     saturation: float
     draining: bool
-    bands: tuple[BandSnapshot, ...]
-    endpoints: tuple[EndpointSnapshot, ...]
+    bands: tuple[BandState, ...]
+    endpoints: tuple[EndpointState, ...]

@@ -19,14 +19,16 @@ from forebay_epp.core.selection.scorers import Load
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from forebay_epp.core.endpoints import EndpointSet, EndpointState
+    from forebay_epp.core.endpoints import EndpointSet, TrackedEndpoint
     from forebay_epp.core.terms import RandomSource, Request
 
 
 class Filter(Protocol):
     """Leaves out endpoints that cannot take the request."""
 
-    def keep(self, request: Request, endpoints: Sequence[EndpointState]) -> Sequence[EndpointState]:
+    def keep(
+        self, request: Request, endpoints: Sequence[TrackedEndpoint]
+    ) -> Sequence[TrackedEndpoint]:
         """Return those that can, in the same order."""
 
 
@@ -34,7 +36,7 @@ class Scorer(Protocol):
     """Rates endpoints from one point of view."""
 
     def score(
-        self, request: Request, endpoints: Sequence[EndpointState], now: float
+        self, request: Request, endpoints: Sequence[TrackedEndpoint], now: float
     ) -> list[float]:
         """Return how well each suits the request, from 0 (not at all) to 1."""
 
@@ -57,7 +59,7 @@ class Selection:
         self._scorers = [(make(), weight) for make, weight in SCORERS]
         self._picker = MaxScore(random)
 
-    def pick(self, request: Request, now: float) -> EndpointState | None:
+    def pick(self, request: Request, now: float) -> TrackedEndpoint | None:
         """Choose among the endpoints of its subset that have a free slot, or None if none can be.
 
         Args:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from forebay_epp.core.endpoints import EndpointState
+    from forebay_epp.core.endpoints import TrackedEndpoint
     from forebay_epp.core.terms import RandomSource
 
 
@@ -17,7 +17,9 @@ class MaxScore:
     def __init__(self, random: RandomSource) -> None:
         self._random = random
 
-    def pick(self, endpoints: Sequence[EndpointState], scores: Sequence[float]) -> EndpointState:
+    def pick(
+        self, endpoints: Sequence[TrackedEndpoint], scores: Sequence[float]
+    ) -> TrackedEndpoint:
         """Take one of at least one endpoint."""
         best = max(scores)
         if scores.count(best) == 1:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from forebay_epp.core.endpoints import EndpointState
+    from forebay_epp.core.endpoints import TrackedEndpoint
     from forebay_epp.core.terms import Request
 
 
@@ -15,7 +15,7 @@ class Load:
     """Prefers the endpoint of which the smallest part is occupied.
 
     Load is relative, slots taken over slots there are, so that servers of different size are used
-    evenly. What has not been learned yet counts as the largest of the pool (`EndpointState.load`):
+    evenly. A limit that is not settled counts as the largest of the pool (`TrackedEndpoint.load`):
     equal servers are so loaded equally whatever their limits have come to, and one whose limit was
     cut is filled until it shows what it takes.
     """
@@ -23,7 +23,7 @@ class Load:
     def score(
         self,
         request: Request,  # noqa: ARG002  # all requests take one slot
-        endpoints: Sequence[EndpointState],
+        endpoints: Sequence[TrackedEndpoint],
         now: float,  # noqa: ARG002  # time changes a load when the pool is told of it
     ) -> list[float]:
         """Return the free part of each, below 0 where a trial goes beyond the limit."""
