@@ -224,8 +224,10 @@ class FlowController:
         Raises:
             KeyError: the request is not in flight.
         """
-        request = self._dispatched[request_id][0]
-        request.first_token_at = min(request.first_token_at, now)
+        request, endpoint = self._dispatched[request_id]
+        if now < request.first_token_at:
+            request.first_token_at = now
+            self._endpoints.first_token(endpoint)
 
     def complete(
         self,
@@ -251,7 +253,7 @@ class FlowController:
         request, endpoint = self._dispatched.pop(request_id)
         if usage is not None and request.band in self._bands.by_name:
             self._bands.by_name[request.band].charge(request, usage, now)
-        self._endpoints.completed(endpoint, request.dispatched_at, verdict, now, blind=blind)
+        self._endpoints.completed(endpoint, request, verdict, now, blind=blind)
 
     def poll(self, now: float) -> list[Decision]:
         """Return the decisions made since the last poll, including those that time brings."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from forebay_control.plan import SaturationPlan
-    from forebay_epp.core.terms import Endpoint, EndpointMetrics, Verdict
+    from forebay_epp.core.terms import Endpoint, EndpointMetrics, Request, Verdict
 
 STALE_SECONDS = 2.0
 SCRAPE_SECONDS = 1.0
@@ -57,6 +57,7 @@ class TrackedEndpoint:
     __slots__ = (
         "_arrivals",
         "_blind",
+        "_ended",
         "_foreign_then",
         "_idle_since",
         "_largest",
@@ -66,6 +67,7 @@ class TrackedEndpoint:
         "_probing",
         "_settled",
         "_stale_at",
+        "_started",
         "address",
         "counted",
         "foreign",
@@ -116,6 +118,8 @@ class TrackedEndpoint:
         self._peak = 0
         self._probing = False
         self._arrivals = 0
+        self._ended = 0
+        self._started = 0  # requests in flight whose answers have begun
         self._blind: deque[float] = deque()
         self.refresh()
 
@@ -142,17 +146,28 @@ class TrackedEndpoint:
             self.health.dispatched()
         self.refresh()
 
-    def completed(self, dispatched_at: float, verdict: Verdict, now: float, *, blind: bool) -> None:
+    def first_token(self) -> None:
+        """An answer to a request in flight has begun."""
+        self._started += 1
+        value = self.limit.value
+        self.limit.started(self._started)
+        if self.limit.value != value:
+            self.refresh()
+
+    def completed(self, request: Request, verdict: Verdict, now: float, *, blind: bool) -> None:
         """Count one request less, or go on holding its slot when its end is unknown.
 
         Holding needs metrics that will show the truth later; without them the slot is free.
         """
         self.in_flight -= 1
+        self._ended += 1
+        if request.first_token_at < NEVER:
+            self._started -= 1
         self._idle_since = now
         if blind and self.fresh and self.limit.learned:
-            self._blind.append(dispatched_at)
+            self._blind.append(request.dispatched_at)
             self._peak -= 1  # it may still run: the scrape that frees its slot counts it foreign
-        self.health.answered(verdict, dispatched_at, now)
+        self.health.answered(verdict, request.dispatched_at, now)
         self.refresh()
 
     def observe(self, metrics: EndpointMetrics, now: float) -> None:
@@ -176,12 +191,10 @@ class TrackedEndpoint:
             own = self._peak + len(self._blind)
             self.foreign = max(0, metrics.running + metrics.waiting - own)
             self.occupancy = self.in_flight + len(self._blind) + self.foreign
-            self.limit.observe(
-                metrics.running, metrics.waiting, self.occupancy, self._arrivals, now
-            )
+            self.limit.observe(metrics, self.occupancy, self._arrivals, self._ended, now)
             self._settled = now < self.limit.settled_until
         self._peak = self.in_flight
-        self._arrivals = 0
+        self._arrivals = self._ended = 0
         was_open = self.free > 0
         self.refresh()
         if was_open and self.free <= 0 and not self.in_flight:
@@ -368,10 +381,18 @@ class EndpointSet:
         tracked.dispatched()
         self._moved(tracked)
 
+    def first_token(self, tracked: TrackedEndpoint) -> None:
+        """An answer of the endpoint has begun."""
+        limit = tracked.limit.value
+        tracked.first_token()
+        if tracked.limit.value != limit:
+            self._moved(tracked)
+            self._measure()
+
     def completed(
         self,
         tracked: TrackedEndpoint,
-        dispatched_at: float,
+        request: Request,
         verdict: Verdict,
         now: float,
         *,
@@ -379,7 +400,7 @@ class EndpointSet:
     ) -> None:
         """A request that was sent to the endpoint has ended."""
         was_out, failures = tracked.health.out, tracked.health.failures
-        tracked.completed(dispatched_at, verdict, now, blind=blind)
+        tracked.completed(request, verdict, now, blind=blind)
         self._moved(tracked)
         if was_out or tracked.health.out:
             self._note_health(tracked, was_out, failures)

@@ -167,6 +167,8 @@ class EndpointMetrics:
         started_at: monotonic seconds at which the scrape was sent: what was dispatched later
             cannot be in it.
         interval_seconds: from then to the next scrape.
+        steps: of the engine since it started, summed over engines; None when not reported.
+        step_tokens: prompt and answer tokens that these steps have processed.
     """
 
     address: str
@@ -175,6 +177,8 @@ class EndpointMetrics:
     kv_usage: float | None
     started_at: float
     interval_seconds: float = 0.2
+    steps: float | None = None
+    step_tokens: float = 0.0
 
 
 @dataclass(slots=True, frozen=True)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from forebay_control.plan import SaturationPlan
+    from forebay_epp.core.terms import EndpointMetrics
 
 
 class Limit(Protocol):
@@ -41,16 +42,19 @@ class Limit(Protocol):
     def reconfigure(self, plan: SaturationPlan) -> None:
         """Take a new plan of the same mode."""
 
+    def started(self, running: int) -> None:
+        """Learn that so many requests run, because their answers have begun."""
+
     def observe(
-        self, running: int, waiting: int, occupancy: int, arrivals: int, now: float
+        self, page: EndpointMetrics, occupancy: int, arrivals: int, ended: int, now: float
     ) -> None:
         """Learn from one scrape.
 
         Args:
-            running: requests in the server's batch.
-            waiting: requests queued in the server.
+            page: what it said.
             occupancy: slots this EPP counts as taken.
             arrivals: requests sent to the server since the scrape before was started.
+            ended: answers that have ended since then.
             now: monotonic seconds.
         """
 

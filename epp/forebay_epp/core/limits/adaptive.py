@@ -1,74 +1,91 @@
-"""A limit that is learned from what scrapes show.
+"""A limit that is learned from what scrapes show and from answers that begin.
 
-The adaptive limit rests on one observation: a model server queues internally exactly when its
-batch is full. A scrape with requests waiting inside therefore shows the capacity (what is running
-then), and a scrape without any, while this EPP has filled the limit, shows that there may be more.
-The probing is the idea of TCP's slow start and additive increase (RFC 5681), with a back-off
-between failed probes as in TCP's persist timer.
+An engine of continuous batching queues internally in two cases that look alike: its batch is full,
+or it cannot prefill the prompts as fast as they come, because a step takes only so many tokens. Only
+the first is a limit of slots. So the limit is the largest batch that was seen plus a window, and the
+window is what is learned quickly:
+
+* While no full batch is known the window lets as many more requests in as an engine admits in about
+  a step. Whatever starts raises the batch, whether a page shows it running or its answer begins, and
+  with the batch the window: exponential growth, as in TCP's slow start (RFC 5681), whose acknowledgement
+  is the first token. What waits inside is never more than the window, so a batch that turns out
+  full costs the queue's order little.
+* Once it is full the window is only what keeps steps full: as many requests as end in a step, standing
+  by. An engine that loses less than `STANDBY_WORTH` of its slots without gets none.
+
+Requests that wait inside are no proof of a full batch while a step is filled by prompts (more tokens
+than twice the batch, and not much fewer than any step had), while the page stands still, or while
+the batch still grows. Where an engine does not publish its steps the last two have to do.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from forebay_control.plan import SaturationPlan
+    from forebay_epp.core.terms import EndpointMetrics
 
-INITIAL_LIMIT = 4
+INITIAL_WINDOW = 4
+WINDOW_PART = 8  # of the batch
 MAX_LIMIT = 100_000
-MIN_BACKOFF_SECONDS = 0.25
-MAX_BACKOFF_SECONDS = 8.0
-CROWDED_SCRAPES = 5
-LONG_STEP_SECONDS = 0.15
-LONG_PAUSE_SECONDS = 2.0
+STEADY_PAGES = 3
+SHRUNK_PAGES = 5
+SHRUNK_SECONDS = 1.0
+STANDBY_WORTH = 0.01
+ASSUMED_STEP_SECONDS = 0.03
+PREFILL_PART = 0.6
+MIN_PROBE_SECONDS = 0.5
+MAX_PROBE_SECONDS = 4.0
+SMOOTHING = 0.2
 
 
 class AdaptiveLimit:
-    """A limit learned from running and waiting.
-
-    Until a full batch has been seen the limit doubles at each scrape that finds it used up (slow
-    start). After that it is the batch that was seen, and one more slot is tried at a time; the
-    pause between tries doubles when a try fails and halves while tries succeed.
-
-    Waiting requests prove little by themselves: an engine admits new arrivals at its next step, and
-    a scrape may fall in between. A scrape is proof when more wait than were sent since the scrape
-    before. Otherwise it takes `CROWDED_SCRAPES` in a row with a request waiting, and either always
-    the same number running, for a full batch keeps its size while what only waits for the next
-    step is another number each time; or, where capacity varies, waits that are too long for a
-    step. By Little's law (1961) the mean wait is the number waiting over the rate of arrivals.
+    """The limit of one endpoint, learned.
 
     Attributes:
         value: slots.
-        settled_until: until when, in monotonic seconds, the limit is taken for the server's
-            capacity. It is not while no full batch has been seen, nor when it is time to try one
-            more slot.
+        batch: how many requests the engine is known to run at once.
+        full: whether it is known not to run more.
+        settled_until: until when, in monotonic seconds, the limit is taken for the server's capacity.
     """
 
     __slots__ = (
-        "_backoff",
-        "_climbing",
         "_crowded",
-        "_known",
+        "_ended_per_step",
         "_kv_threshold",
+        "_most_step_tokens",
         "_observed_at",
+        "_probe_at",
+        "_probe_seconds",
+        "_steps",
+        "_tokens",
+        "batch",
+        "full",
         "settled_until",
         "value",
+        "window",
     )
 
     learned = True
 
     def __init__(self, plan: SaturationPlan) -> None:
-        self.value = INITIAL_LIMIT
-        self._known = False
-        self._climbing = False
-        self._backoff = MIN_BACKOFF_SECONDS
+        self.batch = 0
+        self.window = INITIAL_WINDOW
+        self.full = False
+        self.value = INITIAL_WINDOW
         self.settled_until = -math.inf
-        self._observed_at = 0.0
-        # Of the last scrapes, without a gap, that found a request waiting: running, waiting,
-        # arrivals before them, seconds before them.
-        self._crowded: deque[tuple[int, int, int, float]] = deque(maxlen=CROWDED_SCRAPES)
+        self._steps: float | None = None
+        self._tokens = 0.0
+        self._most_step_tokens = 0.0
+        self._ended_per_step = 0.0
+        self._observed_at = -math.inf
+        self._probe_at = -math.inf
+        self._probe_seconds = MIN_PROBE_SECONDS
+        # Pages without a gap that found requests waiting for no other reason than a full batch:
+        # running, and when.
+        self._crowded: list[tuple[int, float]] = []
         self.reconfigure(plan)
 
     def reconfigure(self, plan: SaturationPlan) -> None:
@@ -79,57 +96,102 @@ class AdaptiveLimit:
         """Whether a cache this full closes a busy endpoint."""
         return kv_usage >= self._kv_threshold
 
+    def started(self, running: int) -> None:
+        """Take note that so many requests run, because their answers have begun."""
+        if running > self.batch and not self.full:
+            self._run(running)
+
     def observe(
-        self, running: int, waiting: int, occupancy: int, arrivals: int, now: float
+        self, page: EndpointMetrics, occupancy: int, arrivals: int, ended: int, now: float
     ) -> None:
         """Learn from one scrape.
 
         Args:
-            running: requests in the server's batch.
-            waiting: requests queued in the server.
+            page: what it said.
             occupancy: slots this EPP counts as taken.
             arrivals: requests sent to the server since the scrape before was started.
+            ended: answers that have ended since then.
             now: monotonic seconds.
         """
-        elapsed = min(LONG_PAUSE_SECONDS, now - self._observed_at)
+        seconds = min(1.0, now - self._observed_at)
         self._observed_at = now
-        if waiting > 0:
-            self._crowded.append((running, waiting, arrivals, elapsed))
-            lasting = len(self._crowded) == CROWDED_SCRAPES
-            if waiting > arrivals or (lasting and (self._steady() or self._queueing())):
-                self._full_at(max(1, *(scrape[0] for scrape in self._crowded)), now)
+        moved = self._moved(page)
+        if moved is None:
             return
-        self._crowded.clear()
-        # A server that reports far less than it was sent does not know what it is doing; its word
-        # does not open it further.
-        if occupancy >= self.value and (running + waiting) * 2 >= self.value:
-            self._grow(now)
+        steps, step_tokens = moved
+        if steps == 0:
+            steps = seconds / ASSUMED_STEP_SECONDS
+        self._ended_per_step += SMOOTHING * (ended / max(1.0, steps) - self._ended_per_step)
+        self._most_step_tokens = max(0.999 * self._most_step_tokens, step_tokens)
+        prefilling = step_tokens > max(
+            2.0 * page.running, PREFILL_PART * self._most_step_tokens
+        )
+        if page.running > self.batch:
+            self._run(page.running)
+        if page.waiting == 0:
+            self._crowded.clear()
+            if occupancy >= self.value and page.running * 2 >= self.value:
+                self._take_more(now)
+        elif prefilling:
+            self._crowded.clear()
+        else:
+            self._crowd(page, arrivals, now)
 
-    def _queueing(self) -> bool:
-        """Whether those who wait do so for longer than a step takes."""
-        waiting = sum(scrape[1] for scrape in self._crowded) / len(self._crowded)
-        arrivals = sum(scrape[2] for scrape in self._crowded)
-        seconds = sum(scrape[3] for scrape in self._crowded)
-        return waiting * seconds > arrivals * LONG_STEP_SECONDS
+    def _moved(self, page: EndpointMetrics) -> tuple[float, float] | None:
+        """Return the steps since the last page and tokens in each, or None if it stands still.
 
-    def _steady(self) -> bool:
-        """Whether the same number was running each time."""
-        return len({scrape[0] for scrape in self._crowded}) == 1
+        An engine that does not count its steps is taken to move, in steps without tokens.
+        """
+        if page.steps is None:
+            return 0.0, 0.0
+        known, tokens = self._steps, self._tokens
+        self._steps, self._tokens = page.steps, page.step_tokens
+        if known is None or page.steps < known:  # the first page, or the engine was restarted
+            return 0.0, 0.0
+        steps = page.steps - known
+        if not steps:
+            return None
+        return steps, max(0.0, page.step_tokens - tokens) / steps
 
-    def _full_at(self, batch: int, now: float) -> None:
-        if batch < self.value or not self._known:
-            self._backoff = min(MAX_BACKOFF_SECONDS, self._backoff * 2)
-        self.settled_until = now + self._backoff
-        self._known = True
-        self._climbing = False
-        self.value = min(MAX_LIMIT, batch)
+    def _run(self, running: int) -> None:
+        self.batch = running
+        self.full = False
+        self._resize(max(INITIAL_WINDOW, running // WINDOW_PART))
 
-    def _grow(self, now: float) -> None:
-        if not self._known:
-            self.value = min(MAX_LIMIT, self.value * 2)
-        elif now >= self.settled_until:
-            if self._climbing:
-                self._backoff = max(MIN_BACKOFF_SECONDS, self._backoff / 2)
-            self._climbing = True
-            self.value = min(MAX_LIMIT, self.value + 1)
-            self.settled_until = now + self._backoff
+    def _take_more(self, now: float) -> None:
+        """Nothing stands by although all slots are taken: there may be more of them."""
+        if self.full and now >= self._probe_at:
+            self._probe_seconds = min(MAX_PROBE_SECONDS, 2 * self._probe_seconds)
+            self._probe_at = now + self._probe_seconds
+            self._resize(self._standby() + 1)
+
+    def _crowd(self, page: EndpointMetrics, arrivals: int, now: float) -> None:
+        self._crowded.append((page.running, now))
+        del self._crowded[: -max(STEADY_PAGES, SHRUNK_PAGES)]
+        last = [running for running, _ in self._crowded[-STEADY_PAGES:]]
+        steady = len(last) == STEADY_PAGES and len(set(last)) == 1
+        if page.running >= self.batch:
+            if page.waiting > arrivals or steady:
+                self._fill(page.running)
+            return
+        since = self._crowded[0][1]
+        if len(self._crowded) == SHRUNK_PAGES and now - since >= SHRUNK_SECONDS * 0.8:
+            self._fill(max(running for running, _ in self._crowded))
+
+    def _fill(self, batch: int) -> None:
+        """The engine runs as many as it can."""
+        self.batch = max(1, batch)
+        self.full = True
+        self.settled_until = math.inf
+        self._resize(self._standby())
+
+    def _standby(self) -> int:
+        """As many as end in a step, where it is worth it."""
+        ended = self._ended_per_step
+        return math.ceil(1.5 * ended) if ended > STANDBY_WORTH * self.batch else 0
+
+    def _resize(self, window: int) -> None:
+        self.window = window
+        self.value = min(MAX_LIMIT, self.batch + window)
+        if not self.full:
+            self.settled_until = -math.inf

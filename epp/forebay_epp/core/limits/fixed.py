@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from forebay_control.plan import SaturationPlan
+    from forebay_epp.core.terms import EndpointMetrics
 
 
 class FixedLimit:
@@ -24,8 +25,11 @@ class FixedLimit:
         """Take the number of a new plan."""
         self.value = plan.max_concurrency
 
+    def started(self, running: int) -> None:
+        """Learn nothing."""
+
     def observe(
-        self, running: int, waiting: int, occupancy: int, arrivals: int, now: float
+        self, page: EndpointMetrics, occupancy: int, arrivals: int, ended: int, now: float
     ) -> None:
         """Learn nothing."""
 
