@@ -46,7 +46,7 @@ def figures(
         "batch_occupancy": round(
             sum(s.running_seconds for s in servers) / seconds / sum(s.slots for s in servers), 4
         ),
-        "preemptions": float(sum(s.engine.totals.preemptions for s in servers)),
+        "preemptions": float(sum(s.engine.preemptions for s in servers)),
         "idle_beside_waiting_ms": round(max(s.idle_seconds for s in servers) * 1e3, 1),
     }
 

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from forebay_epp.core.terms import NEVER, EndpointMetrics
-from forebay_sim.engine import Engine, EngineRequest, Finished, FirstToken, Preempted
+from forebay_sim.engine import EngineRequest, Finished, FirstToken
+from forebay_sim.stepping import StepEngine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from forebay_replay.load import Arrival
     from forebay_replay.routing import Routing
-    from forebay_sim.engine import EngineSettings
+    from forebay_sim.hardware import Hardware
 
 HOP_SECONDS = 0.001
 SCRAPE_SECONDS = 0.2
@@ -61,7 +62,7 @@ class Server:
         most_waiting: the most that waited inside.
     """
 
-    engine: Engine
+    engine: StepEngine
     scrape_seconds: float = 0.0
     page: Callable[[EndpointMetrics], EndpointMetrics | None] | None = None
     on_the_way: int = 0
@@ -77,7 +78,7 @@ class Server:
 
     def __post_init__(self) -> None:
         """Note the size of the batch."""
-        self.slots = self.engine.settings.max_num_seqs
+        self.slots = self.engine.hardware.max_num_seqs
 
 
 class Replay:
@@ -92,13 +93,13 @@ class Replay:
 
     def __init__(
         self,
-        engines: Sequence[EngineSettings],
+        engines: Sequence[Hardware],
         routing: Routing,
         arrivals: Sequence[Arrival],
         measured: tuple[float, float] = (0.0, NEVER),
     ) -> None:
         self.now = 0.0
-        self.servers = [Server(Engine(settings)) for settings in engines]
+        self.servers = [Server(StepEngine(hardware)) for hardware in engines]
         self.routing = routing
         self.answers = [Answer(arrival) for arrival in arrivals]
         self.measured = measured
@@ -191,14 +192,16 @@ class Replay:
         self.at(self.now + max(SCRAPE_SECONDS, server.scrape_seconds), self._scrape, number)
 
     def _page(self, number: int) -> EndpointMetrics:
-        engine = self.servers[number].engine
+        gauges = self.servers[number].engine.published
         return EndpointMetrics(
             f"10.0.0.{number}:8000",
-            engine.running,
-            engine.waiting,
-            engine.kv_usage,
+            gauges.running,
+            gauges.waiting,
+            gauges.kv_usage,
             self.now,
             SCRAPE_SECONDS,
+            gauges.steps,
+            gauges.step_tokens,
         )
 
     def _scraped(self, number: int, page: EndpointMetrics) -> None:

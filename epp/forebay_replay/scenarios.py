@@ -15,14 +15,13 @@ from forebay_control.plan import (
     SaturationPlan,
 )
 from forebay_replay.load import Arrival, lengths, poisson, together, trace
-from forebay_sim.presets import PRESETS
+from forebay_sim.hardware import PRESETS, Hardware
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from forebay_replay.replay import Replay
-    from forebay_sim.settings import EngineSettings
 
 CHAT, SUMMARY, BATCH = "chat", "summary", "batch"
 MODELS = {CHAT: "Critical", SUMMARY: "Standard", BATCH: "Sheddable"}
@@ -46,7 +45,7 @@ class Scenario:
     """
 
     name: str
-    engines: Sequence[EngineSettings]
+    engines: Sequence[Hardware]
     arrivals: Sequence[Arrival]
     measured: tuple[float, float]
     fixed: Sequence[int]

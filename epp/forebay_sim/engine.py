@@ -84,6 +84,7 @@ class EngineRequest:
         max_tokens: length of the answer, at least 1.
         block_hashes: of the prompt's full blocks, each chained over all blocks before it.
         adapter: LoRA adapter it needs; "" is the base model.
+        deferred_seconds: until it can be scheduled, because its grammar is compiled, for example.
     """
 
     id: int
@@ -91,6 +92,7 @@ class EngineRequest:
     max_tokens: int
     block_hashes: tuple[int, ...] = ()
     adapter: str = ""
+    deferred_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,6 +87,14 @@ class KVCache:
         self._evict_surplus()
         return True
 
+    def take(self, blocks: int) -> bool:
+        """Take blocks that are then counted in holdings; False, and no change, when too few are free."""
+        if self.used + blocks > self.total:
+            return False
+        self._private += blocks
+        self._evict_surplus()
+        return True
+
     def share(self, holding: Holding) -> None:
         """Offer a sequence's computed prompt blocks to later requests.
 
