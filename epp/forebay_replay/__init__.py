@@ -2,5 +2,5 @@
 
 For comparing what decides (`routing`) under a load (`load`) on hardware (`forebay_sim`), in seconds
 instead of minutes and the same each time. Nothing here sleeps, reads a clock or opens a socket.
-Deciding does not belong here (forebay_epp.core), nor how an engine works (forebay_sim.engine).
+Deciding does not belong here (forebay_epp.core), nor how an engine works (forebay_sim).
 """

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from forebay_epp.core.terms import NEVER, EndpointMetrics
-from forebay_sim.engine import EngineRequest, Finished, FirstToken
 from forebay_sim.stepping import StepEngine
+from forebay_sim.terms import EngineRequest, Finished, FirstToken
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -78,17 +78,8 @@ class KVCache:
         self._evict_surplus()
         return Holding(prefix, len(hits), private, hits)
 
-    def grow(self, holding: Holding) -> bool:
-        """Take one more block for a sequence; False, and no change, when no block is free."""
-        if self.used == self.total:
-            return False
-        holding.private += 1
-        self._private += 1
-        self._evict_surplus()
-        return True
-
     def take(self, blocks: int) -> bool:
-        """Take blocks that are then counted in holdings; False, and no change, when too few are free."""
+        """Take blocks that the caller adds to holdings; False, and no change, without enough."""
         if self.used + blocks > self.total:
             return False
         self._private += blocks

@@ -1,6 +1,6 @@
 """The simulated server's metrics page: vLLM's, or the load as other model servers publish it.
 
-Pure text. Where the numbers come from (engine.py) does not belong here.
+Pure text. Where the numbers come from (stepping.py) does not belong here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from forebay_sim.engine import Engine
+    from forebay_sim.stepping import StepEngine
 
 # Where an engine publishes, and its gauges of running, waiting and KV usage.
 # "vllm-2025" is vLLM before the end of 2025, "other" a server that only a policy can describe.
@@ -102,7 +102,7 @@ class MetricsPage:
         kind: one of `ENGINES`.
     """
 
-    def __init__(self, engine: Engine, model: str, *, loras: bool, kind: str = "vllm") -> None:
+    def __init__(self, engine: StepEngine, model: str, *, loras: bool, kind: str = "vllm") -> None:
         self._engine = engine
         self._loras = loras
         self._labels = f'engine="0",model_name="{_escape(model)}"'
@@ -123,8 +123,7 @@ class MetricsPage:
         return "\n".join(lines) + "\n"
 
     def _vllm(self, load: Load) -> str:
-        engine, labels, settings = self._engine, self._labels, self._engine.settings
-        totals = engine.totals
+        labels, said = self._labels, self._engine.published
         old = self._kind == "vllm-2025"
         gauges = {
             "vllm:num_requests_running": float(load.running),
@@ -132,16 +131,27 @@ class MetricsPage:
             "vllm:gpu_cache_usage_perc" if old else "vllm:kv_cache_usage_perc": load.kv,
         }
         counters = {
-            "vllm:prompt_tokens_total": totals.prompt_tokens,
-            "vllm:generation_tokens_total": totals.generation_tokens,
-            "vllm:num_preemptions_total": totals.preemptions,
-            "vllm:prefix_cache_queries_total": totals.prefix_cache_queries,
-            "vllm:prefix_cache_hits_total": totals.prefix_cache_hits,
+            "vllm:prompt_tokens_total": said.prompt_tokens,
+            "vllm:prompt_tokens_cached_total": said.cached_tokens,
+            "vllm:generation_tokens_total": said.generation_tokens,
+            "vllm:num_preemptions_total": said.preemptions,
+            "vllm:prefix_cache_queries_total": said.prefix_queries,
+            "vllm:prefix_cache_hits_total": said.prefix_hits,
+        }
+        histograms = {
+            "vllm:iteration_tokens_total": (said.step_tokens, said.steps),
+            "vllm:request_queue_time_seconds": (said.queue_seconds, said.finished),
         }
         lines = []
         for kind, series in (("gauge", gauges), ("counter", counters)):
             for name, value in series.items():
                 lines += [f"# TYPE {name} {kind}", f"{name}{{{labels}}} {value}"]
+        for name, (total, count) in histograms.items():  # without their buckets
+            lines += [
+                f"# TYPE {name} histogram",
+                f"{name}_count{{{labels}}} {float(count)}",
+                f"{name}_sum{{{labels}}} {float(total)}",
+            ]
         if not old:
             name = "vllm:num_requests_waiting_by_reason"
             lines += [
@@ -154,11 +164,19 @@ class MetricsPage:
             f'vllm:request_success_total{{{labels},finished_reason="{reason}"}} {count}'
             for reason, count in self.finished.items()
         ]
-        lines += [
+        lines += self._config()
+        lines += self.first_token.lines("vllm:time_to_first_token_seconds", labels)
+        lines += self.end_to_end.lines("vllm:e2e_request_latency_seconds", labels)
+        return "\n".join(lines) + "\n"
+
+    def _config(self) -> list[str]:
+        """Return the series that have what they say in their labels."""
+        engine, hardware = self._engine, self._engine.hardware
+        lines = [
             "# TYPE vllm:cache_config_info gauge",
             (
-                f'vllm:cache_config_info{{engine="0",block_size="{settings.block_size_tokens}",'
-                f'num_gpu_blocks="{settings.kv_blocks}"}} 1.0'
+                f'vllm:cache_config_info{{engine="0",block_size="{hardware.block_size_tokens}",'
+                f'num_gpu_blocks="{hardware.kv_blocks}"}} 1.0'
             ),
         ]
         if self._loras:
@@ -167,14 +185,12 @@ class MetricsPage:
             lines += [
                 "# TYPE vllm:lora_requests_info gauge",
                 (
-                    f'vllm:lora_requests_info{{max_lora="{settings.max_loras}",'
+                    f'vllm:lora_requests_info{{max_lora="{hardware.max_loras}",'
                     f'running_lora_adapters="{running_adapters}",'
                     f'waiting_lora_adapters="{waiting_adapters}"}} {time.time()}'
                 ),
             ]
-        lines += self.first_token.lines("vllm:time_to_first_token_seconds", labels)
-        lines += self.end_to_end.lines("vllm:e2e_request_latency_seconds", labels)
-        return "\n".join(lines) + "\n"
+        return lines
 
 
 def _escape(text: str) -> str:

@@ -12,7 +12,7 @@ from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from forebay_sim.engine import Usage
+    from forebay_sim.terms import Usage
 
 _T = TypeVar("_T")
 
@@ -43,6 +43,7 @@ class InferenceRequest:
         finish_reason: "length" when the client bounded the answer, else "stop".
         stream: whether the answer is to be server-sent events.
         include_usage: whether the stream ends with a chunk of usage.
+        schema_bytes: length of the JSON schema that the answer has to follow; 0 without one.
     """
 
     chat: bool
@@ -52,6 +53,7 @@ class InferenceRequest:
     finish_reason: str
     stream: bool
     include_usage: bool
+    schema_bytes: int
 
     @property
     def prompt_tokens(self) -> int:
@@ -75,6 +77,7 @@ def parse_request(body: bytes, *, chat: bool) -> InferenceRequest:
         raise BadRequestError("only n=1 is simulated", "n")
     bound = _max_tokens(fields)
     options = _optional(fields, "stream_options", dict, {})
+    schema = _optional(fields, "response_format", dict, {}).get("json_schema")
     return InferenceRequest(
         chat=chat,
         model=_optional(fields, "model", str, ""),
@@ -83,6 +86,7 @@ def parse_request(body: bytes, *, chat: bool) -> InferenceRequest:
         finish_reason="stop" if bound is None else "length",
         stream=_optional(fields, "stream", bool, default=False),
         include_usage=_optional(options, "include_usage", bool, default=False),
+        schema_bytes=len(json.dumps(schema)) if schema else 0,
     )
 
 

@@ -2,39 +2,44 @@
 
 One task drives the engine and writes each step's tokens straight to the clients' connections; a
 handler per request waits for the end. Bodies and chunks belong in openai.py, time inside the batch
-in engine.py.
+in stepping.py.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import OrderedDict
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
 from forebay_sim import openai
-from forebay_sim.engine import (
-    Engine,
+from forebay_sim.hardware import PRESETS, Hardware
+from forebay_sim.metricspage import ENGINES, Load, MetricsPage
+from forebay_sim.stepping import StepEngine
+from forebay_sim.terms import (
     EngineRequest,
-    EngineSettings,
     Finished,
     FirstToken,
-    QueueFullError,
+    NotReadyError,
     TokensProduced,
     TooLongError,
 )
-from forebay_sim.metricspage import ENGINES, Load, MetricsPage
 
 if TYPE_CHECKING:
-    from forebay_sim.engine import Event, Usage
+    from aiohttp.typedefs import Handler
+
+    from forebay_sim.terms import Event, Usage
 
 MAX_BODY_BYTES = 64 << 20
 MAX_REMEMBERED_IDS = 50_000
 ANY_MODEL = "*"
+# vLLM 0.32 took 6 s for a schema of 426 kB.
+GRAMMAR_SECONDS_PER_KILOBYTE = 0.014
 METRICS_MODES = ("normal", "fake", "hang", "error")
 
 
@@ -45,20 +50,38 @@ class ServerSettings:
     Attributes:
         models: names it serves; "*" serves every name.
         loras: LoRA adapters it can load; each is a model name too.
-        engine: the simulated hardware.
+        hardware: what its engine runs on.
         metrics: whose metrics page it has, one of metricspage.ENGINES.
+        max_waiting: requests that may wait inside; more get 429.
+        grammar_seconds_per_kilobyte: a request with a JSON schema is deferred for so long.
+
+    Raises:
+        ValueError: a value is out of range; the message names the field.
     """
 
     models: tuple[str, ...] = (ANY_MODEL,)
     loras: tuple[str, ...] = ()
-    engine: EngineSettings = field(default_factory=EngineSettings)
+    hardware: Hardware = PRESETS["plain"]
     metrics: str = "vllm"
+    max_waiting: int = 100_000
+    grammar_seconds_per_kilobyte: float = GRAMMAR_SECONDS_PER_KILOBYTE
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.max_waiting < 1:
+            raise ValueError(f"max_waiting must be at least 1, is {self.max_waiting}")
+        if not 0 <= self.grammar_seconds_per_kilobyte < float("inf"):
+            raise ValueError(
+                "grammar_seconds_per_kilobyte must be finite and at least 0,"
+                f" is {self.grammar_seconds_per_kilobyte}"
+            )
 
 
 class _Call:
     """A request in the engine, and where its tokens go."""
 
     __slots__ = (
+        "connection",
         "done",
         "events",
         "first_at",
@@ -75,6 +98,7 @@ class _Call:
         self.started_at = now
         self.first_at: float | None = None
         self.tokens = 0
+        self.connection: asyncio.BaseTransport | None = None
         self.transport: asyncio.Transport | None = None
         self.events: tuple[bytes, ...] = ()
         self.done: asyncio.Future[Usage] = asyncio.get_running_loop().create_future()
@@ -86,6 +110,11 @@ class _Call:
         produced, self.tokens = self.tokens, 0
         for _ in range(produced):
             self.token()
+
+    def cut(self) -> None:
+        """End the connection without a word, as a killed process does."""
+        if isinstance(self.connection, asyncio.WriteTransport):
+            self.connection.abort()
 
     def token(self) -> None:
         """Pass on one more token. The last one goes out with the end of the answer."""
@@ -109,13 +138,7 @@ class SimulatedServer:
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
-        self._engine = Engine(settings.engine)
-        self._page = MetricsPage(
-            self._engine,
-            settings.models[0],
-            loras=bool(settings.loras),
-            kind=settings.metrics,
-        )
+        self._start(-math.inf)
         self._calls: dict[int, _Call] = {}
         self._next_id = 0
         self._news = asyncio.Event()
@@ -124,9 +147,20 @@ class SimulatedServer:
         self._metrics: dict[str, Any] = {"mode": "normal"}
         self.port = 0
 
+    def _start(self, now: float) -> None:
+        """Begin with an empty engine and counters of 0."""
+        settings = self._settings
+        self._engine = StepEngine(settings.hardware, now, show_tokens=True)
+        self._page = MetricsPage(
+            self._engine,
+            settings.models[0],
+            loras=bool(settings.loras),
+            kind=settings.metrics,
+        )
+
     def app(self) -> web.Application:
         """Return the routes."""
-        app = web.Application(client_max_size=MAX_BODY_BYTES)
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._unless_starting])
         app.add_routes(
             [
                 web.post("/v1/chat/completions", self._chat),
@@ -135,6 +169,7 @@ class SimulatedServer:
                 web.get("/health", self._health),
                 web.get(ENGINES[self._settings.metrics], self._show_metrics),
                 web.post("/admin/config", self._configure),
+                web.post("/admin/restart", self._restart),
                 web.get("/admin/requests", self._show_requests),
             ]
         )
@@ -144,6 +179,7 @@ class SimulatedServer:
         return app
 
     async def _driving(self, _: web.Application) -> Any:
+        self._start(asyncio.get_running_loop().time())
         driver = asyncio.create_task(self._drive())
         yield
         driver.cancel()
@@ -187,6 +223,23 @@ class SimulatedServer:
                     if not call.done.done():
                         call.done.set_result(usage)
 
+    @web.middleware
+    async def _unless_starting(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Answer nothing while the engine starts; a real server's port is closed until then."""
+        starting = self._engine.ready_at > asyncio.get_running_loop().time()
+        if starting and not request.path.startswith("/admin/"):
+            return self._error(503, "the engine is starting", "ServiceUnavailableError")
+        return await handler(request)
+
+    async def _restart(self, _: web.Request) -> web.Response:
+        """Lose all requests, whose connections are cut, and start again."""
+        calls, self._calls = self._calls, {}
+        self._start(asyncio.get_running_loop().time())
+        self._news.set()
+        for call in calls.values():
+            call.cut()
+        return web.json_response({"lost": len(calls)})
+
     # --- requests
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
@@ -210,25 +263,32 @@ class SimulatedServer:
         model = asked.model or self._settings.models[0]
         answer = openai.AnswerFormat(asked, f"{request_id:x}", model, int(time.time()))
         adapter = asked.model if asked.model in self._settings.loras else ""
-        block_size = self._settings.engine.block_size_tokens
+        settings, engine = self._settings, self._engine
+        if engine.waiting >= settings.max_waiting:
+            message = f"{settings.max_waiting} requests are waiting already"
+            return self._error(429, message, "TooManyRequestsError")
+        block_size = settings.hardware.block_size_tokens
         call = self._calls[request_id] = _Call(answer, asked.max_tokens, now)
         try:
-            self._engine.submit(
+            engine.submit(
                 EngineRequest(
                     request_id,
                     asked.prompt_tokens,
                     asked.max_tokens,
                     openai.block_hashes(asked.prompt, block_size, adapter),
                     adapter,
+                    settings.grammar_seconds_per_kilobyte * asked.schema_bytes / 1e3,
                 ),
                 now,
             )
-        except (QueueFullError, TooLongError) as error:
+        except TooLongError as error:
             del self._calls[request_id]
-            if isinstance(error, QueueFullError):
-                return self._error(429, str(error), "TooManyRequestsError")
             return self._error(400, str(error), "BadRequestError", "max_tokens")
+        except NotReadyError as error:
+            del self._calls[request_id]
+            return self._error(503, str(error), "ServiceUnavailableError")
         self._news.set()
+        call.connection = request.transport
         try:
             if asked.stream:
                 response = await self._stream(request, call)
@@ -312,7 +372,8 @@ class SimulatedServer:
                 return web.Response(status=500, text="broken on purpose")
             case "fake":
                 return web.Response(text=self._page.render(Load(**fake["load"])))
-        load = Load(engine.running, engine.waiting, engine.kv_usage)
+        said = engine.published
+        load = Load(said.running, said.waiting, said.kv_usage, said.deferred)
         return web.Response(text=self._page.render(load))
 
     async def _configure(self, request: web.Request) -> web.Response:

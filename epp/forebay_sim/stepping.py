@@ -3,8 +3,12 @@
 A step has a budget of tokens. Each request that decodes takes one; prompts take the rest in chunks,
 those that have begun first, then waiting ones in order, as long as the batch and the KV cache have
 room. So requests wait although the batch has room, and a long prompt slows all others. When KV
-blocks run out the youngest request is preempted and computed again later. Gauges are published at
-the end of a step: they stand still during a long one, and for as long as the engine idles.
+blocks run out the youngest request is preempted: it goes to the front of the queue and is computed
+again. What arrives or is aborted during a step counts from its end.
+
+Gauges are published at the end of a step, as the scheduler left them: they stand still during a
+long one and while the engine idles. An abort is carried out after that, so that where all requests
+are aborted together the gauges go on showing them until the next step.
 
 A step costs what changes in it, not what runs: the tokens of all that decode are counted as one.
 Pure: no clock, no I/O, no randomness. Texts and HTTP do not belong here, nor how long a step takes
@@ -13,85 +17,78 @@ Pure: no clock, no I/O, no randomness. Texts and HTTP do not belong here, nor ho
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
-from forebay_sim.engine import Finished, FirstToken, Preempted, TooLongError, Usage
-from forebay_sim.kvcache import Holding, KVCache
+from forebay_sim.decoding import DecodeSet, Sequence
+from forebay_sim.kvcache import KVCache
+from forebay_sim.lora import AdapterSlots
+from forebay_sim.terms import (
+    Finished,
+    FirstToken,
+    Gauges,
+    NotReadyError,
+    Preempted,
+    TokensProduced,
+    TooLongError,
+    Usage,
+)
 
 if TYPE_CHECKING:
-    from forebay_sim.engine import EngineRequest
     from forebay_sim.hardware import Hardware
+    from forebay_sim.terms import EngineRequest, Event
 
-Event = FirstToken | Finished | Preempted
-
-
-@dataclass(frozen=True, slots=True)
-class Gauges:
-    """What the metrics page says.
-
-    Attributes:
-        running: requests in the batch.
-        waiting: requests that wait for room.
-        deferred: requests that wait for something else, such as their grammar.
-        kv_usage: fraction 0-1 of the KV cache in use.
-        steps: since the start.
-        step_tokens: that these have processed.
-        prompt_tokens: of requests whose prompt is done.
-        generation_tokens: of answers.
-        preemptions: since the start.
-    """
-
-    running: int = 0
-    waiting: int = 0
-    deferred: int = 0
-    kv_usage: float = 0.0
-    steps: int = 0
-    step_tokens: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    preemptions: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    request: EngineRequest
-    number: int
-    remaining: int = 0  # tokens of the prompt, or of what is computed again, not yet prefilled
-    generated: int = 0
-    cached_tokens: int = 0
-    entered: int = -1  # decode step after which it has `generated` tokens; -1: does not decode
-    residue: int = 0  # of the decode steps that need another block
-    computed_before: bool = False
-    holding: Holding = field(default_factory=lambda: Holding((), 0, 0))
+# Sums of step times carry rounding errors; moments this close are the same one.
+_SAME_MOMENT_SECONDS = 1e-6
 
 
 class StepEngine:
-    """One engine."""
+    """One engine. It begins empty; one that restarts is a new one.
 
-    def __init__(self, hardware: Hardware) -> None:
+    Args:
+        hardware: what it runs on.
+        started_at: when it was started; it takes requests `hardware.startup_seconds` later.
+        show_tokens: whether `advance` returns `TokensProduced`. They make a step cost as much as
+            requests run.
+
+    Attributes:
+        published: what the metrics page shows.
+        ready_at: when it takes requests.
+        scheduled_tokens: tokens of the step that runs.
+        preemptions: since the start.
+    """
+
+    def __init__(
+        self, hardware: Hardware, started_at: float = -math.inf, *, show_tokens: bool = False
+    ) -> None:
         self.hardware = hardware
         self.published = Gauges()
+        self.ready_at = started_at + hardware.startup_seconds
+        self.scheduled_tokens = 0
+        self.preemptions = 0
+        self._show_tokens = show_tokens
         self._cache = KVCache(hardware.kv_blocks, hardware.block_size_tokens)
-        self._live: dict[int, _Sequence] = {}
-        self._waiting: deque[_Sequence] = deque()
-        self._deferred: list[tuple[float, int, _Sequence]] = []
-        self._running: dict[int, _Sequence] = {}  # oldest first
-        self._prefilling: dict[int, _Sequence] = {}  # likewise
-        self._decoding = 0
-        self._context_tokens = 0  # of all that decode
-        self._ticks = 0  # decode steps so far
-        self._ends: list[tuple[int, int, _Sequence, int]] = []
-        self._growing: list[dict[int, _Sequence]] = [{} for _ in range(hardware.block_size_tokens)]
-        self._chunks: list[tuple[_Sequence, int]] = []
-        self._step_decodes = 0
+        self._adapters = AdapterSlots(hardware.max_loras, hardware.lora_load_seconds)
+        self._live: dict[int, Sequence] = {}
+        self._waiting: deque[Sequence] = deque()
+        self._deferred: list[tuple[float, int, Sequence]] = []  # a heap, by when it is ready
+        self._running: dict[int, Sequence] = {}  # oldest first
+        self._prefilling: dict[int, Sequence] = {}  # likewise
+        self._decoding = DecodeSet(hardware.block_size_tokens)
+        self._aborted: list[Sequence] = []  # during this step
+        self._chunks: list[tuple[Sequence, int]] = []
+        self._step_decodes = False
         self._step_ends_at: float | None = None
+        self._left_waiting = self._left_deferred = 0
         self._events: list[Event] = []
         self._number = 0
         self._steps = self._step_tokens = 0
-        self._prompt_tokens = self._generation_tokens = self._preemptions = 0
+        self._prompt_tokens = self._cached_tokens = self._generation_tokens = 0
+        self._prefix_queries = self._prefix_hits = 0
+        self._queue_seconds = 0.0
+        self._finished = 0
 
     @property
     def running(self) -> int:
@@ -100,41 +97,63 @@ class StepEngine:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for room in the batch."""
+        """Requests that wait for room in the batch, or for the end of the step."""
         return len(self._waiting)
 
     @property
-    def preemptions(self) -> int:
-        """Since the start."""
-        return self._preemptions
+    def deferred(self) -> int:
+        """Requests that cannot be scheduled yet."""
+        return len(self._deferred)
 
     @property
     def kv_used_blocks(self) -> int:
         """KV blocks that requests hold."""
         return self._cache.used
 
+    def running_adapters(self) -> set[str]:
+        """LoRA adapters of running requests."""
+        return {s.request.adapter for s in self._running.values() if s.request.adapter}
+
+    def waiting_adapters(self) -> set[str]:
+        """LoRA adapters of waiting requests."""
+        return {s.request.adapter for s in self._waiting if s.request.adapter}
+
     def submit(self, request: EngineRequest, now: float) -> None:
-        """Take a request in.
+        """Take a request in; it is scheduled when the step ends that runs now.
 
         Raises:
+            NotReadyError: the engine is still starting.
             TooLongError: it can never fit the KV cache.
-            ValueError: its id is in use.
+            ValueError: its token counts are below 1 or its id is in use.
         """
+        if now < self.ready_at:
+            raise NotReadyError(f"the engine is ready in {self.ready_at - now:.1f} s")
+        if request.prompt_tokens < 1 or request.max_tokens < 1:
+            raise ValueError(f"request {request.id}: prompt_tokens and max_tokens must be >= 1")
         if request.id in self._live:
             raise ValueError(f"request {request.id} is already in the engine")
+        # The last token is never read again, so it needs no block.
         tokens = request.prompt_tokens + request.max_tokens - 1
         if self._cache.blocks_for(tokens) > self._cache.total:
-            raise TooLongError(f"{tokens} tokens exceed the KV cache")
+            room = self._cache.total * self._cache.block_size_tokens
+            raise TooLongError(
+                f"prompt of {request.prompt_tokens} and answer of {request.max_tokens} tokens"
+                f" exceed the KV cache of {room} tokens"
+            )
         self._run_until(now)
         self._number += 1
-        sequence = self._live[request.id] = _Sequence(request, self._number)
-        if request.deferred_seconds:
+        idle = self._step_ends_at is None
+        queued_at = now if self._step_ends_at is None else self._step_ends_at
+        sequence = self._live[request.id] = Sequence(request, self._number, queued_at)
+        if request.deferred_seconds > 0:
             ready_at = now + request.deferred_seconds
             heappush(self._deferred, (ready_at, sequence.number, sequence))
+            if idle:
+                self._publish_idle()
         else:
             self._waiting.append(sequence)
-        if self._step_ends_at is None:
-            self._begin_step(now)
+            if idle:
+                self._begin_step(now)
 
     def abort(self, request_id: int, now: float) -> bool:
         """Drop a request whose client is gone; False when the engine does not hold it."""
@@ -142,12 +161,12 @@ class StepEngine:
         sequence = self._live.pop(request_id, None)
         if sequence is None:
             return False
-        if request_id in self._running:
-            self._leave(sequence)
-        elif sequence in self._waiting:
-            self._waiting.remove(sequence)
+        sequence.aborted = True
+        if self._step_ends_at is None:
+            self._drop(sequence)
+            self._publish_idle()
         else:
-            self._deferred = [entry for entry in self._deferred if entry[2] is not sequence]
+            self._aborted.append(sequence)
         return True
 
     def next_wakeup(self) -> float | None:
@@ -171,8 +190,6 @@ class StepEngine:
                 if not self._deferred or self._deferred[0][0] > now:
                     return
                 self._begin_step(self._deferred[0][0])
-                if self._step_ends_at is None:
-                    return
             elif at <= now:
                 self._end_step(at)
                 self._begin_step(at)
@@ -184,119 +201,153 @@ class StepEngine:
     def _begin_step(self, at: float) -> None:
         while self._deferred and self._deferred[0][0] <= at:
             self._waiting.append(heappop(self._deferred)[2])
-        self._step_ends_at = None
         if not self._running and not self._waiting:
+            self._step_ends_at = None
+            self.scheduled_tokens = 0
             return
         hardware = self.hardware
         preempted = self._grow(at)
-        budget = hardware.max_num_batched_tokens - self._decoding
+        self._left_deferred = 0
+        budget = hardware.max_num_batched_tokens - len(self._decoding.sequences)
         self._chunks = chunks = []
         for sequence in self._prefilling.values():
-            if budget <= 0:
-                break
             chunk = min(budget, sequence.remaining)
             chunks.append((sequence, chunk))
             budget -= chunk
-        if not preempted:
-            while self._waiting and budget > 0 and len(self._running) < hardware.max_num_seqs:
-                admitted = self._admit()
-                if admitted is None:
-                    break
-                chunk = min(budget, admitted.remaining)
-                chunks.append((admitted, chunk))
-                budget -= chunk
-        self._step_decodes = self._decoding
-        tokens = hardware.max_num_batched_tokens - budget
-        if not tokens:  # all that runs was preempted, and nothing fits beside what is left
-            return
-        self._step_tokens += tokens
+        # A preempted request would only push out others, or itself again, at this moment.
+        if not preempted and self._waiting:
+            budget = self._admit(at, budget)
+        self._left_waiting = len(self._waiting) - self._left_deferred
+        self._step_decodes = bool(self._decoding.sequences)
+        self.scheduled_tokens = tokens = hardware.max_num_batched_tokens - budget
         self._step_ends_at = (
             at
             + hardware.overhead_seconds
             + max(hardware.weights_seconds, tokens * hardware.token_seconds)
-            + self._context_tokens * hardware.context_token_seconds
+            + self._decoding.context_tokens * hardware.context_token_seconds
         )
 
-    def _end_step(self, at: float) -> None:
-        self._steps += 1
-        if self._step_decodes:
-            self._ticks += 1
-            self._context_tokens += self._decoding
-            self._generation_tokens += self._decoding
-            ends = self._ends
-            while ends and ends[0][0] <= self._ticks:
-                _, _, sequence, entered = heappop(ends)
-                if sequence.entered == entered and sequence.request.id in self._running:
-                    self._finish(sequence, at)
-        for sequence, chunk in self._chunks:
+    def _admit(self, at: float, budget: int) -> int:
+        """Let waiting requests into the batch; return what is left of the budget.
+
+        One whose adapter cannot be loaded is passed over; the first that lacks KV blocks holds up
+        all behind it, so that short prompts do not starve a long one.
+        """
+        hardware = self.hardware
+        passed_over: list[Sequence] = []
+        while self._waiting and budget > 0 and len(self._running) < hardware.max_num_seqs:
+            sequence = self._waiting[0]
             request = sequence.request
-            if self._prefilling.get(request.id) is not sequence:
-                continue  # aborted or preempted
-            sequence.remaining -= chunk
-            if sequence.remaining:
+            if not self._adapters.has_place_for(request.adapter):
+                passed_over.append(self._waiting.popleft())
                 continue
-            del self._prefilling[request.id]
-            self._cache.share(sequence.holding)
-            sequence.generated += 1
-            self._generation_tokens += 1
-            if not sequence.computed_before:
-                self._prompt_tokens += request.prompt_tokens
-                self._events.append(FirstToken(at, request.id))
-            if sequence.generated >= request.max_tokens:
-                self._finish(sequence, at)
-            else:
-                self._decode(sequence)
-        self._chunks = []
+            tokens = request.prompt_tokens + sequence.generated
+            holding = self._cache.allocate(tokens, request.block_hashes)
+            if holding is None:
+                break
+            self._waiting.popleft()
+            cached_tokens = holding.cached_blocks * hardware.block_size_tokens
+            if sequence.queue_seconds < 0:
+                sequence.queue_seconds = max(0.0, at - sequence.queued_at)
+                sequence.cached_tokens = cached_tokens
+                self._prefix_queries += request.prompt_tokens
+                self._prefix_hits += cached_tokens
+            sequence.holding = holding
+            sequence.remaining = tokens - cached_tokens
+            sequence.ready_at = (
+                self._adapters.acquire(request.adapter, at)
+                + hardware.first_token_seconds
+                - _SAME_MOMENT_SECONDS
+            )
+            self._running[request.id] = self._prefilling[request.id] = sequence
+            chunk = min(budget, sequence.remaining)
+            self._chunks.append((sequence, chunk))
+            budget -= chunk
+        self._waiting.extendleft(reversed(passed_over))
+        self._left_deferred = len(passed_over)
+        return budget
+
+    def _end_step(self, at: float) -> None:
+        produced = self._end_decodes(at) if self._step_decodes else 0
+        computed = 0
+        for sequence, chunk in self._chunks:
+            sequence.remaining -= chunk
+            if sequence.remaining or at < sequence.ready_at:
+                continue
+            produced += 1
+            computed += self._end_prefill(sequence, at)
+        if produced:
+            self._steps += 1
+            self._step_tokens += produced + computed
+            self._generation_tokens += produced
         self._publish()
+        if self._aborted:
+            for sequence in self._aborted:
+                self._drop(sequence)
+            self._aborted = []
+
+    def _end_decodes(self, at: float) -> int:
+        """Give each request that decodes a token; return how many."""
+        decoding = self._decoding
+        produced = len(decoding.sequences)
+        ended = decoding.step()
+        if self._show_tokens:
+            ids = tuple(i for i, s in decoding.sequences.items() if not s.aborted)
+            if ids:
+                self._events.append(TokensProduced(at, ids))
+        for sequence in ended:
+            self._finish(sequence, at)
+        return produced
+
+    def _end_prefill(self, sequence: Sequence, at: float) -> int:
+        """Sample the token after a prompt; return the prompt tokens that now count as computed."""
+        request = sequence.request
+        del self._prefilling[request.id]
+        self._cache.share(sequence.holding)
+        sequence.generated += 1
+        computed = 0
+        if sequence.generated == 1:
+            computed = request.prompt_tokens - sequence.cached_tokens
+            self._prompt_tokens += request.prompt_tokens
+            self._cached_tokens += sequence.cached_tokens
+            if not sequence.aborted:
+                self._events.append(FirstToken(at, request.id))
+        elif self._show_tokens and not sequence.aborted:
+            self._events.append(TokensProduced(at, (request.id,)))
+        if sequence.generated >= request.max_tokens:
+            self._finish(sequence, at)
+        else:
+            self._decoding.add(sequence)
+        return computed
 
     def _publish(self) -> None:
         self.published = Gauges(
             len(self._running),
-            len(self._waiting),
-            len(self._deferred),
+            self._left_waiting,
+            self._left_deferred + len(self._deferred),
             self._cache.used / self._cache.total,
             self._steps,
             self._step_tokens,
             self._prompt_tokens,
+            self._cached_tokens,
             self._generation_tokens,
-            self._preemptions,
+            self.preemptions,
+            self._prefix_queries,
+            self._prefix_hits,
+            self._queue_seconds,
+            self._finished,
         )
 
-    def _admit(self) -> _Sequence | None:
-        """Let the first waiting request into the batch, or none where it lacks KV blocks."""
-        sequence = self._waiting[0]
-        request = sequence.request
-        tokens = request.prompt_tokens + sequence.generated
-        holding = self._cache.allocate(tokens, request.block_hashes)
-        if holding is None:
-            return None
-        self._waiting.popleft()
-        cached_tokens = holding.cached_blocks * self.hardware.block_size_tokens
-        if not sequence.computed_before:
-            sequence.cached_tokens = cached_tokens
-        sequence.holding = holding
-        sequence.remaining = tokens - cached_tokens
-        self._running[request.id] = self._prefilling[request.id] = sequence
-        return sequence
-
-    # --- decoding: all at once
-
-    def _decode(self, sequence: _Sequence) -> None:
-        sequence.entered = self._ticks
-        self._decoding += 1
-        stored = sequence.request.prompt_tokens + sequence.generated - 1
-        self._context_tokens += stored
-        left = sequence.request.max_tokens - sequence.generated
-        heappush(self._ends, (self._ticks + left, sequence.number, sequence, self._ticks))
-        room = sequence.holding.blocks * self.hardware.block_size_tokens - stored
-        sequence.residue = (self._ticks + room + 1) % self.hardware.block_size_tokens
-        self._growing[sequence.residue][sequence.request.id] = sequence
+    def _publish_idle(self) -> None:
+        """Publish while nothing runs and some are deferred: an engine spins on empty steps then."""
+        self._left_waiting = self._left_deferred = 0
+        self._publish()
 
     def _grow(self, at: float) -> bool:
-        """Give each request that needs one in this step another block; True if one was preempted."""
-        if not self._decoding:
+        """Give those that need one in this step a block; return whether one was preempted."""
+        growing = self._decoding.growing()
+        if not growing:
             return False
-        growing = self._growing[(self._ticks + 1) % self.hardware.block_size_tokens]
         preempted = False
         while not self._cache.take(len(growing)):
             self._preempt(at)
@@ -308,26 +359,37 @@ class StepEngine:
     def _preempt(self, at: float) -> None:
         sequence = next(reversed(self._running.values()))
         self._leave(sequence)
-        sequence.computed_before = True
         self._waiting.appendleft(sequence)
-        self._preemptions += 1
+        self.preemptions += 1
         self._events.append(Preempted(at, sequence.request.id))
 
-    def _finish(self, sequence: _Sequence, at: float) -> None:
+    def _finish(self, sequence: Sequence, at: float) -> None:
         request = sequence.request
         self._leave(sequence)
+        if sequence.aborted:
+            return
         del self._live[request.id]
+        self._queue_seconds += sequence.queue_seconds
+        self._finished += 1
         usage = Usage(request.prompt_tokens, request.max_tokens, sequence.cached_tokens)
         self._events.append(Finished(at, request.id, usage))
 
-    def _leave(self, sequence: _Sequence) -> None:
-        request_id = sequence.request.id
-        del self._running[request_id]
-        self._prefilling.pop(request_id, None)
+    def _drop(self, sequence: Sequence) -> None:
+        if self._running.get(sequence.request.id) is sequence:
+            self._leave(sequence)
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+        else:
+            self._deferred = [entry for entry in self._deferred if entry[2] is not sequence]
+            heapify(self._deferred)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Take a request out of the batch."""
+        request = sequence.request
+        del self._running[request.id]
         if sequence.entered >= 0:
-            sequence.generated += self._ticks - sequence.entered
-            self._decoding -= 1
-            self._context_tokens -= sequence.request.prompt_tokens + sequence.generated - 1
-            sequence.entered = -1
-            del self._growing[sequence.residue][request_id]
+            self._decoding.remove(sequence)
+        else:
+            self._prefilling.pop(request.id, None)
         self._cache.release(sequence.holding)
+        self._adapters.release(request.adapter)

@@ -16,8 +16,9 @@ from forebay_epp.codec.metricstext import (
     engines,
     parse_page,
 )
-from forebay_sim.engine import Engine, EngineSettings
+from forebay_sim.hardware import PRESETS
 from forebay_sim.metricspage import ENGINES, Load, MetricsPage
+from forebay_sim.stepping import StepEngine
 
 MODEL = 'engine="0",model_name="meta-llama/Llama-3.1-8B-Instruct"'
 UNKNOWN = PageMetrics(None, None, None)
@@ -102,7 +103,7 @@ def test_prefers_the_new_name_of_the_cache_usage():
 @pytest.mark.parametrize("kind", sorted(ENGINES.keys() - {"other"}))
 def test_reads_the_page_of_every_known_model_server(kind):
     """Each has its own names and labels; only text-generation-inference hides its cache."""
-    page = MetricsPage(Engine(EngineSettings()), 'a"b', loras=True, kind=kind)
+    page = MetricsPage(StepEngine(PRESETS["plain"]), 'a"b', loras=True, kind=kind)
 
     metrics = parse_page(page.render(Load(running=5, waiting=2, kv=0.25)).encode())
 
@@ -111,7 +112,7 @@ def test_reads_the_page_of_every_known_model_server(kind):
 
 def test_what_waits_for_its_grammar_does_not_count_as_waiting():
     """What vLLM calls deferred says nothing about free slots in its batch."""
-    page = MetricsPage(Engine(EngineSettings()), "m", loras=False)
+    page = MetricsPage(StepEngine(PRESETS["plain"]), "m", loras=False)
 
     assert parse_page(page.render(Load(running=1, waiting=2, deferred=5)).encode()).waiting == 2
 

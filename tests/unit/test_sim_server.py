@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 
 import aiohttp
 import pytest
 
-from forebay_sim.engine import EngineSettings
+from forebay_sim.hardware import PRESETS, Hardware
 from forebay_sim.server import ServerSettings, serve
 
-FAST = EngineSettings(
-    max_num_seqs=2, prefill_overhead_seconds=0.002, decode_seconds_per_token=0.001
-)
+FAST = Hardware(max_num_seqs=2, overhead_seconds=0.001, weights_seconds=0.0)
 
 
 @pytest.fixture
@@ -22,7 +21,9 @@ async def start():
     runners = []
 
     async def begin(**settings) -> str:
-        runner, port = await serve(ServerSettings(**({"engine": FAST} | settings)), "127.0.0.1", 0)
+        runner, port = await serve(
+            ServerSettings(**({"hardware": FAST} | settings)), "127.0.0.1", 0
+        )
         runners.append(runner)
         return f"http://127.0.0.1:{port}"
 
@@ -88,22 +89,117 @@ async def test_a_stream_has_one_event_per_token_then_usage_then_the_end(start, h
 
 
 async def test_a_client_that_leaves_frees_its_slot(start, http):
-    """The engine does not go on without a client."""
-    url = await start(engine=EngineSettings(max_num_seqs=1, decode_seconds_per_token=1.0))
+    """The next request runs, long before the first would have ended."""
+    url = await start(hardware=replace(PRESETS["plain"], max_num_seqs=1))
     request = asyncio.create_task(
-        http.post(f"{url}/v1/chat/completions", json=chat(max_tokens=100))
+        http.post(f"{url}/v1/chat/completions", json=chat(max_tokens=100_000))
     )
 
     async def running() -> bool:
-        return 'num_requests_running{engine="0",model_name="*"} 1.0' in await metrics(http, url)
+        return await gauge(http, url, "num_requests_running") == 1
 
     await until(running)
     request.cancel()
+    async with http.post(f"{url}/v1/chat/completions", json=chat(max_tokens=1)) as answer:
+        assert answer.status == 200
 
-    async def idle() -> bool:
-        return 'num_requests_running{engine="0",model_name="*"} 0.0' in await metrics(http, url)
 
-    await until(idle)
+async def test_the_page_stands_still_when_the_only_client_leaves(start, http):
+    """An engine without a step to end publishes nothing, as vLLM."""
+    url = await start()
+    request = asyncio.create_task(
+        http.post(f"{url}/v1/chat/completions", json=chat(max_tokens=100_000))
+    )
+
+    async def running() -> bool:
+        return await gauge(http, url, "num_requests_running") == 1
+
+    async def standing_still() -> bool:
+        before = await gauge(http, url, "generation_tokens_total")
+        await asyncio.sleep(0.05)
+        return await gauge(http, url, "generation_tokens_total") == before
+
+    await until(running)
+    request.cancel()
+    await until(standing_still)
+
+    assert await running()
+
+
+async def test_a_request_with_a_schema_is_deferred(start, http):
+    """While its grammar is compiled it waits, for no capacity."""
+    url = await start(grammar_seconds_per_kilobyte=60.0)
+    schema = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
+    request = asyncio.create_task(
+        http.post(f"{url}/v1/chat/completions", json=chat(response_format=schema))
+    )
+
+    async def deferred() -> bool:
+        page = await metrics(http, url)
+        return 'reason="capacity"} 0.0' in page and 'reason="deferred"} 1.0' in page
+
+    await until(deferred)
+    request.cancel()
+
+
+async def test_no_more_wait_inside_than_may(start, http):
+    """The next gets 429."""
+    hardware = replace(PRESETS["plain"], max_num_seqs=1)
+    url = await start(hardware=hardware, max_waiting=1)
+    requests = [
+        asyncio.create_task(http.post(f"{url}/v1/chat/completions", json=chat(max_tokens=100_000)))
+        for _ in range(2)
+    ]
+
+    async def full() -> bool:
+        return await gauge(http, url, "num_requests_waiting") == 1
+
+    await until(full)
+    async with http.post(f"{url}/v1/chat/completions", json=chat()) as answer:
+        status = answer.status
+    for request in requests:
+        request.cancel()
+
+    assert status == 429
+
+
+async def test_a_restart_loses_requests_and_counters_and_takes_its_time(start, http):
+    """Connections are cut, 503 while it starts, counters begin at 0."""
+    url = await start(hardware=replace(FAST, startup_seconds=0.3))
+
+    async def started() -> bool:
+        async with http.get(f"{url}/health") as answer:
+            return answer.status == 200
+
+    async def running() -> bool:
+        return await gauge(http, url, "num_requests_running") == 1
+
+    await until(started)
+    request = asyncio.create_task(
+        http.post(f"{url}/v1/chat/completions", json=chat(max_tokens=100_000))
+    )
+    await until(running)
+
+    async with http.post(f"{url}/admin/restart") as answer:
+        lost = (await answer.json())["lost"]
+    with pytest.raises(aiohttp.ClientError):
+        await request
+    async with http.post(f"{url}/v1/chat/completions", json=chat()) as answer:
+        status = answer.status
+    await until(started)
+
+    assert (lost, status) == (1, 503)
+    assert await gauge(http, url, "num_requests_running") == 0
+    assert await gauge(http, url, "generation_tokens_total") == 0
+
+
+async def gauge(http, url, name: str) -> float:
+    """The value of vLLM's series of one engine."""
+    page = await metrics(http, url)
+    start = f'vllm:{name}{{engine="0",model_name="*"}} '
+    return next(
+        float(line.removeprefix(start)) for line in page.splitlines() if line.startswith(start)
+    )
 
 
 async def metrics(http, url) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -23,14 +24,14 @@ from forebay_control import mapping
 from forebay_epp.core.limits.adaptive import INITIAL_LIMIT
 from forebay_operator.planning import topology
 from forebay_operator.resources import POLICY, FlowControlPolicy, read
-from forebay_sim.engine import EngineSettings
+from forebay_sim.hardware import PRESETS
 from forebay_sim.metricspage import ENGINES
 from forebay_sim.server import ServerSettings, serve
 
 if TYPE_CHECKING:
     from forebay_control.v1 import control_pb2 as pb
 
-ENGINE = EngineSettings(max_num_seqs=16, decode_seconds_per_token=0.01)
+HARDWARE = replace(PRESETS["plain"], max_num_seqs=16)
 CLIENTS = 120
 OTHER = {
     "path": "/stats",
@@ -52,7 +53,7 @@ class Load:
     async def _serve(self, kinds) -> dict[str, str]:
         addresses = {}
         for kind in kinds:
-            settings = ServerSettings(engine=ENGINE, metrics=kind)
+            settings = ServerSettings(hardware=HARDWARE, metrics=kind)
             runner, port = await serve(settings, "127.0.0.1", 0)
             self._runners.append(runner)
             addresses[kind] = f"127.0.0.1:{port}"
