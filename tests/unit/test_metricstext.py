@@ -19,6 +19,7 @@ from forebay_epp.codec.metricstext import (
 from forebay_sim.hardware import PRESETS
 from forebay_sim.metricspage import ENGINES, Load, MetricsPage
 from forebay_sim.stepping import StepEngine
+from forebay_sim.terms import EngineRequest
 
 MODEL = 'engine="0",model_name="meta-llama/Llama-3.1-8B-Instruct"'
 UNKNOWN = PageMetrics(None, None, None)
@@ -107,7 +108,35 @@ def test_reads_the_page_of_every_known_model_server(kind):
 
     metrics = parse_page(page.render(Load(running=5, waiting=2, kv=0.25)).encode())
 
-    assert metrics == PageMetrics(5, 2, None if kind == "tgi" else 0.25)
+    assert (metrics.running, metrics.waiting) == (5, 2)
+    assert metrics.kv_usage == (None if kind == "tgi" else 0.25)
+
+
+def test_reads_the_steps_of_an_engine_and_their_tokens():
+    """From a page of the simulated server: a prompt of 30 tokens, then two more steps."""
+    engine = StepEngine(PRESETS["plain"])
+    engine.submit(EngineRequest(1, 30, 3), 0.0)
+    engine.advance(1.0)
+    page = MetricsPage(engine, "m", loras=False).render(Load())
+
+    metrics = parse_page(page.encode())
+
+    assert (metrics.steps, metrics.step_tokens) == (3, 33)
+
+
+def test_sums_the_steps_of_engines_whose_histograms_follow_each_other():
+    """Buckets of the second come between; one that cannot be true makes the sum unknown."""
+    name = b"vllm:iteration_tokens_total"
+    lines = [
+        b'%b_bucket{engine="%d",le="1"} 1\n%b_count{engine="%d"} %d.0\n%b_sum{engine="%d"} 9.5\n'
+        % (name, number, name, number, 10 + number, name, number)
+        for number in range(3)
+    ]
+    page = b"vllm:num_requests_running 1\n" + b"".join(lines)
+
+    assert (parse_page(page).steps, parse_page(page).step_tokens) == (33, 28.5)
+    assert parse_page(page.replace(b" 11.0", b" NaN")).steps is None
+    assert parse_page(page.replace(b" 11.0", b" 1e16")).steps is None
 
 
 def test_what_waits_for_its_grammar_does_not_count_as_waiting():

@@ -146,6 +146,21 @@ async def test_reports_what_a_page_says():
     assert before < report.started_at < time.monotonic()
 
 
+@pytest.mark.parametrize(("tokens", "expected"), [(b"900.0", (70.0, 900.0)), (b"NaN", (None, 0.0))])
+async def test_reports_steps_with_their_tokens_or_not_at_all(tokens, expected):
+    """One is worth nothing without the other."""
+    page = PAGE + (
+        b"\nvllm:iteration_tokens_total_count 70.0\nvllm:iteration_tokens_total_sum %b\n" % tokens
+    )
+    async with (
+        RawServer(replies(answer(page))).listening() as server,
+        scraping(server.address) as (_, reports),
+    ):
+        await until(lambda: reports)
+
+    assert (reports[0].steps, reports[0].step_tokens) == expected
+
+
 async def test_reports_a_page_without_cache_usage():
     """KV usage may be unknown; running and waiting may not."""
     page = b"\n".join(PAGE.split(b"\n")[:2])

@@ -156,9 +156,8 @@ class Scraper:
         for path in (metrics.path,) if metrics.path else (known,) if known else PATHS:
             started_at = self._clock()
             try:
-                page = self._load(
-                    await fetch(session, _url(address, metrics.port, path), "text/plain")
-                )
+                url = _url(address, metrics.port, path)
+                page = self._read(address, await fetch(session, url, "text/plain"), started_at)
             except FetchError as error:
                 if not error.missing:
                     raise
@@ -166,20 +165,29 @@ class Scraper:
                 continue
             if metrics is self._metrics and address in self._tasks:
                 self._paths[address] = path
-            return EndpointMetrics(address, *page, started_at, self._current_interval())
+            return page
         raise failures[0]
 
-    def _load(self, page_text: bytes) -> tuple[int, int, float | None]:
-        """Return running, waiting and KV usage.
+    def _read(self, address: str, page_text: bytes, started_at: float) -> EndpointMetrics:
+        """Return what the page says.
 
         Raises:
-            FetchError: the page does not have the first two.
+            FetchError: it does not show running and waiting.
         """
         page = parse_page(page_text, self._engines)
         if page.running is None or page.waiting is None:
             what = "the page does not show running and waiting requests"
             raise FetchError("unparsable", what, missing=True)
-        return page.running, page.waiting, page.kv_usage
+        return EndpointMetrics(
+            address,
+            page.running,
+            page.waiting,
+            page.kv_usage,
+            started_at,
+            self._current_interval(),
+            page.steps,
+            page.step_tokens,
+        )
 
     def _failed(self, address: str, error: Exception) -> None:
         why = cause(error)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from forebay_control.plan import MetricsPlan, SeriesPlan
 
 MAX_REQUESTS = 1_000_000
+MAX_TOTAL = 1e15
 MAX_SERIES = 1_000
 MAX_COMMENTS = 4  # between two samples of a metric
 MAX_LINE_BYTES = 16 << 10
@@ -50,12 +51,17 @@ class Series:
     Attributes:
         name: the metric's name.
         labels: label names and values as a page writes them.
+        scattered: whether other lines come between the samples, as in a histogram, whose count and
+            sum follow the buckets of the same labels.
     """
 
-    __slots__ = ("labels", "line_start", "name")
+    __slots__ = ("labels", "line_start", "name", "scattered")
 
-    def __init__(self, name: str, labels: tuple[tuple[str, str], ...] = ()) -> None:
+    def __init__(
+        self, name: str, labels: tuple[tuple[str, str], ...] = (), *, scattered: bool = False
+    ) -> None:
         self.name = name.encode()
+        self.scattered = scattered
         self.line_start = b"\n" + self.name
         self.labels = tuple((label.encode(), _escaped(value)) for label, value in labels)
 
@@ -77,13 +83,15 @@ class Engine:
 
     Attributes:
         prefix: what names of its metrics begin with, and no other server's; empty: any page is its.
-        running, waiting, kv_usage: see `PageMetrics`.
+        running, waiting, kv_usage, steps, step_tokens: see `PageMetrics`.
     """
 
     prefix: str
     running: tuple[Series, ...]
     waiting: tuple[Series, ...]
     kv_usage: tuple[Series, ...] = ()
+    steps: tuple[Series, ...] = ()
+    step_tokens: tuple[Series, ...] = ()
 
     def publishes(self, page: bytes) -> bool:
         """Return whether the page is one of this kind of server."""
@@ -104,6 +112,8 @@ ENGINES = (
             Series("vllm:kv_cache_usage_perc"),
             Series("vllm:gpu_cache_usage_perc"),  # before the end of 2025
         ),
+        (Series("vllm:iteration_tokens_total_count", scattered=True),),
+        (Series("vllm:iteration_tokens_total_sum", scattered=True),),
     ),
     Engine(
         "sglang:",
@@ -152,11 +162,16 @@ class PageMetrics:
         running: requests in the batch, summed over engines.
         waiting: requests queued inside the server for a batch slot, summed over engines.
         kv_usage: fraction 0-1 of KV cache in use, the fullest engine.
+        steps: that produced a token, since the start, summed over engines.
+        step_tokens: prompt and answer tokens of these steps, 0 where they are unknown. vLLM counts
+            a prompt in the step that ends its prefill.
     """
 
     running: int | None
     waiting: int | None
     kv_usage: float | None
+    steps: float | None = None
+    step_tokens: float = 0.0
 
 
 UNKNOWN = PageMetrics(None, None, None)
@@ -166,10 +181,15 @@ def parse_page(page: bytes, known: tuple[Engine, ...] = ENGINES) -> PageMetrics:
     """Read the signals of the first engine whose page it is; never raises."""
     for engine in known:
         if engine.publishes(page):
+            steps, step_tokens = _total(page, engine.steps), _total(page, engine.step_tokens)
+            if steps is None or step_tokens is None:  # one is worth nothing without the other
+                steps, step_tokens = None, 0.0
             return PageMetrics(
                 running=_count(page, engine.running),
                 waiting=_count(page, engine.waiting),
                 kv_usage=_fullest(page, engine.kv_usage),
+                steps=steps,
+                step_tokens=step_tokens,
             )
     return UNKNOWN
 
@@ -179,6 +199,13 @@ def _count(page: bytes, series: tuple[Series, ...]) -> int | None:
     if not values or any(value > MAX_REQUESTS or value != int(value) for value in values):
         return None
     return int(sum(values))
+
+
+def _total(page: bytes, series: tuple[Series, ...]) -> float | None:
+    values = _values(page, series)
+    if not values or any(value > MAX_TOTAL for value in values):
+        return None
+    return sum(values)
 
 
 def _fullest(page: bytes, series: tuple[Series, ...]) -> float | None:
@@ -202,12 +229,13 @@ def _samples(page: bytes, series: Series) -> Iterator[float]:
 
     All samples of a metric are one group of lines (both formats demand it), so the search ends with
     the group and most of the page is never looked at. Comments inside a group are not the end.
+    Only for a scattered series the rest of the page is searched.
 
     Raises:
         _UnbelievableError: a line does not have the form of a sample of a count or fraction, or
             there are too many.
     """
-    end_of_name = _first_sample(page, series)
+    end_of_name = _next_sample(page, series, 0)
     if end_of_name < 0:
         return
     for _ in range(MAX_SERIES):
@@ -223,15 +251,19 @@ def _samples(page: bytes, series: Series) -> Iterator[float]:
             end_of_line = page.find(b"\n", end_of_line + 1)
         end_of_name = end_of_line + len(series.line_start)
         if not page.startswith(series.line_start, end_of_line) or _goes_on(page, end_of_name):
-            return
+            if not series.scattered:
+                return
+            end_of_name = _next_sample(page, series, end_of_line)
+            if end_of_name < 0:
+                return
     raise _UnbelievableError
 
 
-def _first_sample(page: bytes, series: Series) -> int:
-    """Return where the name ends in the first line that begins with it; -1 if there is none."""
-    if page.startswith(series.name) and not _goes_on(page, len(series.name)):
+def _next_sample(page: bytes, series: Series, start: int) -> int:
+    """Return where the name ends in the next line that begins with it; -1 if there is none."""
+    if not start and page.startswith(series.name) and not _goes_on(page, len(series.name)):
         return len(series.name)
-    at = page.find(series.line_start)
+    at = page.find(series.line_start, start)
     while at >= 0:
         end = at + len(series.line_start)
         if not _goes_on(page, end):
