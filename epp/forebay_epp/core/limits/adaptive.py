@@ -37,8 +37,9 @@ STANDBY_WORTH = 0.01
 ASSUMED_STEP_SECONDS = 0.03
 PREFILL_SLOWDOWN = 2.0
 PREFILL_SECONDS = 0.25
-MIN_PROBE_SECONDS = 2.0
-MAX_PROBE_SECONDS = 7.0
+MIN_PROBE_SECONDS = 4.0
+MAX_PROBE_SECONDS = 30.0
+PROBE_SLOT_SECONDS = 500.0  # a probe costs little where it is one slot of many
 SMOOTHING = 0.2
 
 
@@ -63,8 +64,8 @@ class AdaptiveLimit:
         "_least_step_seconds",
         "_observed_at",
         "_probe_at",
-        "_probe_seconds",
         "_steps",
+        "_stuck",
         "_tokens",
         "batch",
         "full",
@@ -81,6 +82,7 @@ class AdaptiveLimit:
         self.full = False
         self.value = INITIAL_WINDOW
         self.settled_until = -math.inf
+        self._stuck = False
         self._steps: float | None = None
         self._tokens = 0.0
         self._least_step_seconds = math.inf
@@ -90,7 +92,6 @@ class AdaptiveLimit:
         self._observed_at = -math.inf
         self._arrivals = self._arrivals_before = 0  # since the last page that moved, and before
         self._probe_at = -math.inf
-        self._probe_seconds = MIN_PROBE_SECONDS
         # Pages without a gap that found requests waiting for no other reason than a full batch:
         # running, and when.
         self._crowded: list[tuple[int, float]] = []
@@ -106,8 +107,15 @@ class AdaptiveLimit:
 
     def started(self, running: int) -> None:
         """Take note that so many requests run, because their answers have begun."""
+        self._stuck = False
         if running > self.batch and not self.full:
             self._run(running)
+
+    def stuck(self) -> None:
+        """Take note that what was sent does not begin to run: none stands by until a page tells."""
+        if not self.full and not self._stuck:
+            self._stuck = True
+            self._resize(0)
 
     def observe(
         self, page: EndpointMetrics, occupancy: int, arrivals: int, ended: int, now: float
@@ -148,6 +156,7 @@ class AdaptiveLimit:
         )
         if page.running > self.batch:
             self._run(page.running)
+        stuck, self._stuck = self._stuck, False
         if page.waiting == 0:
             self._crowded.clear()
             if occupancy >= self.value and page.running * 2 >= self.value:
@@ -158,7 +167,9 @@ class AdaptiveLimit:
                 standby = math.ceil(PREFILL_SECONDS * self._ended_rate)
                 self._resize(max(self._least_window(), standby))
         else:
-            self._crowd(page, arrivals, now)
+            self._crowd(page, arrivals, now, stuck=stuck)
+        if stuck and not self.full:
+            self._resize(self._least_window())
 
     def _moved(self, page: EndpointMetrics) -> tuple[float, float] | None:
         """Return the steps since the last page and tokens in each, or None if it stands still.
@@ -187,11 +198,10 @@ class AdaptiveLimit:
     def _take_more(self, now: float) -> None:
         """Nothing stands by although all slots are taken: there may be more of them."""
         if self.full and now >= self._probe_at:
-            self._probe_seconds = min(MAX_PROBE_SECONDS, 2 * self._probe_seconds)
-            self._probe_at = now + self._probe_seconds
+            self._probe_at = now + self._probe_seconds()
             self._resize(max(1, self._standby()))
 
-    def _crowd(self, page: EndpointMetrics, arrivals: int, now: float) -> None:
+    def _crowd(self, page: EndpointMetrics, arrivals: int, now: float, *, stuck: bool) -> None:
         """Requests wait for room in the batch, or just for the next step."""
         self._crowded.append((page.running, now))
         del self._crowded[:-SHRUNK_PAGES]
@@ -201,7 +211,7 @@ class AdaptiveLimit:
         elif self.batch - page.running <= turnover:
             last = [running for running, _ in self._crowded[-STEADY_PAGES:]]
             steady = len(last) == STEADY_PAGES and max(last) - min(last) <= turnover
-            if page.waiting > arrivals or steady:
+            if page.waiting > arrivals or steady or stuck:
                 self._fill(max(self.batch, page.running), now)
         elif page.waiting <= turnover:
             self._crowded.clear()
@@ -211,12 +221,14 @@ class AdaptiveLimit:
     def _fill(self, batch: int, now: float) -> None:
         """The engine runs as many as it can."""
         if not self.full:
-            self._probe_seconds = MIN_PROBE_SECONDS
-            self._probe_at = now + MIN_PROBE_SECONDS
+            self._probe_at = now + self._probe_seconds()
         self.batch = max(1, batch)
         self.full = True
         self.settled_until = math.inf
         self._resize(self._standby())
+
+    def _probe_seconds(self) -> float:
+        return min(MAX_PROBE_SECONDS, max(MIN_PROBE_SECONDS, PROBE_SLOT_SECONDS / self.batch))
 
     def _standby(self) -> int:
         """As many as end in a step, where it is worth it."""
