@@ -12,9 +12,7 @@ if TYPE_CHECKING:
     from forebay_replay.replay import Answer, Replay
 
 
-def figures(
-    replay: Replay, critical: str, slo_seconds: Mapping[str, float]
-) -> dict[str, float]:
+def figures(replay: Replay, critical: str, slo_seconds: Mapping[str, float]) -> dict[str, float]:
     """Return what a run came to.
 
     Args:

@@ -34,7 +34,9 @@ class Arrival:
 Lengths = "Callable[[Random], tuple[int, int]]"
 
 
-def lengths(prompt: float, answer: float, spread: float = 0.5) -> Callable[[Random], tuple[int, int]]:
+def lengths(
+    prompt: float, answer: float, spread: float = 0.5
+) -> Callable[[Random], tuple[int, int]]:
     """Return a source of prompt and answer lengths in tokens.
 
     Args:

@@ -138,6 +138,10 @@ class Replay:
             else:
                 self.send(self.routing.wake(self.now))
 
+    def resize(self, servers: int) -> None:
+        """Let the pool consist of the first so many servers; the others answer what they have."""
+        self.send(self.routing.replace(servers, self.now))
+
     def send(self, sent: list[tuple[int, int]]) -> None:
         """Bring dispatched requests to their servers."""
         for number, server in sent:

@@ -16,8 +16,6 @@ from forebay_epp.core.terms import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from forebay_control.plan import Plan
     from forebay_replay.load import Arrival
 
@@ -45,6 +43,9 @@ class Routing(Protocol):
     def scrape(self, server: int, page: EndpointMetrics, now: float) -> list[tuple[int, int]]:
         """A server's metrics have been read."""
 
+    def replace(self, servers: int, now: float) -> list[tuple[int, int]]:
+        """Only the first so many servers are in the pool."""
+
     def wake(self, now: float) -> list[tuple[int, int]]:
         """The moment that `next_wakeup` named has come."""
 
@@ -68,20 +69,26 @@ class Direct:
         self._unanswered = [0] * servers
         self._server: dict[int, int] = {}
         self._turn = 0
+        self._servers = servers
         self._random = Random(1)  # noqa: S311  # ties, not secrets
 
     def arrive(self, number: int, arrival: Arrival, now: float) -> list[tuple[int, int]]:  # noqa: ARG002
         """Send it."""
         if self._least_request:
-            least = min(self._unanswered)
-            equals = [n for n, unanswered in enumerate(self._unanswered) if unanswered == least]
+            pool = self._unanswered[: self._servers]
+            least = min(pool)
+            equals = [number for number, unanswered in enumerate(pool) if unanswered == least]
             server = self._random.choice(equals)
         else:
-            server = self._turn
-            self._turn = (self._turn + 1) % len(self._unanswered)
+            server = self._turn = (self._turn + 1) % self._servers
         self._unanswered[server] += 1
         self._server[number] = server
         return [(number, server)]
+
+    def replace(self, servers: int, now: float) -> list[tuple[int, int]]:  # noqa: ARG002
+        """Choose among these."""
+        self._servers = servers
+        return []
 
     def first_token(self, number: int, now: float) -> list[tuple[int, int]]:  # noqa: ARG002
         """Nothing waits."""
@@ -125,9 +132,10 @@ class Queued:
         """How many requests are queued."""
         return self.controller.waiting
 
-    def replace(self, servers: Sequence[int], now: float) -> list[tuple[int, int]]:
-        """Let the pool consist of these servers."""
-        self.controller.set_endpoints([Endpoint(self.addresses[each]) for each in servers], now)
+    def replace(self, servers: int, now: float) -> list[tuple[int, int]]:
+        """Tell the controller."""
+        endpoints = [Endpoint(address) for address in self.addresses[:servers]]
+        self.controller.set_endpoints(endpoints, now)
         return self.wake(now)
 
     def arrive(self, number: int, arrival: Arrival, now: float) -> list[tuple[int, int]]:

@@ -41,7 +41,8 @@ class Scenario:
         measured: from when to when the servers are saturated.
         fixed: the limits among which the best fixed one is searched.
         slo_seconds: how long an answer of a model may take to begin.
-        prepare: makes happen what goes wrong on the way.
+        prepare: arranges what happens on the way.
+        servers: how many are in the pool at the start; None: all.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Scenario:
     fixed: Sequence[int]
     slo_seconds: Mapping[str, float] = field(default_factory=lambda: SLO_SECONDS)
     prepare: Callable[[Replay], None] = lambda _: None
+    servers: int | None = None
 
 
 def plan(slots: int | None) -> Plan:
@@ -77,3 +79,139 @@ def plan(slots: int | None) -> Plan:
         limits=LimitsPlan(max_requests=UNBOUNDED, max_bytes=UNBOUNDED_BYTES),
         saturation=saturation,
     )
+
+
+def _mixed(
+    rate: float, seconds: float, seed: int, answer: float = 1.0, start: float = 0.0
+) -> list[Arrival]:
+    """Return chat, summaries and batch jobs, 1:3:6, with answers of 100, 100 and 200 tokens."""
+    random = Random(seed)  # noqa: S311  # a load, not a secret
+    return together(
+        poisson(CHAT, 0.1 * rate, seconds, lengths(200, 100 * answer), random, start),
+        poisson(SUMMARY, 0.3 * rate, seconds, lengths(500, 100 * answer), random, start),
+        poisson(BATCH, 0.6 * rate, seconds, lengths(500, 200 * answer), random, start),
+    )
+
+
+SMALL = Hardware(max_num_seqs=8)
+H100 = PRESETS["8b-h100"]
+
+
+def uniform() -> Scenario:
+    """Four servers of 8 slots from a cold start at twice what they can do."""
+    return Scenario("uniform", [SMALL] * 4, _mixed(36, 60, 1), (10.0, 60.0), (7, 8, 9, 10))
+
+
+def large() -> Scenario:
+    """Four 8B models on an H100 each at twice what they can do."""
+    arrivals = _mixed(300, 30, 2)
+    return Scenario("large", [H100] * 4, arrivals, (10.0, 30.0), (224, 256, 264, 288))
+
+
+def heterogeneous() -> Scenario:
+    """Batches of 8, 32, 256 and 1,024: no fixed limit fits all."""
+    engines = [replace(H100, max_num_seqs=n, kv_blocks=60_000) for n in (8, 32, 256, 1024)]
+    return Scenario(
+        "heterogeneous", engines, _mixed(190, 30, 3), (15.0, 30.0), (8, 32, 128, 256, 1024)
+    )
+
+
+def bursty(data: Path) -> Scenario:
+    """Azure's code trace, 13 tokens an answer, in its own bursts, 40 times as fast."""
+    arrivals = trace(data / "azure_2023_code.csv", 8000, 40.0, _every_tenth)
+    return Scenario("bursty", [H100] * 4, arrivals, (5.0, 40.0), (32, 64, 128, 256))
+
+
+def conversation(data: Path) -> Scenario:
+    """Azure's conversation trace, twice what the servers can do."""
+    arrivals = trace(data / "azure_2023_conv.csv", 12000, 60.0, _every_tenth)
+    return Scenario("conversation", [H100] * 2, arrivals, (10.0, 35.0), (224, 256, 264, 288))
+
+
+def _every_tenth(number: int) -> str:
+    return (CHAT, SUMMARY, SUMMARY, SUMMARY, BATCH, BATCH, BATCH, BATCH, BATCH, BATCH)[number % 10]
+
+
+def long_prompts() -> Scenario:
+    """Chat with 2 % of prompts of 60,000 tokens, which keep prefill 40 % busy."""
+    random = Random(5)  # noqa: S311  # a load, not a secret
+    arrivals = together(
+        poisson(CHAT, 12, 120, lengths(300, 150), random),
+        poisson(BATCH, 0.25, 120, lengths(60_000, 50, 0.1), random),
+    )
+    engines = [replace(H100, kv_blocks=40_000)]
+    return Scenario("long-prompts", engines, arrivals, (10.0, 120.0), (32, 64, 128, 256))
+
+
+def kv_bound() -> Scenario:
+    """8B on an L4, whose KV cache is full long before its batch."""
+    random = Random(6)  # noqa: S311  # a load, not a secret
+    arrivals = together(
+        poisson(CHAT, 0.8, 120, lengths(400, 150), random),
+        poisson(BATCH, 2.4, 120, lengths(1200, 400), random),
+    )
+    engines = [PRESETS["8b-l4"]] * 2
+    return Scenario("kv-bound", engines, arrivals, (20.0, 120.0), (8, 12, 16, 20, 24))
+
+
+def slow_server() -> Scenario:
+    """One of four takes three times as long for everything."""
+    slow = replace(SMALL, overhead_seconds=0.006, weights_seconds=0.024, token_seconds=0.00006)
+    return Scenario(
+        "slow-server", [SMALL] * 3 + [slow], _mixed(30, 60, 7), (10.0, 60.0), (7, 8, 9, 10)
+    )
+
+
+def overload() -> Scenario:
+    """Three times what four small servers can do."""
+    return Scenario("overload", [SMALL] * 4, _mixed(54, 40, 8), (10.0, 40.0), (7, 8, 9, 10))
+
+
+def interactive() -> Scenario:
+    """Chat at a third of what the servers can do, beside more batch than they can."""
+    random = Random(9)  # noqa: S311  # a load, not a secret
+    arrivals = together(
+        poisson(CHAT, 6, 60, lengths(200, 100), random),
+        poisson(BATCH, 18, 60, lengths(500, 200), random),
+    )
+    return Scenario("interactive", [SMALL] * 4, arrivals, (10.0, 60.0), (7, 8, 9, 10))
+
+
+def interactive_alone() -> Scenario:
+    """The same chat without the batch."""
+    random = Random(9)  # noqa: S311  # a load, not a secret
+    arrivals = list(poisson(CHAT, 6, 60, lengths(200, 100), random))
+    return Scenario("interactive-alone", [SMALL] * 4, arrivals, (10.0, 60.0), (8,))
+
+
+def scale() -> Scenario:
+    """Two servers, four from second 20 on, two again from second 40 on."""
+
+    def prepare(replay: Replay) -> None:
+        replay.at(20.0, replay.resize, 4)
+        replay.at(40.0, replay.resize, 2)
+
+    arrivals = _mixed(24, 60, 10)
+    return Scenario(
+        "scale", [SMALL] * 4, arrivals, (22.0, 40.0), (7, 8, 9, 10), prepare=prepare, servers=2
+    )
+
+
+def scenarios(data: Path | None) -> dict[str, Callable[[], Scenario]]:
+    """Return all of them by name; those that replay a trace only where it can be read."""
+    found: dict[str, Callable[[], Scenario]] = {
+        "uniform": uniform,
+        "large": large,
+        "heterogeneous": heterogeneous,
+        "long-prompts": long_prompts,
+        "kv-bound": kv_bound,
+        "slow-server": slow_server,
+        "overload": overload,
+        "interactive": interactive,
+        "interactive-alone": interactive_alone,
+        "scale": scale,
+    }
+    if data is not None:
+        found["bursty"] = lambda: bursty(data)
+        found["conversation"] = lambda: conversation(data)
+    return found

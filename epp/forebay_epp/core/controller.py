@@ -227,7 +227,7 @@ class FlowController:
         request, endpoint = self._dispatched[request_id]
         if now < request.first_token_at:
             request.first_token_at = now
-            self._endpoints.first_token(endpoint)
+            self._endpoints.first_token(endpoint, request, now)
 
     def complete(
         self,
@@ -353,7 +353,7 @@ class FlowController:
         request.endpoint = endpoint.address
         request.dispatched_at = now
         self._dispatched[request.id] = (request, endpoint)
-        self._endpoints.dispatched(endpoint)
+        self._endpoints.dispatched(endpoint, now)
         self._decisions.append(
             Dispatched(
                 request.id,

@@ -26,6 +26,7 @@ STALE_SECONDS = 2.0
 SCRAPE_SECONDS = 1.0
 PROBE_SECONDS = 10.0
 FOREIGN_HALF_LIFE_SECONDS = 300.0
+STUCK_TTFTS = 3.0  # after so many usual times to the first token a request that was sent is stuck
 EPSILON = 1e-9
 
 
@@ -68,6 +69,8 @@ class TrackedEndpoint:
         "_settled",
         "_stale_at",
         "_started",
+        "_ttft_seconds",
+        "_unstarted_since",
         "address",
         "counted",
         "foreign",
@@ -120,6 +123,8 @@ class TrackedEndpoint:
         self._arrivals = 0
         self._ended = 0
         self._started = 0  # requests in flight whose answers have begun
+        self._unstarted_since = now  # when one was sent, or another began, and did not yet begin
+        self._ttft_seconds = NEVER  # usual time from dispatch to the first token
         self._blind: deque[float] = deque()
         self.refresh()
 
@@ -136,8 +141,10 @@ class TrackedEndpoint:
             self._blind.clear()
         self.refresh()
 
-    def dispatched(self) -> None:
+    def dispatched(self, now: float) -> None:
         """Count one more request in flight."""
+        if self.in_flight == self._started:
+            self._unstarted_since = now
         self.in_flight += 1
         self._arrivals += 1
         self._peak = max(self._peak, self.in_flight)
@@ -146,9 +153,14 @@ class TrackedEndpoint:
             self.health.dispatched()
         self.refresh()
 
-    def first_token(self) -> None:
+    def first_token(self, request: Request, now: float) -> None:
         """An answer to a request in flight has begun."""
         self._started += 1
+        self._unstarted_since = now
+        seconds = now - request.dispatched_at
+        if self._ttft_seconds == NEVER:
+            self._ttft_seconds = seconds
+        self._ttft_seconds += 0.1 * (seconds - self._ttft_seconds)
         value = self.limit.value
         self.limit.started(self._started)
         if self.limit.value != value:
@@ -163,6 +175,9 @@ class TrackedEndpoint:
         self._ended += 1
         if request.first_token_at < NEVER:
             self._started -= 1
+        unstarted = self.in_flight > self._started > 0
+        if unstarted and now > self._unstarted_since + STUCK_TTFTS * self._ttft_seconds:
+            self.limit.stuck()
         self._idle_since = now
         if blind and self.fresh and self.limit.learned:
             self._blind.append(request.dispatched_at)
@@ -376,15 +391,15 @@ class EndpointSet:
             self._moved(tracked)
             self._note_health(tracked, was_out, failures)
 
-    def dispatched(self, tracked: TrackedEndpoint) -> None:
+    def dispatched(self, tracked: TrackedEndpoint, now: float) -> None:
         """One of the endpoint's free slots is taken."""
-        tracked.dispatched()
+        tracked.dispatched(now)
         self._moved(tracked)
 
-    def first_token(self, tracked: TrackedEndpoint) -> None:
+    def first_token(self, tracked: TrackedEndpoint, request: Request, now: float) -> None:
         """An answer of the endpoint has begun."""
         limit = tracked.limit.value
-        tracked.first_token()
+        tracked.first_token(request, now)
         if tracked.limit.value != limit:
             self._moved(tracked)
             self._measure()

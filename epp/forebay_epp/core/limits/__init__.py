@@ -45,6 +45,9 @@ class Limit(Protocol):
     def started(self, running: int) -> None:
         """Learn that so many requests run, because their answers have begun."""
 
+    def stuck(self) -> None:
+        """Learn that what was sent does not begin, though others have begun sooner."""
+
     def observe(
         self, page: EndpointMetrics, occupancy: int, arrivals: int, ended: int, now: float
     ) -> None:

@@ -27,17 +27,19 @@ if TYPE_CHECKING:
     from forebay_control.plan import SaturationPlan
     from forebay_epp.core.terms import EndpointMetrics
 
-INITIAL_WINDOW = 4
+INITIAL_WINDOW = 2
 WINDOW_PART = 8  # of the batch
 MAX_LIMIT = 100_000
 STEADY_PAGES = 3
 SHRUNK_PAGES = 5
-SHRUNK_SECONDS = 1.0
+SHRUNK_SECONDS = 0.7
 STANDBY_WORTH = 0.01
 ASSUMED_STEP_SECONDS = 0.03
-PREFILL_PART = 0.6
-MIN_PROBE_SECONDS = 0.5
-MAX_PROBE_SECONDS = 4.0
+PREFILL_SLOWDOWN = 2.0
+PREFILL_SECONDS = 0.25
+MIN_PROBE_SECONDS = 4.0
+MAX_PROBE_SECONDS = 30.0
+PROBE_SLOT_SECONDS = 500.0  # a probe costs little where it is one slot of many
 SMOOTHING = 0.2
 
 
@@ -52,14 +54,18 @@ class AdaptiveLimit:
     """
 
     __slots__ = (
+        "_arrivals",
+        "_arrivals_before",
         "_crowded",
+        "_ended",
         "_ended_per_step",
+        "_ended_rate",
         "_kv_threshold",
-        "_most_step_tokens",
+        "_least_step_seconds",
         "_observed_at",
         "_probe_at",
-        "_probe_seconds",
         "_steps",
+        "_stuck",
         "_tokens",
         "batch",
         "full",
@@ -76,13 +82,16 @@ class AdaptiveLimit:
         self.full = False
         self.value = INITIAL_WINDOW
         self.settled_until = -math.inf
+        self._stuck = False
         self._steps: float | None = None
         self._tokens = 0.0
-        self._most_step_tokens = 0.0
+        self._least_step_seconds = math.inf
         self._ended_per_step = 0.0
+        self._ended_rate = 0.0
+        self._ended = 0  # since the last page that moved
         self._observed_at = -math.inf
+        self._arrivals = self._arrivals_before = 0  # since the last page that moved, and before
         self._probe_at = -math.inf
-        self._probe_seconds = MIN_PROBE_SECONDS
         # Pages without a gap that found requests waiting for no other reason than a full batch:
         # running, and when.
         self._crowded: list[tuple[int, float]] = []
@@ -98,8 +107,15 @@ class AdaptiveLimit:
 
     def started(self, running: int) -> None:
         """Take note that so many requests run, because their answers have begun."""
+        self._stuck = False
         if running > self.batch and not self.full:
             self._run(running)
+
+    def stuck(self) -> None:
+        """Take note that what was sent does not begin to run: none stands by until a page tells."""
+        if not self.full and not self._stuck:
+            self._stuck = True
+            self._resize(0)
 
     def observe(
         self, page: EndpointMetrics, occupancy: int, arrivals: int, ended: int, now: float
@@ -113,29 +129,47 @@ class AdaptiveLimit:
             ended: answers that have ended since then.
             now: monotonic seconds.
         """
-        seconds = min(1.0, now - self._observed_at)
-        self._observed_at = now
+        self._arrivals += arrivals
+        self._ended += ended
         moved = self._moved(page)
         if moved is None:
             return
         steps, step_tokens = moved
+        seconds, self._observed_at = min(2.0, now - self._observed_at), now
+        ended, self._ended = self._ended, 0
+        # What a page says was so at the end of a step, after the page before it was read.
+        arrivals, self._arrivals, self._arrivals_before = (
+            self._arrivals + self._arrivals_before,
+            0,
+            self._arrivals,
+        )
         if steps == 0:
             steps = seconds / ASSUMED_STEP_SECONDS
+        if seconds > 0:
+            self._ended_rate += SMOOTHING * (ended / seconds - self._ended_rate)
         self._ended_per_step += SMOOTHING * (ended / max(1.0, steps) - self._ended_per_step)
-        self._most_step_tokens = max(0.999 * self._most_step_tokens, step_tokens)
-        prefilling = step_tokens > max(
-            2.0 * page.running, PREFILL_PART * self._most_step_tokens
+        step_seconds = seconds / steps
+        self._least_step_seconds = min(1.001 * self._least_step_seconds, step_seconds)
+        prefilling = (
+            step_tokens > 2.0 * page.running
+            and step_seconds > PREFILL_SLOWDOWN * self._least_step_seconds
         )
         if page.running > self.batch:
             self._run(page.running)
+        stuck, self._stuck = self._stuck, False
         if page.waiting == 0:
             self._crowded.clear()
             if occupancy >= self.value and page.running * 2 >= self.value:
                 self._take_more(now)
         elif prefilling:
             self._crowded.clear()
+            if not self.full:
+                standby = math.ceil(PREFILL_SECONDS * self._ended_rate)
+                self._resize(max(self._least_window(), standby))
         else:
-            self._crowd(page, arrivals, now)
+            self._crowd(page, arrivals, now, stuck=stuck)
+        if stuck and not self.full:
+            self._resize(self._least_window())
 
     def _moved(self, page: EndpointMetrics) -> tuple[float, float] | None:
         """Return the steps since the last page and tokens in each, or None if it stands still.
@@ -156,34 +190,45 @@ class AdaptiveLimit:
     def _run(self, running: int) -> None:
         self.batch = running
         self.full = False
-        self._resize(max(INITIAL_WINDOW, running // WINDOW_PART))
+        self._resize(self._least_window())
+
+    def _least_window(self) -> int:
+        return max(INITIAL_WINDOW, self.batch // WINDOW_PART)
 
     def _take_more(self, now: float) -> None:
         """Nothing stands by although all slots are taken: there may be more of them."""
         if self.full and now >= self._probe_at:
-            self._probe_seconds = min(MAX_PROBE_SECONDS, 2 * self._probe_seconds)
-            self._probe_at = now + self._probe_seconds
-            self._resize(self._standby() + 1)
+            self._probe_at = now + self._probe_seconds()
+            self._resize(max(1, self._standby()))
 
-    def _crowd(self, page: EndpointMetrics, arrivals: int, now: float) -> None:
+    def _crowd(self, page: EndpointMetrics, arrivals: int, now: float, *, stuck: bool) -> None:
+        """Requests wait for room in the batch, or just for the next step."""
         self._crowded.append((page.running, now))
-        del self._crowded[: -max(STEADY_PAGES, SHRUNK_PAGES)]
-        last = [running for running, _ in self._crowded[-STEADY_PAGES:]]
-        steady = len(last) == STEADY_PAGES and len(set(last)) == 1
-        if page.running >= self.batch:
-            if page.waiting > arrivals or steady:
-                self._fill(page.running)
-            return
-        since = self._crowded[0][1]
-        if len(self._crowded) == SHRUNK_PAGES and now - since >= SHRUNK_SECONDS * 0.8:
-            self._fill(max(running for running, _ in self._crowded))
+        del self._crowded[:-SHRUNK_PAGES]
+        turnover = 1.0 + 2.0 * self._ended_per_step  # a page may be of before or after it
+        if self.full and self.batch - page.running <= turnover:
+            self._resize(self._standby())
+        elif self.batch - page.running <= turnover:
+            last = [running for running, _ in self._crowded[-STEADY_PAGES:]]
+            steady = len(last) == STEADY_PAGES and max(last) - min(last) <= turnover
+            if page.waiting > arrivals or steady or stuck:
+                self._fill(max(self.batch, page.running), now)
+        elif page.waiting <= turnover:
+            self._crowded.clear()
+        elif len(self._crowded) == SHRUNK_PAGES and now - self._crowded[0][1] >= SHRUNK_SECONDS:
+            self._fill(max(running for running, _ in self._crowded), now)
 
-    def _fill(self, batch: int) -> None:
+    def _fill(self, batch: int, now: float) -> None:
         """The engine runs as many as it can."""
+        if not self.full:
+            self._probe_at = now + self._probe_seconds()
         self.batch = max(1, batch)
         self.full = True
         self.settled_until = math.inf
         self._resize(self._standby())
+
+    def _probe_seconds(self) -> float:
+        return min(MAX_PROBE_SECONDS, max(MIN_PROBE_SECONDS, PROBE_SLOT_SECONDS / self.batch))
 
     def _standby(self) -> int:
         """As many as end in a step, where it is worth it."""

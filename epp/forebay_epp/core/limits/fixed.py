@@ -28,6 +28,9 @@ class FixedLimit:
     def started(self, running: int) -> None:
         """Learn nothing."""
 
+    def stuck(self) -> None:
+        """Learn nothing."""
+
     def observe(
         self, page: EndpointMetrics, occupancy: int, arrivals: int, ended: int, now: float
     ) -> None:
