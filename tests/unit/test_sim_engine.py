@@ -343,7 +343,7 @@ def test_settings_out_of_range_are_named(field, value):
     block_size=st.sampled_from([13, 16]),
     held=st.sampled_from([0.0, 0.03]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_every_request_ends_with_its_tokens_within_the_limits(
     requests, slots, blocks, budget, block_size, held
 ):
@@ -390,7 +390,7 @@ def test_every_request_ends_with_its_tokens_within_the_limits(
 
 
 @given(requests=REQUESTS, late=st.floats(0.001, 3))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_a_late_caller_gets_the_same_events(requests, late):
     """Nothing is left to chance, nor to when the engine is asked."""
     hardware = replace(PRESETS["plain"], max_num_seqs=3)
