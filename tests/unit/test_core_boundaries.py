@@ -16,9 +16,10 @@ from forebay_control.plan import (
 )
 from forebay_epp.core.bands import SPARE_DEADLINES
 from forebay_epp.core.controller import FlowController
+from forebay_epp.core.endpoints import EndpointSet
 from forebay_epp.core.limits import AdaptiveLimit
 from forebay_epp.core.limits.adaptive import CROWDED_SCRAPES, INITIAL_LIMIT, MIN_BACKOFF_SECONDS
-from forebay_epp.core.terms import Dispatched, Endpoint, Outcome, Request
+from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Outcome, Request
 
 A = "10.0.0.1:8000"
 B = "10.0.0.2:8000"
@@ -213,6 +214,30 @@ def test_a_slot_that_a_higher_band_took_hides_no_other():
     controller.complete(1, None, 0.0)
 
     assert [decision.request_id for decision in controller.poll(0.0)] == [4, 3]
+
+
+def test_slots_that_became_free_are_forgotten_once_given_away():
+    """A hundred requests, one after the other."""
+    controller = controller_of(A)
+    for number in range(100):
+        controller.submit(Request(number, "m", 1), 0.0)
+        controller.poll(0.0)
+        controller.complete(number, None, 0.0)
+    controller.poll(0.0)
+
+    assert controller._endpoints.opened == []
+
+
+def test_a_limit_that_time_has_unsettled_counts_as_the_largest():
+    """2 were running, so A had 2 slots for half a second; now it may have the 4 of B."""
+    endpoints = EndpointSet(SaturationPlan())
+    endpoints.replace([Endpoint(A), Endpoint(B)], 0.0)
+    endpoints.observe(EndpointMetrics(A, 2, 5, None, 0.1), 0.1)
+    assert endpoints.present[0].load == 7 / 2
+
+    assert endpoints.next_at == pytest.approx(0.1 + 2 * MIN_BACKOFF_SECONDS)
+    endpoints.elapse(endpoints.next_at)
+    assert endpoints.present[0].load == 7 / 4
 
 
 # --- what the core notes of an answer
