@@ -229,15 +229,16 @@ def test_slots_that_became_free_are_forgotten_once_given_away():
 
 
 def test_a_limit_that_time_has_unsettled_counts_as_the_largest():
-    """2 were running, so A had 2 slots for half a second; now it may have the 4 of B."""
+    """2 were running, so A had 2 slots for half a second; now it may have the 8 of B."""
     endpoints = EndpointSet(SaturationPlan())
     endpoints.replace([Endpoint(A), Endpoint(B)], 0.0)
+    endpoints.observe(EndpointMetrics(B, 4, 0, None, 0.1), 0.1)
     endpoints.observe(EndpointMetrics(A, 2, 5, None, 0.1), 0.1)
     assert endpoints.present[0].load == 7 / 2
 
     assert endpoints.next_at == pytest.approx(0.1 + 2 * MIN_BACKOFF_SECONDS)
     endpoints.elapse(endpoints.next_at)
-    assert endpoints.present[0].load == 7 / 4
+    assert endpoints.present[0].load == 7 / 8
 
 
 # --- what the core notes of an answer
