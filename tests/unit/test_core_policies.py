@@ -89,6 +89,18 @@ def test_a_flow_is_charged_when_nothing_of_it_waits(monkeypatch):
     assert order == [3, 5]
 
 
+def test_tokens_do_not_cost_a_turn_of_round_robin():
+    """Of two flows with one dispatch each, the one that was first is, whatever it was charged."""
+    controller = controller_of("a", "b", slots=2)
+    for number, model in enumerate(["a", "b", "a", "b"]):
+        controller.submit(Request(number, model, 1), 0.0)
+    controller.poll(0.0)
+
+    controller.complete(0, Usage(100, 100), 0.0)
+
+    assert [decision.request_id for decision in controller.poll(0.0)] == [2]
+
+
 def test_a_charge_for_a_band_that_is_gone_is_dropped():
     """The plan changed while the answer was on its way."""
     controller = controller_of("m")
