@@ -217,9 +217,13 @@ def test_a_model_name_belongs_to_the_oldest_model(site):
 
 @pytest.mark.parametrize("group", ["inference.networking.x-k8s.io", "llm-d.ai"])
 def test_an_objective_decides_the_band_where_the_policy_trusts_the_header(site, group):
-    """Its priority is below that of Standard, so the band is Sheddable; without trust Standard."""
+    """Its priority is below that of Standard, so the band is Sheddable; without trust Standard.
+
+    Its status says which of the two it is.
+    """
     site.pool()
     epp = site.epp()
+    objectives = f"inferenceobjectives.{group}"
     objective = {
         "apiVersion": f"{group}/v1alpha2",
         "kind": "InferenceObjective",
@@ -232,9 +236,12 @@ def test_an_objective_decides_the_band_where_the_policy_trusts_the_header(site, 
     with channel(f"127.0.0.1:{epp.grpc}") as open_channel:
         _kept = [send(open_channel, **header)]
         until(lambda: waiting(epp)["Sheddable"] == 1, SECONDS)
+        site.until("night", "Accepted", "True", "Accepted", objectives)
+        assert "band Sheddable" in site.message("night", "Accepted", objectives)
 
         site.apply(policy("p", "chat", trust={"objectiveHeader": False}))
         site.until_programmed("p")
+        until(lambda: "no request" in site.message("night", "Accepted", objectives), SECONDS)
         _kept.append(send(open_channel, **header))
         until(lambda: waiting(epp)["Standard"] == 1, SECONDS)
 
