@@ -16,11 +16,13 @@ from forebay_control.plan import (
 )
 from forebay_epp.core.bands import SPARE_DEADLINES
 from forebay_epp.core.controller import FlowController
+from forebay_epp.core.endpoints import EndpointSet
 from forebay_epp.core.limits import AdaptiveLimit
 from forebay_epp.core.limits.adaptive import CROWDED_SCRAPES, INITIAL_LIMIT, MIN_BACKOFF_SECONDS
-from forebay_epp.core.terms import Dispatched, Endpoint, Outcome, Request
+from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Outcome, Request
 
 A = "10.0.0.1:8000"
+B = "10.0.0.2:8000"
 ONE_SLOT = SaturationPlan(SaturationMode.CONCURRENCY, 1)
 
 
@@ -177,6 +179,66 @@ def test_hints_of_requests_that_have_gone_take_no_memory():
     (band,) = controller._bands.all
     assert not band.sites
     assert all(set(flow.lanes) <= {None} for flow in band.flows.values())
+
+
+def test_flows_of_models_that_have_gone_take_no_memory():
+    """A plan after the other, each with a model of its own that has been used."""
+    controller = controller_of(A)
+    for number in range(100):
+        plan = Plan(bands=(BandPlan("Standard", 0),), models=(ModelPlan(f"m{number}", "Standard"),))
+        controller.reconfigure(plan, 0.0)
+        controller.submit(Request(number, f"m{number}", 1), 0.0)
+        controller.cancel(number, 0.0)
+        controller.poll(0.0)
+
+    (band,) = controller._bands.all
+    assert len(band.flows) <= 2
+
+
+def test_a_slot_that_a_higher_band_took_hides_no_other():
+    """Two endpoints get a slot at once, and the first that Standard waits for is taken."""
+    controller = FlowController(
+        Plan(
+            bands=(BandPlan("Critical", 1), BandPlan("Standard", 0)),
+            saturation=ONE_SLOT,
+            models=(ModelPlan("urgent", "Critical"),),
+        ),
+        Random(1),
+    )
+    controller.set_endpoints([Endpoint(A), Endpoint(B)], 0.0)
+    for number, address in enumerate([A, B, A, B]):
+        controller.submit(Request(number, "m", 1, frozenset({address})), 0.0)
+        controller.poll(0.0)
+    controller.submit(Request(4, "urgent", 1, frozenset({A})), 0.0)
+    controller.complete(0, None, 0.0)
+    controller.complete(1, None, 0.0)
+
+    assert [decision.request_id for decision in controller.poll(0.0)] == [4, 3]
+
+
+def test_slots_that_became_free_are_forgotten_once_given_away():
+    """A hundred requests, one after the other."""
+    controller = controller_of(A)
+    for number in range(100):
+        controller.submit(Request(number, "m", 1), 0.0)
+        controller.poll(0.0)
+        controller.complete(number, None, 0.0)
+    controller.poll(0.0)
+
+    assert controller._endpoints.opened == []
+
+
+def test_a_limit_that_time_has_unsettled_counts_as_the_largest():
+    """2 were running, so A had 2 slots for half a second; now it may have the 8 of B."""
+    endpoints = EndpointSet(SaturationPlan())
+    endpoints.replace([Endpoint(A), Endpoint(B)], 0.0)
+    endpoints.observe(EndpointMetrics(B, 4, 0, None, 0.1), 0.1)
+    endpoints.observe(EndpointMetrics(A, 2, 5, None, 0.1), 0.1)
+    assert endpoints.present[0].load == 7 / 2
+
+    assert endpoints.next_at == pytest.approx(0.1 + 2 * MIN_BACKOFF_SECONDS)
+    endpoints.elapse(endpoints.next_at)
+    assert endpoints.present[0].load == 7 / 8
 
 
 # --- what the core notes of an answer
