@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields
 class Hardware:
     """The settings of an engine and the time of its steps.
 
-    A step lasts `overhead_seconds`, plus the longer of reading the weights and computing its tokens,
-    plus reading the KV cache of all that decode: the roofline of an accelerator (Williams et al.,
-    2009), on which decoding is bound by memory and prefill by arithmetic.
+    A step lasts `overhead_seconds`, plus the longer of reading the weights and computing its
+    tokens, plus reading the KV cache of all that decode: the roofline of an accelerator (Williams
+    et al., 2009), on which decoding is bound by memory and prefill by arithmetic.
 
     Attributes:
         max_num_seqs: requests that run at once, at most.

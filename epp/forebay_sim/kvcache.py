@@ -88,7 +88,7 @@ class KVCache:
         return True
 
     def take(self, blocks: int) -> bool:
-        """Take blocks that are then counted in holdings; False, and no change, when too few are free."""
+        """Take blocks for holdings that grow; False, and no change, when too few are free."""
         if self.used + blocks > self.total:
             return False
         self._private += blocks

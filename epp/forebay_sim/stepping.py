@@ -293,7 +293,7 @@ class StepEngine:
         self._growing[sequence.residue][sequence.request.id] = sequence
 
     def _grow(self, at: float) -> bool:
-        """Give each request that needs one in this step another block; True if one was preempted."""
+        """Give another block to each request that needs one; True if a request was preempted."""
         if not self._decoding:
             return False
         growing = self._growing[(self._ticks + 1) % self.hardware.block_size_tokens]
