@@ -151,7 +151,7 @@ class Lots:
 def endpoint_with(address, limit, taken):
     state = TrackedEndpoint(Endpoint(address), concurrency(limit), 0.0)
     for _ in range(taken):
-        state.dispatched(0.0)
+        state.dispatched(Request(1, "m", 1), 0.0)
     return state
 
 
@@ -191,7 +191,7 @@ def test_only_the_equal_draw_lots():
 def test_a_limit_that_is_not_settled_counts_as_the_largest():
     """Nothing is known of the server's size, so the lower number of requests decides."""
     unknown = TrackedEndpoint(Endpoint(A), SaturationPlan(SaturationMode.ADAPTIVE), 0.0)
-    unknown.dispatched(0.0)
+    unknown.dispatched(Request(1, "m", 1), 0.0)
 
     assert picked(unknown, endpoint_with(B, 8, 2)) == (A, [])
     assert picked(unknown, endpoint_with(B, 8, 0)) == (B, [])

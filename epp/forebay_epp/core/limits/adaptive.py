@@ -172,7 +172,7 @@ class AdaptiveLimit:
             self._crowded.clear()
             if not self.full:
                 standby = math.ceil(PREFILL_SECONDS * self._ended_rate)
-                self._resize(max(LEAST_WINDOW, standby))
+                self._resize(max(1, standby))
         else:
             self._crowd(page, arrivals, now, stuck=stuck)
         if stuck and not self.full:
