@@ -43,6 +43,7 @@ SHRUNK_PAGES = 5
 SHRUNK_SECONDS = 0.7
 STANDBY_WORTH = 0.01
 PREFILL_SLOWDOWN = 2.0
+PREFILL_PART = 0.4
 PREFILL_SECONDS = 0.25
 MIN_PROBE_SECONDS = 4.0
 MAX_PROBE_SECONDS = 30.0
@@ -69,6 +70,7 @@ class AdaptiveLimit:
         "_ended_rate",
         "_kv_threshold",
         "_least_step_seconds",
+        "_most_step_tokens",
         "_observed_at",
         "_probe_at",
         "_steps",
@@ -93,6 +95,7 @@ class AdaptiveLimit:
         self._steps: float | None = None
         self._tokens = 0.0
         self._least_step_seconds = math.inf
+        self._most_step_tokens = 0.0
         self._ended_per_step = 0.0
         self._ended_rate = 0.0
         self._ended = 0  # since the last page that moved
@@ -157,8 +160,9 @@ class AdaptiveLimit:
             step_seconds = seconds / steps
             self._least_step_seconds = min(1.001 * self._least_step_seconds, step_seconds)
             self._ended_per_step += SMOOTHING * (ended / steps - self._ended_per_step)
+            self._most_step_tokens = max(0.999 * self._most_step_tokens, step_tokens)
             prefilling = (
-                step_tokens > 2.0 * page.running
+                step_tokens > max(2.0 * page.running, PREFILL_PART * self._most_step_tokens)
                 and step_seconds > PREFILL_SLOWDOWN * self._least_step_seconds
             )
         if page.running > self.batch:
