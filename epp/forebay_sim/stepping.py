@@ -38,7 +38,8 @@ class Gauges:
         deferred: requests that wait for something else, such as their grammar.
         kv_usage: fraction 0-1 of the KV cache in use.
         steps: since the start.
-        step_tokens: that these have processed.
+        step_tokens: that these have processed; a prompt counts in the step that ends its prefill,
+            as vLLM has it.
         prompt_tokens: of requests whose prompt is done.
         generation_tokens: of answers.
         preemptions: since the start.
@@ -209,7 +210,6 @@ class StepEngine:
         tokens = hardware.max_num_batched_tokens - budget
         if not tokens:  # all that runs was preempted, and nothing fits beside what is left
             return
-        self._step_tokens += tokens
         self._step_ends_at = (
             at
             + hardware.overhead_seconds
@@ -223,6 +223,7 @@ class StepEngine:
             self._ticks += 1
             self._context_tokens += self._decoding
             self._generation_tokens += self._decoding
+            self._step_tokens += self._decoding
             ends = self._ends
             while ends and ends[0][0] <= self._ticks:
                 _, _, sequence, entered = heappop(ends)
@@ -241,6 +242,7 @@ class StepEngine:
             self._generation_tokens += 1
             if not sequence.computed_before:
                 self._prompt_tokens += request.prompt_tokens
+                self._step_tokens += request.prompt_tokens
                 self._events.append(FirstToken(at, request.id))
             if sequence.generated >= request.max_tokens:
                 self._finish(sequence, at)

@@ -43,7 +43,6 @@ SHRUNK_PAGES = 5
 SHRUNK_SECONDS = 0.7
 STANDBY_WORTH = 0.01
 PREFILL_SLOWDOWN = 2.0
-PREFILL_PART = 0.4
 PREFILL_SECONDS = 0.25
 MIN_PROBE_SECONDS = 4.0
 MAX_PROBE_SECONDS = 30.0
@@ -64,15 +63,16 @@ class AdaptiveLimit:
     __slots__ = (
         "_arrivals",
         "_arrivals_before",
+        "_batch_step_seconds",
         "_crowded",
         "_ended",
         "_ended_per_step",
         "_ended_rate",
         "_kv_threshold",
         "_least_step_seconds",
-        "_most_step_tokens",
         "_observed_at",
         "_probe_at",
+        "_step_seconds",
         "_steps",
         "_stuck",
         "_tokens",
@@ -95,7 +95,8 @@ class AdaptiveLimit:
         self._steps: float | None = None
         self._tokens = 0.0
         self._least_step_seconds = math.inf
-        self._most_step_tokens = 0.0
+        self._step_seconds = 0.0
+        self._batch_step_seconds = 0.0  # usual, while the batch is as large as is known
         self._ended_per_step = 0.0
         self._ended_rate = 0.0
         self._ended = 0  # since the last page that moved
@@ -103,8 +104,8 @@ class AdaptiveLimit:
         self._arrivals = self._arrivals_before = 0  # since the last page that moved, and before
         self._probe_at = -math.inf
         # Pages without a gap that found requests waiting for no other reason than a full batch:
-        # running, and when.
-        self._crowded: list[tuple[int, float]] = []
+        # running, when, and how many answers had ended since the page before.
+        self._crowded: list[tuple[int, float, int]] = []
         self.reconfigure(plan)
 
     def reconfigure(self, plan: SaturationPlan) -> None:
@@ -155,16 +156,12 @@ class AdaptiveLimit:
         )
         if seconds > 0:
             self._ended_rate += SMOOTHING * (ended / seconds - self._ended_rate)
-        prefilling = False
+        slow = False
         if steps and seconds > 0:
-            step_seconds = seconds / steps
-            self._least_step_seconds = min(1.001 * self._least_step_seconds, step_seconds)
+            self._step_seconds = seconds / steps
+            self._least_step_seconds = min(1.001 * self._least_step_seconds, self._step_seconds)
             self._ended_per_step += SMOOTHING * (ended / steps - self._ended_per_step)
-            self._most_step_tokens = max(0.999 * self._most_step_tokens, step_tokens)
-            prefilling = (
-                step_tokens > max(2.0 * page.running, PREFILL_PART * self._most_step_tokens)
-                and step_seconds > PREFILL_SLOWDOWN * self._least_step_seconds
-            )
+            slow = self._step_seconds > PREFILL_SLOWDOWN * self._least_step_seconds
         if page.running > self.batch:
             self._run(page.running)
         stuck, self._stuck = self._stuck, False
@@ -172,13 +169,13 @@ class AdaptiveLimit:
             self._crowded.clear()
             if occupancy >= self.value and page.running * 2 >= self.value:
                 self._take_more(now)
-        elif prefilling:
+        elif slow and step_tokens > 2 * page.running and not self.full:
             self._crowded.clear()
-            if not self.full:
-                standby = math.ceil(PREFILL_SECONDS * self._ended_rate)
-                self._resize(max(1, standby))
+            self._resize(max(1, math.ceil(PREFILL_SECONDS * self._ended_rate)))
         else:
-            self._crowd(page, arrivals, now, stuck=stuck)
+            self._crowded.append((page.running, now, ended))
+            del self._crowded[:-SHRUNK_PAGES]
+            self._crowd(page, now, slow=slow, proven=stuck or page.waiting > arrivals)
         if stuck and not self.full:
             self._resize(self._least_window())
 
@@ -212,26 +209,29 @@ class AdaptiveLimit:
             self._probe_at = now + self._probe_seconds()
             self._resize(max(1, self._standby()))
 
-    def _crowd(self, page: EndpointMetrics, arrivals: int, now: float, *, stuck: bool) -> None:
+    def _crowd(self, page: EndpointMetrics, now: float, *, slow: bool, proven: bool) -> None:
         """Requests wait for room in the batch, or just for the next step."""
-        self._crowded.append((page.running, now))
-        del self._crowded[:-SHRUNK_PAGES]
         # A page may be of before some have ended, or of after it.
         counted = page.steps is not None
         ended = self._ended_per_step if counted else LONGEST_STEP_SECONDS * self._ended_rate
         turnover = 1.0 + 2.0 * ended
-        if self.full and self.batch - page.running <= turnover:
-            self._resize(self._standby())
-        elif self.batch - page.running <= turnover:
+        if self.batch - page.running <= turnover:
+            usual = self._batch_step_seconds or self._step_seconds
+            self._batch_step_seconds = usual + SMOOTHING * (self._step_seconds - usual)
+            if self.full:
+                self._resize(self._standby())
+                return
             pages, spread = (STEADY_PAGES, turnover) if counted else (SHRUNK_PAGES, 0.0)
-            last = [running for running, _ in self._crowded[-pages:]]
+            last = [running for running, _, _ in self._crowded[-pages:]]
             steady = len(last) == pages and max(last) - min(last) <= spread
-            if page.waiting > arrivals or steady or stuck:
+            # Where prompts fill slow steps the batch keeps its size too, until one of it ends.
+            ending = not slow or any(ended for _, _, ended in self._crowded)
+            if (proven or steady) and ending:
                 self._fill(max(self.batch, page.running), now)
-        elif page.waiting <= turnover:
-            self._crowded.clear()
+        elif page.waiting <= turnover or self._step_seconds > 1.5 * self._batch_step_seconds > 0:
+            self._crowded.clear()  # it waits for the next step, which prompts make a long one
         elif len(self._crowded) == SHRUNK_PAGES and now - self._crowded[0][1] >= SHRUNK_SECONDS:
-            self._fill(max(running for running, _ in self._crowded), now)
+            self._fill(max(running for running, _, _ in self._crowded), now)
 
     def _fill(self, batch: int, now: float) -> None:
         """The engine runs as many as it can."""
