@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import statistics
 import sys
@@ -97,6 +98,7 @@ class Soak:
         self._ended: list[Request] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._sent = 0
+        self._began_at = time.monotonic()
         self._memory: dict[str, list[tuple[float, float]]] = {"epp": [], "operator": []}
 
     def _write(self, manifests: Path) -> Path:
@@ -207,7 +209,8 @@ class Soak:
             if loop.time() < first_quarter:
                 faults += [self._kill_epp, self._restart_epp]
             fault = self._random.choice(faults)
-            print(f"{loop.time() - began:6.0f} s {fault.__name__.strip('_')}", flush=True)
+            name, load = fault.__name__.strip("_"), os.getloadavg()[0]
+            print(f"{loop.time() - began:6.0f} s {name}, load {load:.1f}", flush=True)
             await fault()
 
     @contextmanager
@@ -296,6 +299,8 @@ class Soak:
         if unexplained:
             found = Counter(request.outcome for request in unexplained)
             wrong.append(f"{len(unexplained)} failures without a kill: {found}; {unexplained[:3]}")
+            minutes = Counter(int((r.ended_at - self._began_at) / 60) for r in unexplained)
+            wrong.append(f"they ended in these minutes: {dict(sorted(minutes.items()))}")
         wrong += self._judge_kills()
         await self._idle(wrong)
         for name, samples in self._memory.items():

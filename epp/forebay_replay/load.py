@@ -6,12 +6,12 @@ import csv
 import heapq
 from dataclasses import dataclass
 from datetime import datetime
-from random import Random
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
+    from random import Random
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -29,9 +29,6 @@ class Arrival:
     model: str
     prompt_tokens: int
     answer_tokens: int
-
-
-Lengths = "Callable[[Random], tuple[int, int]]"
 
 
 def lengths(

@@ -196,7 +196,8 @@ class Replay:
         self.at(self.now + max(SCRAPE_SECONDS, server.scrape_seconds), self._scrape, number)
 
     def _page(self, number: int) -> EndpointMetrics:
-        gauges = self.servers[number].engine.published
+        engine = self.servers[number].engine
+        gauges, hardware = engine.published, engine.hardware
         return EndpointMetrics(
             f"10.0.0.{number}:8000",
             gauges.running,
@@ -206,6 +207,7 @@ class Replay:
             SCRAPE_SECONDS,
             gauges.steps,
             gauges.step_tokens,
+            hardware.kv_blocks * hardware.block_size_tokens,
         )
 
     def _scraped(self, number: int, page: EndpointMetrics) -> None:

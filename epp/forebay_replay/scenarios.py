@@ -81,7 +81,7 @@ def plan(slots: int | None) -> Plan:
     )
 
 
-def _mixed(
+def mixed(
     rate: float, seconds: float, seed: int, answer: float = 1.0, start: float = 0.0
 ) -> list[Arrival]:
     """Return chat, summaries and batch jobs, 1:3:6, with answers of 100, 100 and 200 tokens."""
@@ -99,12 +99,12 @@ H100 = PRESETS["8b-h100"]
 
 def uniform() -> Scenario:
     """Four servers of 8 slots from a cold start at twice what they can do."""
-    return Scenario("uniform", [SMALL] * 4, _mixed(36, 60, 1), (10.0, 60.0), (7, 8, 9, 10))
+    return Scenario("uniform", [SMALL] * 4, mixed(36, 60, 1), (10.0, 60.0), (7, 8, 9, 10))
 
 
 def large() -> Scenario:
     """Four 8B models on an H100 each at twice what they can do."""
-    arrivals = _mixed(300, 30, 2)
+    arrivals = mixed(300, 30, 2)
     return Scenario("large", [H100] * 4, arrivals, (10.0, 30.0), (224, 256, 264, 288))
 
 
@@ -112,7 +112,7 @@ def heterogeneous() -> Scenario:
     """Batches of 8, 32, 256 and 1,024: no fixed limit fits all."""
     engines = [replace(H100, max_num_seqs=n, kv_blocks=60_000) for n in (8, 32, 256, 1024)]
     return Scenario(
-        "heterogeneous", engines, _mixed(190, 30, 3), (15.0, 30.0), (8, 32, 128, 256, 1024)
+        "heterogeneous", engines, mixed(190, 30, 3), (15.0, 30.0), (8, 32, 128, 256, 1024)
     )
 
 
@@ -158,13 +158,13 @@ def slow_server() -> Scenario:
     """One of four takes three times as long for everything."""
     slow = replace(SMALL, overhead_seconds=0.006, weights_seconds=0.024, token_seconds=0.00006)
     return Scenario(
-        "slow-server", [SMALL] * 3 + [slow], _mixed(30, 60, 7), (10.0, 60.0), (7, 8, 9, 10)
+        "slow-server", [SMALL] * 3 + [slow], mixed(30, 60, 7), (10.0, 60.0), (7, 8, 9, 10)
     )
 
 
 def overload() -> Scenario:
     """Three times what four small servers can do."""
-    return Scenario("overload", [SMALL] * 4, _mixed(54, 40, 8), (10.0, 40.0), (7, 8, 9, 10))
+    return Scenario("overload", [SMALL] * 4, mixed(54, 40, 8), (10.0, 40.0), (7, 8, 9, 10))
 
 
 def interactive() -> Scenario:
@@ -191,7 +191,7 @@ def scale() -> Scenario:
         replay.at(20.0, replay.resize, 4)
         replay.at(40.0, replay.resize, 2)
 
-    arrivals = _mixed(24, 60, 10)
+    arrivals = mixed(24, 60, 10)
     return Scenario(
         "scale", [SMALL] * 4, arrivals, (22.0, 40.0), (7, 8, 9, 10), prepare=prepare, servers=2
     )

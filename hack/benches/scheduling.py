@@ -3,8 +3,8 @@
 `direct` sends each request at once to the server with the fewest unanswered ones, `round_robin` in
 turn. `manual` is forebay with the best fixed limit of a search: the one with the lowest 99th
 percentile of Critical's time to first token among those that end within 1 % of the first to end.
-`adaptive` is forebay without a setting. Engines are models (forebay_sim.stepping) with the figures of
-public hardware (forebay_sim.hardware); the flow controller is the real one.
+`adaptive` is forebay without a setting. Engines are models (forebay_sim.stepping) with the figures
+of public hardware (forebay_sim.hardware); the flow controller is the real one.
 """
 
 from __future__ import annotations

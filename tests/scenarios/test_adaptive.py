@@ -77,11 +77,14 @@ def test_single_waiting_requests_under_light_load_do_not_collapse_the_limit(rate
 @pytest.mark.parametrize("service_seconds", [0.3, 1.0])
 @pytest.mark.parametrize("slots", [4, 16, 64])
 def test_an_engine_that_admits_by_steps_is_kept_full(slots, service_seconds):
-    """Under backlog nearly every scrape shows a request that only waits for the next step."""
+    """Under backlog nearly every scrape shows a request that only waits for the next step.
+
+    Where steps are not counted, up to an eighth of the batch may stand by.
+    """
     step = 0.03
     run = Run(Server(slots, service_seconds=service_seconds, step=step), spread=0.3)
     run.keep_backlog(200)
     run.until(2 * LEARNING_SECONDS)
 
-    assert abs(run.limit - slots) <= 2
+    assert -2 <= run.limit - slots <= max(2, slots // 8)
     assert run.throughput(LEARNING_SECONDS) >= 0.9 * slots / (service_seconds + step / 2)

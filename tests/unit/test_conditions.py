@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forebay_control.plan import ObjectivePlan, Plan
 from forebay_control.v1 import control_pb2 as pb
 from forebay_operator.status import comparing, conditions, numbers
 from forebay_operator.status.comparing import Transition
@@ -287,6 +288,25 @@ def test_models_have_their_conditions():
     assert model(SUBJECT, ABSENT)["Programmed"] == ("False", "TargetNotFound")
     assert model(INVALID, ABSENT) == {"Accepted": invalid, "Programmed": invalid}
     assert model(SUBJECT, at(held_by="p"))["Programmed"] == ("Unknown", "PlanHeld")
+
+
+def objective(subject, attachment, name="night", *, trusted=True):
+    plan = Plan(objectives=(ObjectivePlan("night", "Standard"),), trust_objective_header=trusted)
+    status = conditions.objective_status(subject, attachment, name, plan)
+    (accepted,) = status["conditions"]
+    return accepted["status"], accepted["reason"], accepted["message"]
+
+
+def test_an_objective_says_whether_it_has_an_effect():
+    """Its band, or what keeps requests from naming it, or why it does not count."""
+    elsewhere = at(epp(), refused=("InvalidPoolRef", "poolRef.kind: no"))
+
+    assert "join band Standard" in objective(SUBJECT, at(epp()))[2]
+    assert "trust.objectiveHeader" in objective(SUBJECT, at(epp()), trusted=False)[2]
+    assert objective(SUBJECT, at(epp()), "day")[:2] == ("False", "TooManyObjectives")
+    assert objective(SUBJECT, ABSENT)[:2] == ("Unknown", "Pending")
+    assert objective(SUBJECT, elsewhere)[:2] == ("False", "InvalidPoolRef")
+    assert objective(INVALID, ABSENT)[:2] == ("False", "Invalid")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Where a cap, a deadline or a limit begins to count, and what the core notes of an answer."""
+"""Where a cap or a deadline begins to count, and what the core notes of an answer."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from forebay_control.plan import (
 )
 from forebay_epp.core.bands import SPARE_DEADLINES
 from forebay_epp.core.controller import FlowController
-from forebay_epp.core.limits import AdaptiveLimit
-from forebay_epp.core.limits.adaptive import CROWDED_SCRAPES, INITIAL_LIMIT, MIN_BACKOFF_SECONDS
 from forebay_epp.core.terms import Dispatched, Endpoint, Outcome, Request
 
 A = "10.0.0.1:8000"
+B = "10.0.0.2:8000"
 ONE_SLOT = SaturationPlan(SaturationMode.CONCURRENCY, 1)
 
 
@@ -179,6 +178,53 @@ def test_hints_of_requests_that_have_gone_take_no_memory():
     assert all(set(flow.lanes) <= {None} for flow in band.flows.values())
 
 
+def test_flows_of_models_that_have_gone_take_no_memory():
+    """A plan after the other, each with a model of its own that has been used."""
+    controller = controller_of(A)
+    for number in range(100):
+        plan = Plan(bands=(BandPlan("Standard", 0),), models=(ModelPlan(f"m{number}", "Standard"),))
+        controller.reconfigure(plan, 0.0)
+        controller.submit(Request(number, f"m{number}", 1), 0.0)
+        controller.cancel(number, 0.0)
+        controller.poll(0.0)
+
+    (band,) = controller._bands.all
+    assert len(band.flows) <= 2
+
+
+def test_a_slot_that_a_higher_band_took_hides_no_other():
+    """Two endpoints get a slot at once, and the first that Standard waits for is taken."""
+    controller = FlowController(
+        Plan(
+            bands=(BandPlan("Critical", 1), BandPlan("Standard", 0)),
+            saturation=ONE_SLOT,
+            models=(ModelPlan("urgent", "Critical"),),
+        ),
+        Random(1),
+    )
+    controller.set_endpoints([Endpoint(A), Endpoint(B)], 0.0)
+    for number, address in enumerate([A, B, A, B]):
+        controller.submit(Request(number, "m", 1, frozenset({address})), 0.0)
+        controller.poll(0.0)
+    controller.submit(Request(4, "urgent", 1, frozenset({A})), 0.0)
+    controller.complete(0, None, 0.0)
+    controller.complete(1, None, 0.0)
+
+    assert [decision.request_id for decision in controller.poll(0.0)] == [4, 3]
+
+
+def test_slots_that_became_free_are_forgotten_once_given_away():
+    """A hundred requests, one after the other."""
+    controller = controller_of(A)
+    for number in range(100):
+        controller.submit(Request(number, "m", 1), 0.0)
+        controller.poll(0.0)
+        controller.complete(number, None, 0.0)
+    controller.poll(0.0)
+
+    assert controller._endpoints.opened == []
+
+
 # --- what the core notes of an answer
 
 
@@ -195,74 +241,3 @@ def test_the_first_of_two_first_tokens_counts():
     controller.complete(1, None, 4.0)
     with pytest.raises(KeyError):
         controller.first_token(1, 5.0)
-
-
-# --- the learned limit
-
-
-def adaptive():
-    return AdaptiveLimit(SaturationPlan())
-
-
-def test_as_many_waiting_as_were_sent_is_no_proof_of_a_full_batch():
-    """They may only wait for the engine's next step; one more may not."""
-    limit = adaptive()
-    limit.observe(running=2, waiting=3, occupancy=4, arrivals=3, now=1.0)
-    assert limit.value == INITIAL_LIMIT
-
-    limit.observe(running=2, waiting=4, occupancy=4, arrivals=3, now=1.2)
-    assert limit.value == 2
-
-
-def test_a_limit_that_is_just_used_up_grows():
-    """At its value, and with half of that known to the server."""
-    limit = adaptive()
-    limit.observe(running=2, waiting=0, occupancy=3, arrivals=0, now=1.0)
-    assert limit.value == INITIAL_LIMIT
-    limit.observe(running=1, waiting=0, occupancy=4, arrivals=0, now=1.2)
-    assert limit.value == INITIAL_LIMIT
-
-    limit.observe(running=2, waiting=0, occupancy=4, arrivals=0, now=1.4)
-    assert limit.value == 2 * INITIAL_LIMIT
-
-
-def test_one_more_slot_is_tried_as_soon_as_the_limit_is_no_longer_settled():
-    """Slow start ends with the first full batch; the pause has doubled by it."""
-    limit = adaptive()
-    limit.observe(running=4, waiting=9, occupancy=4, arrivals=0, now=1.0)
-    settled = limit.settled_until
-    assert settled == 1.0 + 2 * MIN_BACKOFF_SECONDS
-    limit.observe(running=4, waiting=0, occupancy=4, arrivals=0, now=settled - 0.01)
-    assert limit.value == 4
-    limit.observe(running=4, waiting=0, occupancy=4, arrivals=0, now=settled)
-    assert limit.value == 5
-
-
-def test_the_pause_does_not_grow_while_the_same_batch_is_seen():
-    """Only a batch smaller than the limit is a try that failed."""
-    limit = adaptive()
-    limit.observe(running=4, waiting=9, occupancy=4, arrivals=0, now=1.0)
-    first = limit.settled_until - 1.0
-    limit.observe(running=4, waiting=9, occupancy=4, arrivals=0, now=2.0)
-    assert limit.settled_until - 2.0 == first
-    limit.observe(running=3, waiting=0, occupancy=3, arrivals=0, now=2.5)
-    limit.observe(running=3, waiting=9, occupancy=4, arrivals=0, now=3.0)
-    assert limit.settled_until - 3.0 == 2 * first
-
-
-def test_a_steady_batch_is_believed_after_so_many_crowded_scrapes():
-    """Not after one less."""
-    limit = adaptive()
-    for number in range(CROWDED_SCRAPES):
-        assert limit.value == INITIAL_LIMIT
-        limit.observe(running=3, waiting=1, occupancy=4, arrivals=5, now=1.0 + number / 10)
-
-    assert limit.value == 3
-
-
-def test_a_cache_at_its_threshold_closes():
-    """Just below it does not."""
-    limit = AdaptiveLimit(SaturationPlan(kv_cache_usage_threshold=0.9))
-
-    assert limit.closes(0.9)
-    assert not limit.closes(0.89)

@@ -151,7 +151,7 @@ class Lots:
 def endpoint_with(address, limit, taken):
     state = TrackedEndpoint(Endpoint(address), concurrency(limit), 0.0)
     for _ in range(taken):
-        state.dispatched()
+        state.dispatched(Request(1, "m", 1), 0.0)
     return state
 
 
@@ -191,7 +191,7 @@ def test_only_the_equal_draw_lots():
 def test_a_limit_that_is_not_settled_counts_as_the_largest():
     """Nothing is known of the server's size, so the lower number of requests decides."""
     unknown = TrackedEndpoint(Endpoint(A), SaturationPlan(SaturationMode.ADAPTIVE), 0.0)
-    unknown.dispatched()
+    unknown.dispatched(Request(1, "m", 1), 0.0)
 
     assert picked(unknown, endpoint_with(B, 8, 2)) == (A, [])
     assert picked(unknown, endpoint_with(B, 8, 0)) == (B, [])
@@ -229,7 +229,7 @@ def test_places_held_blindly_are_free_when_limits_are_given():
 
 
 def test_a_burst_completed_blindly_still_counts_once_the_server_reports_it():
-    """Four sent and closed at once still run: the scrape that shows them frees no slot."""
+    """Four sent and closed at once still run: the scrape that shows them does not free theirs."""
     controller = controller_of(Plan(), A)
     controller.observe(EndpointMetrics(A, 0, 0, 0.1, 1.0), 1.0)
     for number in range(4):
@@ -240,7 +240,7 @@ def test_a_burst_completed_blindly_still_counts_once_the_server_reports_it():
 
     (endpoint,) = controller.state(1.2).endpoints
 
-    assert endpoint.free == 0
+    assert (endpoint.foreign, endpoint.free) == (5, endpoint.limit - 5)
 
 
 def test_metrics_become_stale_while_an_endpoint_is_out_of_the_pool():

@@ -21,7 +21,7 @@ from ext_proc_peer import until
 from loop_thread import LoopThread
 
 from forebay_control import mapping
-from forebay_epp.core.limits.adaptive import INITIAL_LIMIT
+from forebay_epp.core.limits.adaptive import FIRST_WINDOW
 from forebay_operator.planning import topology
 from forebay_operator.resources import POLICY, FlowControlPolicy, read
 from forebay_sim.hardware import PRESETS
@@ -121,10 +121,10 @@ def test_limits_are_learned_from_every_kind_of_server(driver, tmp_path):
             return {kind: found[address] for kind, address in load.addresses.items()}
 
         known = ENGINES.keys() - {"other"}
-        until(lambda: all(limits()[kind] > INITIAL_LIMIT for kind in known), 30)
-        assert limits()["other"] == INITIAL_LIMIT
+        until(lambda: all(limits()[kind] > FIRST_WINDOW for kind in known), 30)
+        assert limits()["other"] == FIRST_WINDOW
 
         driver.put(POOL, program(load, OTHER))
-        until(lambda: limits()["other"] > INITIAL_LIMIT, 30)
+        until(lambda: limits()["other"] > FIRST_WINDOW, 30)
 
     assert load.statuses == {200}

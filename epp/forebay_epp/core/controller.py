@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from forebay_epp.core.bands import Bands
 from forebay_epp.core.classification import Classifier
 from forebay_epp.core.endpoints import EndpointSet
+from forebay_epp.core.footprints import Footprints
 from forebay_epp.core.selection import Selection
 from forebay_epp.core.terms import (
     NEVER,
@@ -64,6 +65,7 @@ class FlowController:
         self._bands = Bands(plan)
         self._endpoints = EndpointSet(plan.saturation)
         self._selection = Selection(self._endpoints, random)
+        self._footprints = Footprints()
         self._regime_since = -NEVER
         self._waiting: dict[int, Request] = {}
         self._size_bytes = 0
@@ -202,6 +204,7 @@ class FlowController:
         if not band.arrival:  # behind others of its band it expires after them
             self._next_expiry = min(self._next_expiry, self._deadline(band, now))
         self._next_expiry = min(self._next_expiry, request.deadline)
+        request.kv_tokens = self._footprints.tokens(request)
         band.push(request, now, blocked=blocked)
         self._waiting[request.id] = request
         self._size_bytes += request.size_bytes
@@ -251,8 +254,10 @@ class FlowController:
             KeyError: the request is not in flight.
         """
         request, endpoint = self._dispatched.pop(request_id)
-        if usage is not None and request.band in self._bands.by_name:
-            self._bands.by_name[request.band].charge(request, usage, now)
+        if usage is not None:
+            self._footprints.learn(request, usage)
+            if request.band in self._bands.by_name:
+                self._bands.by_name[request.band].charge(request, usage, now)
         self._endpoints.completed(endpoint, request, verdict, now, blind=blind)
 
     def poll(self, now: float) -> list[Decision]:
@@ -353,7 +358,7 @@ class FlowController:
         request.endpoint = endpoint.address
         request.dispatched_at = now
         self._dispatched[request.id] = (request, endpoint)
-        self._endpoints.dispatched(endpoint, now)
+        self._endpoints.dispatched(endpoint, request, now)
         self._decisions.append(
             Dispatched(
                 request.id,

@@ -27,6 +27,7 @@ SCRAPE_SECONDS = 1.0
 PROBE_SECONDS = 10.0
 FOREIGN_HALF_LIFE_SECONDS = 300.0
 STUCK_TTFTS = 3.0  # after so many usual times to the first token a request that was sent is stuck
+KV_PART = 0.93  # of the KV cache, for what is expected of requests; the rest is for surprises
 EPSILON = 1e-9
 
 
@@ -78,6 +79,8 @@ class TrackedEndpoint:
         "fresh",
         "health",
         "in_flight",
+        "kv_capacity_tokens",
+        "kv_tokens",
         "kv_usage",
         "limit",
         "load",
@@ -109,6 +112,8 @@ class TrackedEndpoint:
         self.running = 0
         self.waiting = 0
         self.kv_usage: float | None = None
+        self.kv_capacity_tokens: int | None = None
+        self.kv_tokens = 0  # that requests in flight are expected to take
         self.fresh = False
         self.free = 0
         self.counted = 0
@@ -141,8 +146,16 @@ class TrackedEndpoint:
             self._blind.clear()
         self.refresh()
 
-    def dispatched(self, now: float) -> None:
+    def has_room(self, tokens: int) -> bool:
+        """Whether the KV cache has room for so many tokens more, by all that is known of it."""
+        capacity = self.kv_capacity_tokens
+        return (
+            capacity is None or not self.in_flight or self.kv_tokens + tokens <= KV_PART * capacity
+        )
+
+    def dispatched(self, request: Request, now: float) -> None:
         """Count one more request in flight."""
+        self.kv_tokens += request.kv_tokens
         if self.in_flight == self._started:
             self._unstarted_since = now
         self.in_flight += 1
@@ -172,6 +185,7 @@ class TrackedEndpoint:
         Holding needs metrics that will show the truth later; without them the slot is free.
         """
         self.in_flight -= 1
+        self.kv_tokens -= request.kv_tokens
         self._ended += 1
         if request.first_token_at < NEVER:
             self._started -= 1
@@ -199,6 +213,7 @@ class TrackedEndpoint:
         self.running = metrics.running
         self.waiting = metrics.waiting
         self.kv_usage = metrics.kv_usage
+        self.kv_capacity_tokens = metrics.kv_capacity_tokens
         self.health.scraped(now)
         if self.limit.learned:
             # The page may be older than the last completion: what was in flight at any moment
@@ -391,9 +406,9 @@ class EndpointSet:
             self._moved(tracked)
             self._note_health(tracked, was_out, failures)
 
-    def dispatched(self, tracked: TrackedEndpoint, now: float) -> None:
+    def dispatched(self, tracked: TrackedEndpoint, request: Request, now: float) -> None:
         """One of the endpoint's free slots is taken."""
-        tracked.dispatched(now)
+        tracked.dispatched(request, now)
         self._moved(tracked)
 
     def first_token(self, tracked: TrackedEndpoint, request: Request, now: float) -> None:

@@ -95,6 +95,7 @@ class Request:
         dispatched_at: monotonic seconds.
         first_token_at: monotonic seconds, infinity until then.
         endpoint: address of the endpoint that it was dispatched to.
+        kv_tokens: tokens of KV cache that it is expected to take.
     """
 
     id: int
@@ -110,6 +111,7 @@ class Request:
     dispatched_at: float = 0.0
     first_token_at: float = NEVER
     endpoint: str = ""
+    kv_tokens: int = 0
 
 
 @dataclass(slots=True, frozen=True)
@@ -169,6 +171,7 @@ class EndpointMetrics:
         interval_seconds: from then to the next scrape.
         steps: of the engine since it started, summed over engines; None when not reported.
         step_tokens: prompt and answer tokens that these steps have processed.
+        kv_capacity_tokens: size of the KV cache; None when not reported.
     """
 
     address: str
@@ -179,6 +182,7 @@ class EndpointMetrics:
     interval_seconds: float = 0.2
     steps: float | None = None
     step_tokens: float = 0.0
+    kv_capacity_tokens: int | None = None
 
 
 @dataclass(slots=True, frozen=True)

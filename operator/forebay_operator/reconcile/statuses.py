@@ -13,6 +13,7 @@ from forebay_operator.resources import (
     CONTROLLER_LABEL,
     FlowControlPolicy,
     InferenceModel,
+    InferenceObjective,
     InferencePool,
 )
 from forebay_operator.status import conditions
@@ -69,18 +70,27 @@ class Statuses:
                 status = self._policy_status(entry, subject)
                 if status is not None:
                     yield entry, status
-            elif isinstance(entry.resource, InferenceModel):
+            elif isinstance(entry.resource, InferenceModel | InferenceObjective):
                 reference = entry.resource.spec.pool_ref
                 if (refused := planning.not_a_pool(reference)) is not None:
                     attachment = Attachment(reference.name, reference.group, None, refused)
-                    yield entry, conditions.model_status(subject, attachment)
+                elif self._planner.claimant(f"{namespace}/{reference.name}") is not None:
                     continue
-                if self._planner.claimant(f"{namespace}/{reference.name}") is not None:
-                    continue
-                attachment = self._attachment(entry, reference.name, reference.group, namespace)
-                yield entry, conditions.model_status(subject, attachment)
+                else:
+                    attachment = self._attachment(entry, reference.name, reference.group, namespace)
+                yield entry, self._of_one_pool(entry, subject, attachment)
             else:
-                yield entry, conditions.model_status(subject, Attachment("", "", None))
+                yield entry, self._of_one_pool(entry, subject, Attachment("", "", None))
+
+    def _of_one_pool(
+        self, entry: Entry, subject: Subject, attachment: Attachment
+    ) -> dict[str, Any]:
+        """Return the status of a model or objective."""
+        if entry.kind.model is InferenceModel:
+            return conditions.model_status(subject, attachment)
+        found = self._planner.find(f"{subject.namespace}/{attachment.pool}")
+        plan = found[1].plan if found else None
+        return conditions.objective_status(subject, attachment, entry.metadata.name, plan)
 
     def _policy_status(self, entry: Entry, subject: Subject) -> dict[str, Any] | None:
         """Return the status of a policy; None where every pool it names is another controller's.

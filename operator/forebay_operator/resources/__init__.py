@@ -127,8 +127,8 @@ KINDS: tuple[Kind, ...] = (
         InferencePoolV1Alpha2,
     ),
     MODEL,
-    Kind("inference.networking.x-k8s.io", *_OBJECTIVE),
-    Kind("llm-d.ai", *_OBJECTIVE),
+    Kind("inference.networking.x-k8s.io", *_OBJECTIVE, ours_to_report=True),
+    Kind("llm-d.ai", *_OBJECTIVE, ours_to_report=True),
     Kind(
         "discovery.k8s.io",
         "v1",

@@ -17,6 +17,7 @@ from forebay_operator.status.observed import CONTROLLER_NAME, EPPState
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from forebay_control.plan import Plan
     from forebay_operator.status.observed import EPP, Attachment, Subject
 
 NOT_CLAIMED = "PoolNotClaimed"
@@ -81,17 +82,39 @@ def model_status(subject: Subject, attachment: Attachment) -> dict[str, Any]:
 
     It names and counts no EPPs: a pool has thousands of models, and EPPs come and go.
     """
-    if subject.problems:
-        accepted = _condition("Accepted", "False", "Invalid", _fix(subject))
-    elif attachment.refused is not None:
-        accepted = _condition("Accepted", "False", *attachment.refused)
-    elif attachment.epps is None:
-        message = f"waits for InferencePool {attachment.pool}, which does not exist"
-        accepted = _condition("Accepted", "Unknown", "Pending", message)
-    else:
-        accepted = _condition("Accepted", "True", "Accepted", "")
+    accepted = _counted(subject, attachment)
     programmed = _condition("Programmed", *_model_programmed(subject, attachment))
     return {"conditions": _observed(subject, [accepted, programmed])}
+
+
+def objective_status(
+    subject: Subject, attachment: Attachment, name: str, plan: Plan | None
+) -> dict[str, Any]:
+    """Return the status of an InferenceObjective, its conditions without times.
+
+    Args:
+        subject: the objective.
+        attachment: its pool.
+        name: the objective's name.
+        plan: the pool's plan; None where EPPs keep the one they have.
+    """
+    accepted = _counted(subject, attachment)
+    if accepted["status"] != "True" or plan is None:
+        return {"conditions": _observed(subject, [accepted])}
+    band = next((each.band for each in plan.objectives if each.name == name), None)
+    if band is None:
+        message = f"InferencePool {attachment.pool} has too many objectives: delete some"
+        accepted = _condition("Accepted", "False", "TooManyObjectives", message)
+    elif plan.trust_objective_header:
+        message = f"requests that name it join band {band}"
+        accepted = _condition("Accepted", "True", "Accepted", message)
+    else:
+        message = (
+            "no request may name it: set trust.objectiveHeader in a FlowControlPolicy of "
+            f"InferencePool {attachment.pool}, if only callers that you trust can set the header"
+        )
+        accepted = _condition("Accepted", "True", "Accepted", message)
+    return {"conditions": _observed(subject, [accepted])}
 
 
 def pool_problems(epps: Sequence[EPP]) -> dict[str, str]:
@@ -114,6 +137,18 @@ def pool_problems(epps: Sequence[EPP]) -> dict[str, str]:
 
 
 # --- conditions
+
+
+def _counted(subject: Subject, attachment: Attachment) -> dict[str, Any]:
+    """Return whether an object of one pool counts there."""
+    if subject.problems:
+        return _condition("Accepted", "False", "Invalid", _fix(subject))
+    if attachment.refused is not None:
+        return _condition("Accepted", "False", *attachment.refused)
+    if attachment.epps is None:
+        message = f"waits for InferencePool {attachment.pool}, which does not exist"
+        return _condition("Accepted", "Unknown", "Pending", message)
+    return _condition("Accepted", "True", "Accepted", "")
 
 
 def _condition(kind: str, status: str, reason: str, message: str) -> dict[str, Any]:

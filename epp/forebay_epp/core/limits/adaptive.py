@@ -1,21 +1,27 @@
 """A limit that is learned from what scrapes show and from answers that begin.
 
 An engine of continuous batching queues internally in two cases that look alike: its batch is full,
-or it cannot prefill the prompts as fast as they come, because a step takes only so many tokens. Only
-the first is a limit of slots. So the limit is the largest batch that was seen plus a window, and the
-window is what is learned quickly:
+or it cannot prefill prompts as fast as they come, because a step takes only so many tokens. Only
+the first is a limit of slots. So the limit is the largest batch that was seen and a window beyond
+it, and what is learned is the window:
 
-* While no full batch is known the window lets as many more requests in as an engine admits in about
-  a step. Whatever starts raises the batch, whether a page shows it running or its answer begins, and
-  with the batch the window: exponential growth, as in TCP's slow start (RFC 5681), whose acknowledgement
-  is the first token. What waits inside is never more than the window, so a batch that turns out
-  full costs the queue's order little.
-* Once it is full the window is only what keeps steps full: as many requests as end in a step, standing
-  by. An engine that loses less than `STANDBY_WORTH` of its slots without gets none.
+* While no full batch is known the window is as small as growth allows, an eighth of the batch.
+  Whatever runs raises the batch, whether a page shows it or its answer begins, and with it the
+  window. That is exponential growth as in TCP's slow start (RFC 5681); the acknowledgement is the
+  first token. No more than the window ever waits inside, so a batch that turns out to be full has
+  cost little of the queue's order.
+* Once the batch is full the window is what keeps steps full: as many requests stand by as end in a
+  step and a half. An engine that loses less than `STANDBY_WORTH` of its slots without gets none.
+  Now and then one more than the batch is tried, since a batch may grow.
+* While steps are slow because prompts fill them, the window is what the engine takes in within
+  `PREFILL_SECONDS` (Little, 1961): then steps stay full of prompts, and none waits for long.
 
-Requests that wait inside are no proof of a full batch while a step is filled by prompts (more tokens
-than twice the batch, and not much fewer than any step had), while the page stands still, or while
-the batch still grows. Where an engine does not publish its steps the last two have to do.
+Requests that wait inside prove a full batch when there are more of them than were sent since the
+page before, when the batch has kept its size for `STEADY_PAGES`, or when what was sent has not
+begun for much longer than usual. They prove nothing while a page stands still, as vLLM's does
+during a step, or while prompts fill the steps. A batch smaller than known is believed when requests
+wait beside it for `SHRUNK_PAGES`. Where an engine does not count its steps and no answer is seen to
+begin, pages alone have to do: learning is slower, and nothing stands by.
 """
 
 from __future__ import annotations
@@ -27,14 +33,15 @@ if TYPE_CHECKING:
     from forebay_control.plan import SaturationPlan
     from forebay_epp.core.terms import EndpointMetrics
 
-INITIAL_WINDOW = 2
+FIRST_WINDOW = 4
+LEAST_WINDOW = 2
 WINDOW_PART = 8  # of the batch
 MAX_LIMIT = 100_000
 STEADY_PAGES = 3
+LONGEST_STEP_SECONDS = 0.1  # of an engine that does not count them
 SHRUNK_PAGES = 5
 SHRUNK_SECONDS = 0.7
 STANDBY_WORTH = 0.01
-ASSUMED_STEP_SECONDS = 0.03
 PREFILL_SLOWDOWN = 2.0
 PREFILL_SECONDS = 0.25
 MIN_PROBE_SECONDS = 4.0
@@ -50,12 +57,13 @@ class AdaptiveLimit:
         value: slots.
         batch: how many requests the engine is known to run at once.
         full: whether it is known not to run more.
-        settled_until: until when, in monotonic seconds, the limit is taken for the server's capacity.
+        settled_until: until when, in monotonic seconds, the limit is taken for the capacity.
     """
 
     __slots__ = (
         "_arrivals",
         "_arrivals_before",
+        "_batch_step_seconds",
         "_crowded",
         "_ended",
         "_ended_per_step",
@@ -64,6 +72,7 @@ class AdaptiveLimit:
         "_least_step_seconds",
         "_observed_at",
         "_probe_at",
+        "_step_seconds",
         "_steps",
         "_stuck",
         "_tokens",
@@ -78,14 +87,16 @@ class AdaptiveLimit:
 
     def __init__(self, plan: SaturationPlan) -> None:
         self.batch = 0
-        self.window = INITIAL_WINDOW
+        self.window = FIRST_WINDOW
         self.full = False
-        self.value = INITIAL_WINDOW
+        self.value = FIRST_WINDOW
         self.settled_until = -math.inf
         self._stuck = False
         self._steps: float | None = None
         self._tokens = 0.0
         self._least_step_seconds = math.inf
+        self._step_seconds = 0.0
+        self._batch_step_seconds = 0.0  # usual, while the batch is as large as is known
         self._ended_per_step = 0.0
         self._ended_rate = 0.0
         self._ended = 0  # since the last page that moved
@@ -93,8 +104,8 @@ class AdaptiveLimit:
         self._arrivals = self._arrivals_before = 0  # since the last page that moved, and before
         self._probe_at = -math.inf
         # Pages without a gap that found requests waiting for no other reason than a full batch:
-        # running, and when.
-        self._crowded: list[tuple[int, float]] = []
+        # running, when, and how many answers had ended since the page before.
+        self._crowded: list[tuple[int, float, int]] = []
         self.reconfigure(plan)
 
     def reconfigure(self, plan: SaturationPlan) -> None:
@@ -143,17 +154,14 @@ class AdaptiveLimit:
             0,
             self._arrivals,
         )
-        if steps == 0:
-            steps = seconds / ASSUMED_STEP_SECONDS
         if seconds > 0:
             self._ended_rate += SMOOTHING * (ended / seconds - self._ended_rate)
-        self._ended_per_step += SMOOTHING * (ended / max(1.0, steps) - self._ended_per_step)
-        step_seconds = seconds / steps
-        self._least_step_seconds = min(1.001 * self._least_step_seconds, step_seconds)
-        prefilling = (
-            step_tokens > 2.0 * page.running
-            and step_seconds > PREFILL_SLOWDOWN * self._least_step_seconds
-        )
+        slow = False
+        if steps and seconds > 0:
+            self._step_seconds = seconds / steps
+            self._least_step_seconds = min(1.001 * self._least_step_seconds, self._step_seconds)
+            self._ended_per_step += SMOOTHING * (ended / steps - self._ended_per_step)
+            slow = self._step_seconds > PREFILL_SLOWDOWN * self._least_step_seconds
         if page.running > self.batch:
             self._run(page.running)
         stuck, self._stuck = self._stuck, False
@@ -161,13 +169,13 @@ class AdaptiveLimit:
             self._crowded.clear()
             if occupancy >= self.value and page.running * 2 >= self.value:
                 self._take_more(now)
-        elif prefilling:
+        elif slow and step_tokens > 2 * page.running and not self.full:
             self._crowded.clear()
-            if not self.full:
-                standby = math.ceil(PREFILL_SECONDS * self._ended_rate)
-                self._resize(max(self._least_window(), standby))
+            self._resize(max(1, math.ceil(PREFILL_SECONDS * self._ended_rate)))
         else:
-            self._crowd(page, arrivals, now, stuck=stuck)
+            self._crowded.append((page.running, now, ended))
+            del self._crowded[:-SHRUNK_PAGES]
+            self._crowd(page, now, slow=slow, proven=stuck or page.waiting > arrivals)
         if stuck and not self.full:
             self._resize(self._least_window())
 
@@ -193,7 +201,7 @@ class AdaptiveLimit:
         self._resize(self._least_window())
 
     def _least_window(self) -> int:
-        return max(INITIAL_WINDOW, self.batch // WINDOW_PART)
+        return max(LEAST_WINDOW, self.batch // WINDOW_PART, FIRST_WINDOW - self.batch)
 
     def _take_more(self, now: float) -> None:
         """Nothing stands by although all slots are taken: there may be more of them."""
@@ -201,28 +209,35 @@ class AdaptiveLimit:
             self._probe_at = now + self._probe_seconds()
             self._resize(max(1, self._standby()))
 
-    def _crowd(self, page: EndpointMetrics, arrivals: int, now: float, *, stuck: bool) -> None:
+    def _crowd(self, page: EndpointMetrics, now: float, *, slow: bool, proven: bool) -> None:
         """Requests wait for room in the batch, or just for the next step."""
-        self._crowded.append((page.running, now))
-        del self._crowded[:-SHRUNK_PAGES]
-        turnover = 1.0 + 2.0 * self._ended_per_step  # a page may be of before or after it
-        if self.full and self.batch - page.running <= turnover:
-            self._resize(self._standby())
-        elif self.batch - page.running <= turnover:
-            last = [running for running, _ in self._crowded[-STEADY_PAGES:]]
-            steady = len(last) == STEADY_PAGES and max(last) - min(last) <= turnover
-            if page.waiting > arrivals or steady or stuck:
+        # A page may be of before some have ended, or of after it.
+        counted = page.steps is not None
+        ended = self._ended_per_step if counted else LONGEST_STEP_SECONDS * self._ended_rate
+        turnover = 1.0 + 2.0 * ended
+        if self.batch - page.running <= turnover:
+            usual = self._batch_step_seconds or self._step_seconds
+            self._batch_step_seconds = usual + SMOOTHING * (self._step_seconds - usual)
+            if self.full:
+                self._resize(self._standby())
+                return
+            pages, spread = (STEADY_PAGES, turnover) if counted else (SHRUNK_PAGES, 0.0)
+            last = [running for running, _, _ in self._crowded[-pages:]]
+            steady = len(last) == pages and max(last) - min(last) <= spread
+            # Where prompts fill slow steps the batch keeps its size too, until one of it ends.
+            ending = not slow or any(ended for _, _, ended in self._crowded)
+            if (proven or steady) and ending:
                 self._fill(max(self.batch, page.running), now)
-        elif page.waiting <= turnover:
-            self._crowded.clear()
+        elif page.waiting <= turnover or self._step_seconds > 1.5 * self._batch_step_seconds > 0:
+            self._crowded.clear()  # it waits for the next step, which prompts make a long one
         elif len(self._crowded) == SHRUNK_PAGES and now - self._crowded[0][1] >= SHRUNK_SECONDS:
-            self._fill(max(running for running, _ in self._crowded), now)
+            self._fill(max(running for running, _, _ in self._crowded), now)
 
     def _fill(self, batch: int, now: float) -> None:
         """The engine runs as many as it can."""
+        self.batch = max(1, batch)
         if not self.full:
             self._probe_at = now + self._probe_seconds()
-        self.batch = max(1, batch)
         self.full = True
         self.settled_until = math.inf
         self._resize(self._standby())
@@ -237,6 +252,6 @@ class AdaptiveLimit:
 
     def _resize(self, window: int) -> None:
         self.window = window
-        self.value = min(MAX_LIMIT, self.batch + window)
+        self.value = max(1, min(MAX_LIMIT, self.batch + window))
         if not self.full:
             self.settled_until = -math.inf

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from forebay_epp.core.selection.filters import KVRoom
 from forebay_epp.core.selection.pickers import MaxScore
 from forebay_epp.core.selection.scorers import Load
 
@@ -41,7 +42,7 @@ class Scorer(Protocol):
         """Return how well each suits the request, from 0 (not at all) to 1."""
 
 
-FILTERS: tuple[Callable[[], Filter], ...] = ()  # besides presence, subset and slots
+FILTERS: tuple[Callable[[], Filter], ...] = (KVRoom,)  # besides presence, subset and slots
 SCORERS: tuple[tuple[Callable[[], Scorer], float], ...] = ((Load, 1.0),)  # with weights
 
 

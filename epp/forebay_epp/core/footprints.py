@@ -1,0 +1,59 @@
+"""Predicts how many tokens a request brings, from what earlier ones of its flow came to.
+
+Which endpoint has room for them does not belong here (endpoints.py).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from forebay_epp.core.terms import Request, Usage
+
+SMOOTHING = 0.05
+ASSUMED_BYTES_PER_TOKEN = 4.0
+ASSUMED_ANSWER_TOKENS = 256.0
+ANSWER_PART = 0.7  # of a batch at all stages half of the answers are there; more is for its spread
+ASSUMPTION_SAMPLES = 4  # so many answers weigh as much as the assumption
+
+
+class _Flow:
+    __slots__ = ("answer_tokens", "bytes_per_token", "samples")
+
+    def __init__(self) -> None:
+        self.samples = ASSUMPTION_SAMPLES
+        self.bytes_per_token = ASSUMED_BYTES_PER_TOKEN
+        self.answer_tokens = ASSUMED_ANSWER_TOKENS
+
+
+_ASSUMED = _Flow()
+
+
+class Footprints:
+    """Learns, for each flow, bytes per prompt token and tokens per answer.
+
+    A flow without answers is taken for text, four bytes a token. Means are enough, because what
+    counts is the sum over a batch. There are as many flows as the plan names.
+    """
+
+    def __init__(self) -> None:
+        self._flows: dict[str, _Flow] = {}
+
+    def learn(self, request: Request, usage: Usage) -> None:
+        """Take note of what a request has come to; one without tokens says nothing."""
+        if usage.prompt_tokens <= 0 or usage.completion_tokens <= 0:
+            return
+        flow = self._flows.get(request.flow)
+        if flow is None:
+            flow = self._flows[request.flow] = _Flow()
+        flow.samples += 1
+        part = max(SMOOTHING, 1.0 / flow.samples)
+        bytes_per_token = request.size_bytes / usage.prompt_tokens
+        flow.bytes_per_token += part * (bytes_per_token - flow.bytes_per_token)
+        flow.answer_tokens += part * (usage.completion_tokens - flow.answer_tokens)
+
+    def tokens(self, request: Request) -> int:
+        """Return the tokens of KV cache to expect of it, on average over its time in a batch."""
+        flow = self._flows.get(request.flow) or _ASSUMED
+        prompt_tokens = request.size_bytes / flow.bytes_per_token
+        return round(prompt_tokens + ANSWER_PART * flow.answer_tokens)

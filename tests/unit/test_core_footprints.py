@@ -1,0 +1,97 @@
+"""What a request is expected to take of a KV cache, and that no cache is filled beyond it."""
+
+from __future__ import annotations
+
+from random import Random
+
+from forebay_control.plan import BandPlan, ModelPlan, Plan, SaturationMode, SaturationPlan
+from forebay_epp.core.controller import FlowController
+from forebay_epp.core.footprints import (
+    ANSWER_PART,
+    ASSUMED_ANSWER_TOKENS,
+    ASSUMED_BYTES_PER_TOKEN,
+    Footprints,
+)
+from forebay_epp.core.terms import Endpoint, EndpointMetrics, Request, Usage
+
+A = "10.0.0.1:8000"
+
+
+def request_of(flow, size_bytes):
+    return Request(1, flow, size_bytes, flow=flow)
+
+
+def test_a_flow_without_answers_is_taken_for_text():
+    """Four bytes a token, and an answer of a usual length."""
+    expected = 4000 / ASSUMED_BYTES_PER_TOKEN + ANSWER_PART * ASSUMED_ANSWER_TOKENS
+
+    assert Footprints().tokens(request_of("m", 4000)) == round(expected)
+
+
+def test_a_flow_is_learned_from_its_own_answers():
+    """Two bytes a token and answers of 1,000 tokens; the other flow knows nothing of it."""
+    footprints = Footprints()
+    for _ in range(200):
+        footprints.learn(request_of("long", 2000), Usage(1000, 1000))
+
+    expected = 1000 + ANSWER_PART * 1000
+    assert abs(footprints.tokens(request_of("long", 2000)) - expected) < 0.02 * expected
+    assert footprints.tokens(request_of("m", 4000)) == Footprints().tokens(request_of("m", 4000))
+
+
+def test_an_answer_without_tokens_teaches_nothing():
+    """It was cut off, or the server does not count."""
+    footprints = Footprints()
+    footprints.learn(request_of("m", 4000), Usage(0, 10))
+    footprints.learn(request_of("m", 4000), Usage(10, 0))
+
+    assert footprints.tokens(request_of("m", 4000)) == Footprints().tokens(request_of("m", 4000))
+
+
+def controller_of(capacity_tokens):
+    """One endpoint of 100 slots."""
+    plan = Plan(
+        bands=(BandPlan("Standard", 0),),
+        models=(ModelPlan("m", "Standard"),),
+        saturation=SaturationPlan(SaturationMode.CONCURRENCY, 100),
+    )
+    controller = FlowController(plan, Random(1))
+    controller.set_endpoints([Endpoint(A)], 0.0)
+    page = EndpointMetrics(A, 0, 0, 0.0, 0.0, kv_capacity_tokens=capacity_tokens)
+    controller.observe(page, 0.0)
+    return controller
+
+
+def sent(controller):
+    return [decision.request_id for decision in controller.poll(0.0)]
+
+
+def test_no_more_is_sent_than_the_cache_has_room_for():
+    """Each is expected to take 1,179 tokens, and 93 % of the cache are to be filled."""
+    controller = controller_of(4000)
+    for number in range(10):
+        controller.submit(Request(number, "m", 4000), 0.0)
+
+    assert sent(controller) == [0, 1, 2]
+    controller.complete(1, None, 0.0)
+    assert sent(controller) == [3]
+
+
+def test_a_request_larger_than_the_cache_goes_to_an_idle_server():
+    """The server is the judge of it."""
+    controller = controller_of(1000)
+    for number in range(2):
+        controller.submit(Request(number, "m", 40_000), 0.0)
+
+    assert sent(controller) == [0]
+    controller.complete(0, None, 0.0)
+    assert sent(controller) == [1]
+
+
+def test_a_server_that_does_not_tell_its_size_has_room():
+    """As many as it has slots."""
+    controller = controller_of(None)
+    for number in range(10):
+        controller.submit(Request(number, "m", 4000), 0.0)
+
+    assert len(sent(controller)) == 10
