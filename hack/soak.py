@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 MODELS = ("llama-chat",) * 8 + ("llama-summary",) * 7 + ("llama-batch",) * 4 + ("made-up-{}",)
 REQUESTS_PER_SECOND = 20.0
 BURST_SECONDS, BURST_REQUESTS = 60.0, 150
-FAULT_SECONDS, SAMPLE_SECONDS = 30.0, 10.0
+FAULT_SECONDS, SAMPLE_SECONDS, PRINT_SECONDS = 30.0, 10.0, 300.0
 CLIENT_SECONDS = 150.0
 SERVERS, SLOTS = 4, 8
 SETTLE_SECONDS = 8.0  # after a kill: what it has cut shows within this
@@ -305,6 +305,8 @@ class Soak:
         await self._idle(wrong)
         for name, samples in self._memory.items():
             settled = samples[len(samples) // 4 :]  # before, it warms up
+            steps = range(0, len(samples), int(PRINT_SECONDS / SAMPLE_SECONDS))
+            print(f"{name}, MB every five minutes: {[round(samples[i][1], 1) for i in steps]}")
             if len(settled) > 30:
                 slope = statistics.linear_regression(*zip(*settled, strict=True)).slope * 600
                 print(f"{name}: {settled[-1][1]:.1f} MB, slope {slope:+.2f} MB in 10 minutes")

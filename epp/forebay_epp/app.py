@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from aiohttp import web
 
+from forebay_control import memory
 from forebay_control.channel import host_port
 from forebay_control.plan import MetricsPlan, Plan, SaturationMode, UnmatchedAction
-from forebay_epp import memory
 from forebay_epp.adapters import debug, logs, prometheus
 from forebay_epp.adapters.scraper import Scraper
 from forebay_epp.adapters.served import ServedModels

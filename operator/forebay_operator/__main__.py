@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sys
 
+from forebay_control import memory
 from forebay_operator import app, logs, settings
 from forebay_operator.cluster.api import ApiError
 
@@ -14,6 +15,7 @@ _log = logging.getLogger("forebay_operator")
 
 def main() -> int:
     """Run and return the exit status."""
+    memory.limit_fragmentation()
     given = settings.parse()
     logs.configure(given.verbosity)
 

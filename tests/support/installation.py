@@ -99,7 +99,8 @@ class Installation:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(shell.pid, signal.SIGTERM)  # kubectl port-forward
             text = output.read_text()
-        assert status == 0, f"{text}\n{self.describe()}"
+        last_words = text.strip().rpartition("\n")[2]
+        assert status == 0, f"exit status {status}: {last_words}\n{text}\n{self.describe()}"
         return text, took
 
     def helm(self, *arguments: str) -> str:

@@ -292,7 +292,8 @@ def test_models_have_their_conditions():
 
 def objective(subject, attachment, name="night", *, trusted=True):
     plan = Plan(objectives=(ObjectivePlan("night", "Standard"),), trust_objective_header=trusted)
-    status = conditions.objective_status(subject, attachment, name, plan)
+    band = {each.name: each.band for each in plan.objectives}.get(name)
+    status = conditions.objective_status(subject, attachment, plan, band)
     (accepted,) = status["conditions"]
     return accepted["status"], accepted["reason"], accepted["message"]
 

@@ -1,4 +1,4 @@
-"""How the EPP keeps its memory."""
+"""How the EPP and the operator keep their memory."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import sys
 # the blocks that are mapped on their own.
 SCRIPT = """
 import ctypes
-from forebay_epp import memory
+from forebay_control import memory
 
 class Mallinfo2(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in (

@@ -338,8 +338,8 @@ def test_kill_9_leaves_no_child(start, folder, server, moment):
 
     program.end(signal.SIGKILL)
 
-    until(lambda: all(map(_has_ended, children)), 2)
-    assert program.gone()
+    # The main thread may be a zombie while others still hold the ports.
+    until(lambda: all(map(_has_ended, children)) and program.gone(), 2)
     if moment == "all serve":
         again = start(ports=program.ports)
         assert again.request("llama-chat")[0] == 200

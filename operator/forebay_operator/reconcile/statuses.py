@@ -5,6 +5,7 @@ Writing it belongs in writing.py.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from forebay_operator import planning
@@ -22,6 +23,7 @@ from forebay_operator.status.observed import CONTROLLER_NAME, Attachment, Subjec
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from forebay_control.plan import Plan
     from forebay_operator.cluster.store import Entry, Store
     from forebay_operator.reconcile.planner import Planner
     from forebay_operator.resources import AnyPool
@@ -52,6 +54,7 @@ class Statuses:
         """Return what the status of each object of a namespace should be, as far as is known."""
         if self._planner.unread(namespace) & ENDPOINT_KINDS:
             return
+        bands_of = cache(self._bands_of)  # a pool may have a thousand objectives
         for entry in list(self._store.entries(namespace)):
             if not entry.kind.ours_to_report or entry.metadata.deletion_timestamp:
                 continue
@@ -78,19 +81,33 @@ class Statuses:
                     continue
                 else:
                     attachment = self._attachment(entry, reference.name, reference.group, namespace)
-                yield entry, self._of_one_pool(entry, subject, attachment)
+                yield entry, self._of_one_pool(entry, subject, attachment, bands_of)
             else:
-                yield entry, self._of_one_pool(entry, subject, Attachment("", "", None))
+                nowhere = Attachment("", "", None)
+                yield entry, self._of_one_pool(entry, subject, nowhere, bands_of)
 
     def _of_one_pool(
-        self, entry: Entry, subject: Subject, attachment: Attachment
+        self,
+        entry: Entry,
+        subject: Subject,
+        attachment: Attachment,
+        bands_of: Callable[[str], dict[str, str]],
     ) -> dict[str, Any]:
         """Return the status of a model or objective."""
         if entry.kind.model is InferenceModel:
             return conditions.model_status(subject, attachment)
-        found = self._planner.find(f"{subject.namespace}/{attachment.pool}")
-        plan = found[1].plan if found else None
-        return conditions.objective_status(subject, attachment, entry.metadata.name, plan)
+        pool = f"{subject.namespace}/{attachment.pool}"
+        band = bands_of(pool).get(entry.metadata.name)
+        return conditions.objective_status(subject, attachment, self._plan_of(pool), band)
+
+    def _plan_of(self, pool: str) -> Plan | None:
+        found = self._planner.find(pool)
+        return found[1].plan if found else None
+
+    def _bands_of(self, pool: str) -> dict[str, str]:
+        """Return the band of each objective by the pool's plan."""
+        plan = self._plan_of(pool)
+        return {objective.name: objective.band for objective in plan.objectives} if plan else {}
 
     def _policy_status(self, entry: Entry, subject: Subject) -> dict[str, Any] | None:
         """Return the status of a policy; None where every pool it names is another controller's.

@@ -88,20 +88,19 @@ def model_status(subject: Subject, attachment: Attachment) -> dict[str, Any]:
 
 
 def objective_status(
-    subject: Subject, attachment: Attachment, name: str, plan: Plan | None
+    subject: Subject, attachment: Attachment, plan: Plan | None, band: str | None
 ) -> dict[str, Any]:
     """Return the status of an InferenceObjective, its conditions without times.
 
     Args:
         subject: the objective.
         attachment: its pool.
-        name: the objective's name.
         plan: the pool's plan; None where EPPs keep the one they have.
+        band: the one that the objective joins by the plan; None where it is left out.
     """
     accepted = _counted(subject, attachment)
     if accepted["status"] != "True" or plan is None:
         return {"conditions": _observed(subject, [accepted])}
-    band = next((each.band for each in plan.objectives if each.name == name), None)
     if band is None:
         message = f"InferencePool {attachment.pool} has too many objectives: delete some"
         accepted = _condition("Accepted", "False", "TooManyObjectives", message)

@@ -1,4 +1,4 @@
-"""How this process keeps its memory. What the memory holds is decided elsewhere."""
+"""How a server process keeps its memory. What the memory holds is decided elsewhere."""
 
 from __future__ import annotations
 
