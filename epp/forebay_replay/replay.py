@@ -59,7 +59,7 @@ class Server:
         idle_seconds: time with room in the batch and nothing inside to fill it while a request
             waited in the queue.
         longest_idle_seconds: the longest such stretch.
-        most_waiting: the most that waited inside.
+        most_excess: the most requests that it held beyond its batch.
     """
 
     engine: StepEngine
@@ -70,7 +70,7 @@ class Server:
     running_seconds: float = 0.0
     idle_seconds: float = 0.0
     longest_idle_seconds: float = 0.0
-    most_waiting: int = 0
+    most_excess: int = 0
     looked_at: float = 0.0
     idle_since: float = NEVER
     waking_at: float = NEVER
@@ -222,7 +222,8 @@ class Replay:
         if seconds:
             server.waiting_seconds += seconds * engine.waiting
             server.running_seconds += seconds * engine.running
-            server.most_waiting = max(server.most_waiting, engine.waiting)
+            excess = engine.running + engine.waiting - server.slots
+            server.most_excess = max(server.most_excess, excess)
             held = engine.running + engine.waiting + server.on_the_way
             if self.routing.waiting and held < server.slots:
                 server.idle_seconds += seconds

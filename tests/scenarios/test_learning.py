@@ -39,16 +39,16 @@ def test_four_small_servers_are_learned_from_a_cold_start():
 
     assert limits(replay) == [8] * 4
     assert critical_p99_seconds(replay) <= 0.4
-    assert max(server.most_waiting for server in replay.servers) <= 3
+    assert max(server.most_excess for server in replay.servers) <= 3
 
 
 def test_a_batch_of_256_is_learned_without_flooding():
-    """What waits inside is never more than an eighth of the batch."""
+    """What is sent beyond the batch is never more than an eighth of it."""
     replay = replayed([H100], 150, 12)
     replay.run(10)
 
     assert 250 <= limits(replay)[0] <= 270
-    assert replay.servers[0].most_waiting <= 256 // 8 + 2
+    assert replay.servers[0].most_excess <= 256 // 8 + 2
 
 
 def test_a_capacity_that_changes_is_followed():
