@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from forebay_sim.stepping import StepEngine
 
-# Where an engine publishes, and its gauges of running, waiting and KV usage.
+# Where an engine publishes.
 # "vllm-2025" is vLLM before the end of 2025, "other" a server that only a policy can describe.
 ENGINES = {
     "vllm": "/metrics",
@@ -25,21 +25,28 @@ ENGINES = {
     "tgi": "/metrics",
     "other": "/stats",
 }
+# Its gauges of running, waiting, KV usage, KV blocks and tokens in each block. SGLang says the last
+# two in labels of one gauge.
 _GAUGES = {
     "sglang": (
         'sglang:num_running_reqs{{{labels},engine_type="unified",pp_rank="0",tp_rank="0"}}',
         'sglang:num_queue_reqs{{{labels},engine_type="unified",pp_rank="0",tp_rank="0"}}',
         'sglang:token_usage{{{labels},engine_type="unified",pp_rank="0",tp_rank="0"}}',
+        'sglang:cache_config_info{{num_pages="{blocks}",page_size="{block_tokens}"}}',
     ),
     "trtllm": (
         "trtllm_num_requests_running{{{labels}}}",
         "trtllm_num_requests_waiting{{{labels}}}",
         "trtllm_kv_cache_utilization{{{labels}}}",
+        "trtllm_kv_cache_max_blocks{{{labels}}}",
+        "trtllm_kv_cache_tokens_per_block{{{labels}}}",
     ),
     "triton": (
         'nv_trt_llm_request_metrics{{model="tensorrt_llm",request_type="scheduled",version="1"}}',
         'nv_trt_llm_request_metrics{{model="tensorrt_llm",request_type="waiting",version="1"}}',
         'nv_trt_llm_kv_cache_block_metrics{{kv_cache_block_type="fraction",model="tensorrt_llm",version="1"}}',
+        'nv_trt_llm_kv_cache_block_metrics{{kv_cache_block_type="max",model="tensorrt_llm",version="1"}}',
+        'nv_trt_llm_kv_cache_block_metrics{{kv_cache_block_type="tokens_per",model="tensorrt_llm",version="1"}}',
     ),
     "tgi": ("tgi_batch_current_size", "tgi_queue_size"),
     "other": ('requests{{state="running"}}', 'requests{{state="waiting"}}', "cache_usage"),
@@ -116,9 +123,11 @@ class MetricsPage:
         if self._kind.startswith("vllm"):
             return self._vllm(load)
         lines = []
-        values = (load.running, load.waiting + load.deferred, load.kv)
+        hardware = self._engine.hardware
+        blocks, block_tokens = hardware.kv_blocks, hardware.block_size_tokens
+        values = (load.running, load.waiting + load.deferred, load.kv, blocks, block_tokens)
         for gauge, value in zip(_GAUGES[self._kind], values, strict=False):
-            series = gauge.format(labels=self._labels)
+            series = gauge.format(labels=self._labels, blocks=blocks, block_tokens=block_tokens)
             lines += [f"# TYPE {series.partition('{')[0]} gauge", f"{series} {float(value)}"]
         return "\n".join(lines) + "\n"
 

@@ -110,6 +110,30 @@ def test_reads_the_page_of_every_known_model_server(kind):
 
     assert (metrics.running, metrics.waiting) == (5, 2)
     assert metrics.kv_usage == (None if kind == "tgi" else 0.25)
+    plain = PRESETS["plain"]
+    capacity = plain.kv_blocks * plain.block_size_tokens
+    assert metrics.kv_capacity_tokens == (None if kind == "tgi" else capacity)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "capacity"),
+    [
+        (("100", "200"), 4800),
+        (("None",), None),  # a vLLM that starts
+        (("0",), None),
+        (("1e300",), None),
+        (("-5", "100"), None),
+    ],
+)
+def test_sums_the_kv_caches_of_engines_or_knows_nothing_of_them(blocks, capacity):
+    """One engine whose size cannot be true makes the sum unknown."""
+    labels = 'block_size="16",engine="{}",num_gpu_blocks="{}"'
+    page = "vllm:num_requests_running 1\n" + "".join(
+        f"vllm:cache_config_info{{{labels.format(number, given)}}} 1.0\n"
+        for number, given in enumerate(blocks)
+    )
+
+    assert parse_page(page.encode()).kv_capacity_tokens == capacity
 
 
 def test_reads_the_steps_of_an_engine_and_their_tokens():
@@ -318,6 +342,7 @@ def test_a_line_without_end_is_unknown():
 PIECES = st.sampled_from(
     [
         *(b"vllm:num_requests_running", b"vllm:num_requests_waiting", b"vllm:kv_cache_usage_perc"),
+        *(b"vllm:cache_config_info", b'num_gpu_blocks="', b'block_size="'),
         *(b"{", b"}", b'"', b"\\", b" ", b"\n", b"\r", b"#", b"=", b",", b"1", b"1e9", b"NaN"),
     ]
 )
@@ -331,6 +356,7 @@ def test_never_raises_and_never_believes_nonsense(page):
     assert metrics.running is None or 0 <= metrics.running <= 1_000_000 * MAX_SERIES
     assert metrics.waiting is None or 0 <= metrics.waiting <= 1_000_000 * MAX_SERIES
     assert metrics.kv_usage is None or 0 <= metrics.kv_usage <= 1
+    assert metrics.kv_capacity_tokens is None or metrics.kv_capacity_tokens >= 0
 
 
 @given(

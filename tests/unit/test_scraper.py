@@ -161,6 +161,18 @@ async def test_reports_steps_with_their_tokens_or_not_at_all(tokens, expected):
     assert (reports[0].steps, reports[0].step_tokens) == expected
 
 
+async def test_reports_the_size_of_the_kv_cache():
+    """In tokens."""
+    page = PAGE + b'\nvllm:cache_config_info{block_size="16",num_gpu_blocks="1000"} 1.0\n'
+    async with (
+        RawServer(replies(answer(page))).listening() as server,
+        scraping(server.address) as (_, reports),
+    ):
+        await until(lambda: reports)
+
+    assert reports[0].kv_capacity_tokens == 16_000
+
+
 async def test_reports_a_page_without_cache_usage():
     """KV usage may be unknown; running and waiting may not."""
     page = b"\n".join(PAGE.split(b"\n")[:2])

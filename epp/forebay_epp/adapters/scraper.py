@@ -187,6 +187,7 @@ class Scraper:
             self._current_interval(),
             page.steps,
             page.step_tokens,
+            page.kv_capacity_tokens,
         )
 
     def _failed(self, address: str, error: Exception) -> None:

@@ -9,6 +9,7 @@ not trusted: a number that cannot be true makes its signal unknown, and never 0.
 
 from __future__ import annotations
 
+import operator
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -53,15 +54,23 @@ class Series:
         labels: label names and values as a page writes them.
         scattered: whether other lines come between the samples, as in a histogram, whose count and
             sum follow the buckets of the same labels.
+        value_label: the label that has the value, as in a metric of information, which is always 1;
+            empty: the sample has it.
     """
 
-    __slots__ = ("labels", "line_start", "name", "scattered")
+    __slots__ = ("labels", "line_start", "name", "scattered", "value_label")
 
     def __init__(
-        self, name: str, labels: tuple[tuple[str, str], ...] = (), *, scattered: bool = False
+        self,
+        name: str,
+        labels: tuple[tuple[str, str], ...] = (),
+        *,
+        scattered: bool = False,
+        value_label: str = "",
     ) -> None:
         self.name = name.encode()
         self.scattered = scattered
+        self.value_label = value_label.encode()
         self.line_start = b"\n" + self.name
         self.labels = tuple((label.encode(), _escaped(value)) for label, value in labels)
 
@@ -84,6 +93,8 @@ class Engine:
     Attributes:
         prefix: what names of its metrics begin with, and no other server's; empty: any page is its.
         running, waiting, kv_usage, steps, step_tokens: see `PageMetrics`.
+        kv_blocks, kv_block_tokens: the blocks of the KV cache and the tokens that fit in each; both
+            have a sample for each engine.
     """
 
     prefix: str
@@ -92,6 +103,8 @@ class Engine:
     kv_usage: tuple[Series, ...] = ()
     steps: tuple[Series, ...] = ()
     step_tokens: tuple[Series, ...] = ()
+    kv_blocks: tuple[Series, ...] = ()
+    kv_block_tokens: tuple[Series, ...] = ()
 
     def publishes(self, page: bytes) -> bool:
         """Return whether the page is one of this kind of server."""
@@ -114,24 +127,34 @@ ENGINES = (
         ),
         (Series("vllm:iteration_tokens_total_count", scattered=True),),
         (Series("vllm:iteration_tokens_total_sum", scattered=True),),
+        (Series("vllm:cache_config_info", value_label="num_gpu_blocks"),),
+        (Series("vllm:cache_config_info", value_label="block_size"),),
     ),
     Engine(
         "sglang:",
         (Series("sglang:num_running_reqs"),),
         (Series("sglang:num_queue_reqs"),),
         (Series("sglang:token_usage"),),
+        kv_blocks=(Series("sglang:cache_config_info", value_label="num_pages"),),
+        kv_block_tokens=(Series("sglang:cache_config_info", value_label="page_size"),),
     ),
     Engine(
         "trtllm_",  # trtllm-serve
         (Series("trtllm_num_requests_running"),),
         (Series("trtllm_num_requests_waiting"),),
         (Series("trtllm_kv_cache_utilization"),),
+        kv_blocks=(Series("trtllm_kv_cache_max_blocks"),),
+        kv_block_tokens=(Series("trtllm_kv_cache_tokens_per_block"),),
     ),
     Engine(
         "nv_trt_llm_",  # Triton with its TensorRT-LLM backend
         (Series("nv_trt_llm_request_metrics", (("request_type", "scheduled"),)),),
         (Series("nv_trt_llm_request_metrics", (("request_type", "waiting"),)),),
         (Series("nv_trt_llm_kv_cache_block_metrics", (("kv_cache_block_type", "fraction"),)),),
+        kv_blocks=(Series("nv_trt_llm_kv_cache_block_metrics", (("kv_cache_block_type", "max"),)),),
+        kv_block_tokens=(
+            Series("nv_trt_llm_kv_cache_block_metrics", (("kv_cache_block_type", "tokens_per"),)),
+        ),
     ),
     Engine(
         "tgi_",  # text-generation-inference; does not show its KV cache
@@ -165,6 +188,7 @@ class PageMetrics:
         steps: that produced a token, since the start, summed over engines.
         step_tokens: prompt and answer tokens of these steps, 0 where they are unknown. vLLM counts
             a prompt in the step that ends its prefill.
+        kv_capacity_tokens: that fit in the KV cache, summed over engines.
     """
 
     running: int | None
@@ -172,6 +196,7 @@ class PageMetrics:
     kv_usage: float | None
     steps: float | None = None
     step_tokens: float = 0.0
+    kv_capacity_tokens: int | None = None
 
 
 UNKNOWN = PageMetrics(None, None, None)
@@ -190,6 +215,7 @@ def parse_page(page: bytes, known: tuple[Engine, ...] = ENGINES) -> PageMetrics:
                 kv_usage=_fullest(page, engine.kv_usage),
                 steps=steps,
                 step_tokens=step_tokens,
+                kv_capacity_tokens=_kv_capacity(page, engine),
             )
     return UNKNOWN
 
@@ -206,6 +232,15 @@ def _total(page: bytes, series: tuple[Series, ...]) -> float | None:
     if not values or any(value > MAX_TOTAL for value in values):
         return None
     return sum(values)
+
+
+def _kv_capacity(page: bytes, engine: Engine) -> int | None:
+    blocks = _values(page, engine.kv_blocks)
+    tokens = _values(page, engine.kv_block_tokens)
+    if len(blocks) != len(tokens):
+        return None
+    capacity = sum(map(operator.mul, blocks, tokens))
+    return int(capacity) if 0 < capacity <= MAX_TOTAL else None  # vLLM has no blocks at first
 
 
 def _fullest(page: bytes, series: tuple[Series, ...]) -> float | None:
@@ -285,6 +320,8 @@ def _sample(page: bytes, start: int, end: int, series: Series) -> Iterator[float
     labels, value = match.groups()
     if series.labels and not series.selects(labels):
         return
+    if series.value_label:
+        value = dict(_LABEL.findall(labels or b"")).get(series.value_label, b"")
     if not _NUMBER.fullmatch(value):
         raise _UnbelievableError
     try:
