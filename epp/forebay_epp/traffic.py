@@ -111,6 +111,8 @@ class Traffic(Observer):
         models: the labels of models.
         outcomes: requests by (band, model label, outcome).
         waits: seconds in the queue by band, of requests that were queued and have left it.
+        wait_errors: seconds by which dispatched requests waited more or less than predicted when
+            they were queued, by band.
         first_tokens: seconds from dispatch to the first chunk of the answer, by band.
         durations: seconds from arrival to the end of the answer, by band.
         ejections: endpoints that were left out because they failed, by cause.
@@ -141,6 +143,7 @@ class Traffic(Observer):
         "streams_open",
         "streams_opened",
         "streams_refused",
+        "wait_errors",
         "waits",
     )
 
@@ -149,6 +152,7 @@ class Traffic(Observer):
         self._worst_stall = 0.0
         self.outcomes: defaultdict[tuple[str, str, Outcome], int] = defaultdict(int)
         self.waits: defaultdict[str, Histogram] = defaultdict(Histogram)
+        self.wait_errors: defaultdict[str, Histogram] = defaultdict(Histogram)
         self.first_tokens: defaultdict[str, Histogram] = defaultdict(Histogram)
         self.durations: defaultdict[str, Histogram] = defaultdict(Histogram)
         self.responses: defaultdict[str, int] = defaultdict(int)
@@ -198,6 +202,9 @@ class Traffic(Observer):
         self.outcomes[band, label, outcome] += 1
         if outcome in _AFTER_QUEUEING:
             self.waits[band].add(decision.waited_seconds)
+            if request.predicted_seconds is not None and outcome is Outcome.DISPATCHED:
+                error = abs(decision.waited_seconds - request.predicted_seconds)
+                self.wait_errors[band].add(error)
 
     def first_token(self, request: Request, now: float) -> None:
         """Count the first chunk of an answer."""

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from forebay_epp.core.terms import EndpointMetrics
+from forebay_epp.core.terms import EndpointMetrics, Request
 from forebay_replay.replay import Replay
-from forebay_replay.routing import Queued
+from forebay_replay.routing import BYTES_PER_TOKEN, Queued
 from forebay_replay.scenarios import CHAT, H100, SMALL, mixed, plan
 
 
@@ -89,6 +89,37 @@ def test_servers_of_any_size_are_kept_full(slots):
     (server,) = replay.servers
 
     assert server.running_seconds / 5 / slots >= 0.97
+
+
+class Predicting(Queued):
+    """Keeps the requests that it queues."""
+
+    def __init__(self, servers, given):
+        super().__init__(servers, given)
+        self.requests = []
+
+    def arrive(self, number, arrival, now):
+        request = Request(number, arrival.model, arrival.prompt_tokens * BYTES_PER_TOKEN)
+        self.requests.append(request)
+        self.controller.submit(request, now)
+        return self.wake(now)
+
+
+@pytest.mark.parametrize("band", ["Critical", "Standard", "Sheddable"])
+def test_waits_are_predicted(band):
+    """At 1.3 times what the servers can do, for each band on average within a quarter or 20 ms."""
+    routing = Predicting(4, plan(None))
+    Replay([SMALL] * 4, routing, mixed(24, 60, 1)).run()
+    waits = [
+        (request.predicted_seconds, request.dispatched_at - request.enqueued_at)
+        for request in routing.requests
+        if request.band == band and request.predicted_seconds is not None
+    ]
+
+    predicted, waited = (sum(column) / len(waits) for column in zip(*waits, strict=True))
+
+    assert len(waits) > 100
+    assert predicted == pytest.approx(waited, rel=0.25, abs=0.02)
 
 
 LIES = {

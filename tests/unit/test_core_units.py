@@ -17,12 +17,11 @@ from forebay_control.plan import (
     SaturationMode,
     SaturationPlan,
 )
-from forebay_epp.core.bands import MAX_RETRY_AFTER_SECONDS
 from forebay_epp.core.classification import UNMATCHED_FLOW
-from forebay_epp.core.controller import FlowController
+from forebay_epp.core.controller import MAX_RETRY_AFTER_SECONDS, FlowController
 from forebay_epp.core.endpoints import EndpointSet, TrackedEndpoint
 from forebay_epp.core.selection import Selection
-from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Request
+from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Request, Verdict
 
 A = "10.0.0.1:8000"
 B = "10.0.0.2:8000"
@@ -96,31 +95,29 @@ def test_a_model_that_leaves_the_plan_keeps_what_waits_in_its_flow():
 
 
 @pytest.mark.parametrize(
-    ("dispatched", "expected"),
+    ("slot_seconds", "expected"),
     [
-        (0, MAX_RETRY_AFTER_SECONDS),  # nothing measured
-        (1, MAX_RETRY_AFTER_SECONDS),  # 0.1/s: 20 requests take 200 s
-        (4, 50),  # 0.4/s
-        (200, 1),  # 20/s
-        (1000, 1),  # less than a second
+        (None, 1),  # all have just begun
+        (0.01, 1),  # less than a second
+        (9.5, 50),  # 0.4/s
+        (100.0, MAX_RETRY_AFTER_SECONDS),  # 525 s
     ],
 )
-def test_retry_after_is_the_time_until_the_band_has_drained(dispatched, expected):
-    """Twenty wait; the rate is what was dispatched over ten seconds; 1 to 60."""
-    plan = Plan(
-        bands=(BandPlan("Standard", 0, max_requests=20),),
-        saturation=concurrency(max(1, dispatched)),
-    )
+def test_retry_after_is_the_predicted_wait(slot_seconds, expected):
+    """Behind twenty, with four slots that each answer keeps for so long; 1 to 60."""
+    plan = Plan(bands=(BandPlan("Standard", 0, max_requests=20),), saturation=concurrency(4))
     controller = controller_of(plan, A)
-    for number in range(dispatched):
-        controller.submit(Request(number, "m", 1), 0.0)
+    if slot_seconds is not None:
+        controller.submit(Request(1, "m", 1), 0.0)
         controller.poll(0.0)
-    if not dispatched:
-        controller.set_endpoints([], 0.0)
-    for number in range(2000, 2021):
-        controller.submit(Request(number, "m", 1), 0.0)
+        controller.complete(1, None, slot_seconds, Verdict.GOOD)
+    now = slot_seconds or 0.0
+    for number in range(2000, 2024):
+        controller.submit(Request(number, "m", 1), now)
+        controller.poll(now)
+    controller.submit(Request(3000, "m", 1), now)
 
-    (refused,) = controller.poll(0.0)
+    (refused,) = controller.poll(now)
 
     assert refused.retry_after_seconds == expected
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from observed import complete, decide
 
-from forebay_epp.core.terms import Outcome
+from forebay_epp.core.terms import Dispatched, Outcome, Refused, Request
 from forebay_epp.traffic import (
     MAX_LABEL_LENGTH,
     MAX_MODEL_LABELS,
@@ -46,6 +46,19 @@ def test_counts_outcomes_by_band_model_and_outcome():
         ("Sheddable", "chat", Outcome.EVICTED_TTL): 1,
     }
     assert traffic.waits["Critical"].total == 1.0
+
+
+def test_counts_how_wrong_predicted_waits_were():
+    """Of requests that were dispatched, too much and too little alike."""
+    traffic = Traffic()
+    for waited_seconds, predicted_seconds in ((3.0, 2.0), (1.0, 3.0), (1.0, None)):
+        request = Request(1, "m", 1, band="Critical", predicted_seconds=predicted_seconds)
+        traffic.decided(request, Dispatched(1, "10.0.0.1:8000", waited_seconds), 0.0)
+    request = Request(1, "m", 1, band="Critical", predicted_seconds=1.0)
+    traffic.decided(request, Refused(1, Outcome.EVICTED_TTL, 1, 9.0, ""), 0.0)
+
+    assert sum(traffic.wait_errors["Critical"].counts) == 2
+    assert traffic.wait_errors["Critical"].total == 3.0
 
 
 @pytest.mark.parametrize("outcome", Outcome)

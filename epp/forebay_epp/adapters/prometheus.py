@@ -252,6 +252,11 @@ def _requests(traffic: Traffic) -> Iterator[Metric]:
         traffic.waits,
     )
     yield _histogram_by_band(
+        "forebay_predicted_wait_error_seconds",
+        "By how much requests waited more or less than predicted.",
+        traffic.wait_errors,
+    )
+    yield _histogram_by_band(
         "forebay_time_to_first_token_seconds",
         "Time from dispatch to the first chunk of the answer.",
         traffic.first_tokens,

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from forebay_epp.core.terms import Request, Usage
 
 DRAIN_RATE_SECONDS = 10.0
-MAX_RETRY_AFTER_SECONDS = 60
 SPARE_DEADLINES = 64
 
 _ONE_REQUEST = Cost(requests=1)
@@ -385,16 +384,6 @@ class Band:
     def drain_rate(self, now: float) -> float:
         """Dispatches per second, exponentially averaged over about 10 s."""
         return self._drained * self._decay(now) / DRAIN_RATE_SECONDS
-
-    def retry_after_seconds(self, now: float) -> int:
-        """Return the seconds until what waits now has drained at the measured rate, 1 to 60."""
-        waiting = len(self.arrival)
-        if not waiting:
-            return 1
-        rate = self.drain_rate(now)
-        if rate * MAX_RETRY_AFTER_SECONDS <= waiting:
-            return MAX_RETRY_AFTER_SECONDS
-        return max(1, math.ceil(waiting / rate))
 
     def state(self, now: float) -> BandState:
         """Copy the band's state."""

@@ -9,6 +9,7 @@ The caller does the waiting: after any call it polls, and polls again at `next_w
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from forebay_epp.core.bands import Bands
@@ -25,6 +26,7 @@ from forebay_epp.core.terms import (
     Refused,
     Verdict,
 )
+from forebay_epp.core.waits import Waits
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
         Usage,
     )
 
+MAX_RETRY_AFTER_SECONDS = 60
 DELETED_POOL_SECONDS = 30.0  # for what waits when the pool is deleted
 _DELETED_RETRY_SECONDS = 60
 _DELETED = "the InferencePool of this endpoint picker is deleted"
@@ -66,6 +69,7 @@ class FlowController:
         self._endpoints = EndpointSet(plan.saturation)
         self._selection = Selection(self._endpoints, random)
         self._footprints = Footprints()
+        self._waits = Waits()
         self._regime_since = -NEVER
         self._waiting: dict[int, Request] = {}
         self._size_bytes = 0
@@ -192,19 +196,21 @@ class FlowController:
             self._reject(
                 request,
                 Outcome.REJECTED_NO_ENDPOINTS,
-                band.retry_after_seconds(now),
+                self._retry_after_seconds(band, now),
                 "no endpoint of the pool is in the subset that the proxy allows",
             )
             return
         full = self._full(request) or band.full(request)
         if full is not None:
-            retry_after = band.retry_after_seconds(now)
+            retry_after = self._retry_after_seconds(band, now)
             self._reject(request, Outcome.REJECTED_QUEUE_FULL, retry_after, full)
             return
         if not band.arrival:  # behind others of its band it expires after them
             self._next_expiry = min(self._next_expiry, self._deadline(band, now))
         self._next_expiry = min(self._next_expiry, request.deadline)
         request.kv_tokens = self._footprints.tokens(request)
+        if blocked and request.subset is None:
+            request.predicted_seconds = self._predicted_seconds(band, now)
         band.push(request, now, blocked=blocked)
         self._waiting[request.id] = request
         self._size_bytes += request.size_bytes
@@ -254,6 +260,8 @@ class FlowController:
             KeyError: the request is not in flight.
         """
         request, endpoint = self._dispatched.pop(request_id)
+        if verdict is Verdict.GOOD and not blind:
+            self._waits.learn(now - request.dispatched_at)
         if usage is not None:
             self._footprints.learn(request, usage)
             if request.band in self._bands.by_name:
@@ -375,13 +383,25 @@ class FlowController:
 
     def _evict(self, request: Request, outcome: Outcome, message: str, now: float) -> None:
         band = self._bands.by_name[request.band]
-        retry_after = band.retry_after_seconds(now)
+        retry_after = self._retry_after_seconds(band, now)
         band.remove(request)
         del self._waiting[request.id]
         self._size_bytes -= request.size_bytes
         self._decisions.append(
             Refused(request.id, outcome, retry_after, now - request.enqueued_at, message)
         )
+
+    def _predicted_seconds(self, band: Band, now: float) -> float | None:
+        seconds = self._waits.predict(band, self._bands.all, self._dispatched, now)
+        return seconds if seconds < NEVER else None
+
+    def _retry_after_seconds(self, band: Band, now: float) -> int:
+        if not band.arrival:
+            return 1
+        seconds = self._predicted_seconds(band, now)
+        if seconds is None:
+            return MAX_RETRY_AFTER_SECONDS
+        return min(MAX_RETRY_AFTER_SECONDS, max(1, math.ceil(seconds)))
 
     # --- time
 

@@ -96,6 +96,8 @@ class Request:
         first_token_at: monotonic seconds, infinity until then.
         endpoint: address of the endpoint that it was dispatched to.
         kv_tokens: tokens of KV cache that it is expected to take.
+        predicted_seconds: how long it is expected to wait in the queue, None where nothing is
+            expected.
     """
 
     id: int
@@ -112,6 +114,7 @@ class Request:
     first_token_at: float = NEVER
     endpoint: str = ""
     kv_tokens: int = 0
+    predicted_seconds: float | None = None
 
 
 @dataclass(slots=True, frozen=True)
@@ -131,7 +134,7 @@ class Dispatched:
 class Refused:
     """The request was rejected or evicted, as `outcome` says; it holds nothing any more.
 
-    `retry_after_seconds` is the measured time until its band has drained, clamped to 1-60.
+    `retry_after_seconds` is how long it would wait if it came back at once, clamped to 1-60.
     """
 
     request_id: int
