@@ -54,7 +54,7 @@ def test_an_epp_that_is_killed_costs_what_waited_in_it(start):
 
 def test_requests_whose_time_ran_out_in_a_frozen_epp_are_not_dispatched(start):
     """T3: frozen for longer than the TTL; when it wakes it evicts them and sends none of them."""
-    plane = start(answering(0.2), slots=1, ttl_seconds=2)
+    plane = start(answering(1.0), slots=1, ttl_seconds=2)
     holding = plane.send("standard")
     pending = plane.send("standard", 50)
     plane.until_waiting(50)

@@ -66,7 +66,7 @@ def test_before_an_answer_has_ended_the_oldest_request_tells():
 
 
 def test_nothing_is_predicted_while_nothing_is_in_flight():
-    """It waits for an endpoint, and nobody knows when one comes."""
+    """It waits for an endpoint, which may come at any time."""
     controller = FlowController(PLAN, Random(7))
 
     assert submit(controller, 10, "chat", 3.0).predicted_seconds is None
