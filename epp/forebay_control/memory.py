@@ -10,6 +10,7 @@ _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
 _MMAP_THRESHOLD_BYTES = 128 * 1024
 _MAX_ARENAS = 1
+_YOUNGEST_OBJECTS = 10_000  # at most so many lie about between two collections
 
 
 def limit_fragmentation() -> None:
@@ -29,8 +30,10 @@ def limit_fragmentation() -> None:
 def make_collections_rare() -> None:
     """Leave what exists now to the end of the process, and look for garbage seldom.
 
-    The objects of a stream die by reference count.
+    The objects of a stream die by reference count. Those of a scrape that failed do not: a
+    traceback, its frames and the exception refer to each other, some 60 objects each time. The
+    youngest generation is therefore as small as what a few seconds of a dead server leave.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    gc.set_threshold(_YOUNGEST_OBJECTS, 100, 100)

@@ -24,10 +24,34 @@ print(libc.mallinfo2().hblks - before)
 """
 
 
+# Each turn leaves two lists that refer to each other.
+GARBAGE = """
+import gc
+from forebay_control import memory
+
+memory.make_collections_rare()
+most = 0
+for _ in range(50_000):
+    one, other = [], []
+    one.append(other)
+    other.append(one)
+    most = max(most, gc.get_count()[0])
+print(most)
+"""
+
+
+def printed_by(script: str) -> str:
+    answer = subprocess.run(
+        [sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True
+    )
+    return answer.stdout.strip()
+
+
 def test_body_after_a_larger_one_stays_out_of_the_heap() -> None:
     """A body after a larger one is mapped on its own, so that its memory goes back when it ends."""
-    answer = subprocess.run(
-        [sys.executable, "-P", "-c", SCRIPT], capture_output=True, text=True, check=True
-    )
+    assert printed_by(SCRIPT) == "1"
 
-    assert answer.stdout.strip() == "1"
+
+def test_garbage_that_holds_itself_is_bounded() -> None:
+    """Exceptions of failed scrapes keep their frames alive until a collection."""
+    assert int(printed_by(GARBAGE)) <= 10_001
