@@ -140,9 +140,12 @@ class Queued:
 
     def arrive(self, number: int, arrival: Arrival, now: float) -> list[tuple[int, int]]:
         """Queue it."""
-        size_bytes = arrival.prompt_tokens * BYTES_PER_TOKEN
-        self.controller.submit(Request(number, arrival.model, size_bytes), now)
+        self.submit(Request(number, arrival.model, arrival.prompt_tokens * BYTES_PER_TOKEN), now)
         return self.wake(now)
+
+    def submit(self, request: Request, now: float) -> None:
+        """Give the controller a request."""
+        self.controller.submit(request, now)
 
     def first_token(self, number: int, now: float) -> list[tuple[int, int]]:
         """Tell the controller."""

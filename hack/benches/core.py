@@ -1,9 +1,10 @@
 """One request's whole life in the flow controller, in pairs that differ in one thing.
 
-With 100 and with 100,000 others queued; and with 20,000 queued that have one subset hint between
-them and 5,000 different ones, all of which allow both servers. Life: submit, the poll that finds no
-slot, the completion of another request, the poll that dispatches the next one. CPU time of this
-process, the median of several rounds of each, taken in turn.
+With 100 and with 100,000 others queued; with 20,000 queued that have one subset hint between them
+and 5,000 different ones, all of which allow both servers; and with 64 and with 1,000 endpoints that
+have free slots, so that nothing is queued. Life: submit, the poll that finds no slot or dispatches,
+the completion of another request, the poll that dispatches the next one. CPU time of this process,
+the median of several rounds of each, taken in turn.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ FEW, MANY = 100, 100_000
 ENDPOINTS, SLOTS, MODELS = 4, 8, 10
 HINTED, HINTS = 20_000, 5_000
 LIVES, ROUNDS = 10_000, 7
+SMALL_POOL, LARGE_POOL = 64, 1000
 
 
 class Pool:
-    """A saturated controller with so many requests queued, and so many different subset hints."""
+    """A controller with so many requests more than slots, and so many different subset hints."""
 
-    def __init__(self, queued: int, hints: int = 0) -> None:
+    def __init__(self, queued: int, hints: int = 0, endpoints: int = ENDPOINTS) -> None:
         """Fill every slot and the queue."""
         self._hints = hints
-        endpoints = 2 if hints else ENDPOINTS
         plan = Plan(
             bands=tuple(
                 replace(
@@ -58,9 +59,8 @@ class Pool:
             saturation=SaturationPlan(SaturationMode.CONCURRENCY, SLOTS),
         )
         self._controller = FlowController(plan, random.Random(1))  # not a secret
-        self._controller.set_endpoints(
-            [Endpoint(f"10.0.0.{n}:8000") for n in range(endpoints)], 0.0
-        )
+        addresses = [f"10.0.{n >> 8}.{n & 255}:8000" for n in range(endpoints)]
+        self._controller.set_endpoints(map(Endpoint, addresses), 0.0)
         self._now = 0.0
         self._next_id = 0
         self._in_flight: deque[int] = deque()
@@ -101,7 +101,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    pools = [Pool(FEW), Pool(MANY), Pool(HINTED, 1), Pool(HINTED, HINTS)]
+    pools = [
+        *(Pool(FEW), Pool(MANY)),
+        *(Pool(HINTED, 1, endpoints=2), Pool(HINTED, HINTS, endpoints=2)),
+        *(Pool(-SLOTS * count * 7 // 10, endpoints=count) for count in (SMALL_POOL, LARGE_POOL)),
+    ]
     rounds = [[pool.lives() for pool in pools] for _ in range(ROUNDS)]
     figures = {
         "life_us_100_queued": round(statistics.median(row[0] for row in rounds), 3),
@@ -110,6 +114,9 @@ def main() -> None:
         "life_us_1_hint": round(statistics.median(row[2] for row in rounds), 3),
         "life_us_5k_hints": round(statistics.median(row[3] for row in rounds), 3),
         "hints_ratio": round(statistics.median(row[3] / row[2] for row in rounds), 3),
+        "life_us_64_endpoints": round(statistics.median(row[4] for row in rounds), 3),
+        "life_us_1k_endpoints": round(statistics.median(row[5] for row in rounds), 3),
+        "endpoints_ratio": round(statistics.median(row[5] / row[4] for row in rounds), 3),
     }
     for name, value in figures.items():
         print(f"{name:24}{value:10.3f}")

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from forebay_epp.core.terms import EndpointMetrics, Request
+from forebay_epp.core.terms import EndpointMetrics
 from forebay_replay.replay import Replay
-from forebay_replay.routing import BYTES_PER_TOKEN, Queued
+from forebay_replay.routing import Queued
 from forebay_replay.scenarios import CHAT, H100, SMALL, mixed, plan
 
 
@@ -98,11 +98,9 @@ class Predicting(Queued):
         super().__init__(servers, given)
         self.requests = []
 
-    def arrive(self, number, arrival, now):
-        request = Request(number, arrival.model, arrival.prompt_tokens * BYTES_PER_TOKEN)
+    def submit(self, request, now):
         self.requests.append(request)
-        self.controller.submit(request, now)
-        return self.wake(now)
+        super().submit(request, now)
 
 
 @pytest.mark.parametrize("band", ["Critical", "Standard", "Sheddable"])

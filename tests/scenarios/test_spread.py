@@ -23,6 +23,18 @@ def test_equal_servers_are_loaded_equally_from_a_cold_start(load, seed):
     assert run.unevenness < 1.3
 
 
+@pytest.mark.parametrize("load", [0.3, 0.9])
+def test_more_servers_than_are_considered_at_once_are_loaded_equally(load):
+    """48 of 16 slots, of which a choice looks at 16."""
+    run = Run(*(Server(16) for _ in range(48)))
+    run.arrivals(load * 48 * 16, 20)
+    run.until(8)
+    run.measure()
+    run.until(20)
+
+    assert run.unevenness < 1.3
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("load", [0.3, 0.9])
 def test_a_server_whose_limit_was_cut_gets_its_share_again(load, seed):

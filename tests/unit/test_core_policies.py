@@ -118,6 +118,9 @@ def test_a_charge_for_a_band_that_is_gone_is_dropped():
 class Second:
     """A toy scorer: likes the second server, and sees the request."""
 
+    def __init__(self, pool):
+        """It has no use for the pool."""
+
     def score(self, request, endpoints, now):
         liked = B if request.model == "b" else A
         return [float(endpoint.address == liked) for endpoint in endpoints]

@@ -158,8 +158,8 @@ class Pool(EndpointSet):
     def __init__(self, states):
         super().__init__(SaturationPlan())
         for state in states:
-            state.measure(8)
             self._moved(state)
+        self.largest_limit = 8
 
 
 def picked(*states, lot=0):
@@ -334,3 +334,26 @@ def test_the_cost_of_one_request_does_not_grow_with_the_number_of_hints(fairness
     many = calls_of_one_life(10_000, fairness, hints=5_000)
 
     assert many <= one * 1.5
+
+
+def test_an_endpoint_that_alone_has_room_is_found_among_many_open_ones():
+    """The filters leave none of those that are looked at first."""
+    full = [endpoint_with(f"10.0.1.{number}:8000", 8, 1) for number in range(99)]
+    for state in full:
+        state.kv_capacity_tokens = 1
+    lots = Lots(0)
+    request = Request(1, "m", 1)
+    request.kv_tokens = 1000
+
+    state = Selection(Pool([*full, endpoint_with(A, 8, 7)]), lots).pick(request, 0.0)
+
+    assert state.address == A
+    assert lots.stops == [100]
+
+
+@pytest.mark.parametrize(("lot", "best"), [(30, 30), (95, 0)])
+def test_a_choice_looks_at_few_of_many_open_endpoints(lot, best):
+    """Neighbours from a random one on, past the end to the beginning."""
+    states = [endpoint_with(f"10.0.1.{number}:8000", 200, number) for number in range(100)]
+
+    assert picked(*states, lot=lot) == (f"10.0.1.{best}:8000", [100])

@@ -210,7 +210,9 @@ class FlowController:
         self._next_expiry = min(self._next_expiry, request.deadline)
         request.kv_tokens = self._footprints.tokens(request)
         if blocked and request.subset is None:
-            request.predicted_seconds = self._predicted_seconds(band, now)
+            request.predicted_seconds = self._waits.predict(
+                band, self._bands.all, self._dispatched, now
+            )
         band.push(request, now, blocked=blocked)
         self._waiting[request.id] = request
         self._size_bytes += request.size_bytes
@@ -223,7 +225,7 @@ class FlowController:
         """
         request = self._waiting.get(request_id)
         if request is not None:
-            self._evict(request, Outcome.EVICTED_CANCELLED, "the client has gone", now)
+            self._remove(request, Outcome.EVICTED_CANCELLED, 1, "the client has gone", now)
         elif request_id in self._dispatched:
             self.complete(request_id, None, now)
 
@@ -382,23 +384,27 @@ class FlowController:
         self._decisions.append(Refused(request.id, outcome, retry_after_seconds, 0.0, message))
 
     def _evict(self, request: Request, outcome: Outcome, message: str, now: float) -> None:
-        band = self._bands.by_name[request.band]
-        retry_after = self._retry_after_seconds(band, now)
-        band.remove(request)
+        retry_after = self._retry_after_seconds(self._bands.by_name[request.band], now)
+        self._remove(request, outcome, retry_after, message, now)
+
+    def _remove(
+        self,
+        request: Request,
+        outcome: Outcome,
+        retry_after_seconds: int,
+        message: str,
+        now: float,
+    ) -> None:
+        self._bands.by_name[request.band].remove(request)
         del self._waiting[request.id]
         self._size_bytes -= request.size_bytes
-        self._decisions.append(
-            Refused(request.id, outcome, retry_after, now - request.enqueued_at, message)
-        )
-
-    def _predicted_seconds(self, band: Band, now: float) -> float | None:
-        seconds = self._waits.predict(band, self._bands.all, self._dispatched, now)
-        return seconds if seconds < NEVER else None
+        waited = now - request.enqueued_at
+        self._decisions.append(Refused(request.id, outcome, retry_after_seconds, waited, message))
 
     def _retry_after_seconds(self, band: Band, now: float) -> int:
         if not band.arrival:
             return 1
-        seconds = self._predicted_seconds(band, now)
+        seconds = self._waits.predict(band, self._bands.all, self._dispatched, now)
         if seconds is None:
             return MAX_RETRY_AFTER_SECONDS
         return min(MAX_RETRY_AFTER_SECONDS, max(1, math.ceil(seconds)))

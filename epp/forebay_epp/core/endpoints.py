@@ -8,7 +8,7 @@ with requests (health.py).
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
@@ -48,11 +48,12 @@ class TrackedEndpoint:
     Attributes:
         free: slots that can be given away now; negative when a limit has shrunk.
         counted: those of them that are in the sum of `EndpointSet`.
+        counted_limit: its limit as `EndpointSet` knows it; 0 for none.
+        open_index: where it stands among the open ones; -1 for not there.
         occupancy: slots taken, by this EPP or others.
-        load: the same over the slots there are. A limit that is not settled says little about the
-            server, whose size may be that of the largest: it counts as the largest of the pool.
+        settled: whether the limit says how large the server is.
         spared: used although it is out, because the whole pool is.
-        wake_at: when `free` or `load` may change by time alone, in monotonic seconds.
+        wake_at: when `free` or `settled` may change by time alone, in monotonic seconds.
         scheduled_at: when `EndpointSet` will look at it.
     """
 
@@ -62,18 +63,17 @@ class TrackedEndpoint:
         "_ended",
         "_foreign_then",
         "_idle_since",
-        "_largest",
         "_mode",
         "_observed_at",
         "_peak",
         "_probing",
-        "_settled",
         "_stale_at",
         "_started",
         "_ttft_seconds",
         "_unstarted_since",
         "address",
         "counted",
+        "counted_limit",
         "foreign",
         "free",
         "fresh",
@@ -83,12 +83,13 @@ class TrackedEndpoint:
         "kv_tokens",
         "kv_usage",
         "limit",
-        "load",
         "name",
         "occupancy",
+        "open_index",
         "present",
         "running",
         "scheduled_at",
+        "settled",
         "spared",
         "uid",
         "waiting",
@@ -104,9 +105,7 @@ class TrackedEndpoint:
         self.health = Health()
         self._mode = plan.mode
         self.limit = LIMITS[plan.mode](plan)
-        self._settled = now < self.limit.settled_until
-        self._largest = self.limit.value
-        self.load = 0.0
+        self.settled = now < self.limit.settled_until
         self.in_flight = 0
         self.foreign = 0
         self.running = 0
@@ -116,7 +115,8 @@ class TrackedEndpoint:
         self.kv_tokens = 0  # that requests in flight are expected to take
         self.fresh = False
         self.free = 0
-        self.counted = 0
+        self.counted = self.counted_limit = 0
+        self.open_index = -1
         self.occupancy = 0
         self.wake_at = self.scheduled_at = NEVER
         self._stale_at = NEVER
@@ -140,7 +140,7 @@ class TrackedEndpoint:
         else:
             self._mode = plan.mode
             self.limit = LIMITS[plan.mode](plan)
-        self._settled = now < self.limit.settled_until
+        self.settled = now < self.limit.settled_until
         if not self.limit.learned:
             self.foreign = self._foreign_then = 0
             self._blind.clear()
@@ -177,6 +177,7 @@ class TrackedEndpoint:
         value = self.limit.value
         self.limit.started(self._started)
         if self.limit.value != value:
+            self.settled = now < self.limit.settled_until
             self.refresh()
 
     def completed(self, request: Request, verdict: Verdict, now: float, *, blind: bool) -> None:
@@ -222,7 +223,7 @@ class TrackedEndpoint:
             self.foreign = max(0, metrics.running + metrics.waiting - own)
             self.occupancy = self.in_flight + len(self._blind) + self.foreign
             self.limit.observe(metrics, self.occupancy, self._arrivals, self._ended, now)
-            self._settled = now < self.limit.settled_until
+            self.settled = now < self.limit.settled_until
         self._peak = self.in_flight
         self._arrivals = self._ended = 0
         was_open = self.free > 0
@@ -243,26 +244,20 @@ class TrackedEndpoint:
             # A half is rounded down whatever its last bit, or the next step would be now again.
             self.foreign = math.ceil(left * (1 - EPSILON) - 0.5)
         self.health.elapse(now)
-        self._settled = now < self.limit.settled_until
+        self.settled = now < self.limit.settled_until
         self._probing = not self.in_flight and now >= self._idle_since + PROBE_SECONDS
         self.refresh()
-
-    def measure(self, largest: int) -> None:
-        """Take note of the largest limit of the pool, in slots."""
-        self._largest = largest
-        self.load = self.occupancy / (self.limit.value if self._settled else largest)
 
     def refresh(self) -> None:
         """Count free slots again, and say when time alone may change them."""
         occupancy = self.occupancy = self.in_flight + len(self._blind) + self.foreign
         limit = self.limit
-        self.load = occupancy / (limit.value if self._settled else self._largest)
         if not self.present:
             self.free = 0
             self.wake_at = NEVER
             return
         free = limit.value - occupancy
-        wake_at = limit.settled_until if self._settled else NEVER
+        wake_at = limit.settled_until if self.settled else NEVER
         if self.fresh:
             wake_at = min(wake_at, self._stale_at)
         elif self.foreign:
@@ -337,6 +332,7 @@ class EndpointSet:
     Attributes:
         present: endpoints of the pool; others only have requests that still run.
         free: slots that can be given away now.
+        largest_limit: of any of these endpoints.
         next_at: when time alone may change anything; infinity for never.
         opened: addresses of endpoints that have got a free slot since the caller cleared this.
     """
@@ -344,10 +340,12 @@ class EndpointSet:
     def __init__(self, plan: SaturationPlan) -> None:
         self.present: tuple[TrackedEndpoint, ...] = ()
         self.free = 0
+        self.largest_limit = 1
         self.next_at = NEVER
         self.opened: list[str] = []
         self._plan = plan
-        self._open: dict[TrackedEndpoint, None] = {}  # those with a free slot
+        self._open: list[TrackedEndpoint] = []  # those with a free slot, in no order
+        self._limits: Counter[int] = Counter()  # how many endpoints have each
         self._states: dict[str, TrackedEndpoint] = {}
         self._alarms: list[tuple[float, int, TrackedEndpoint]] = []
         self._alarm_number = 0
@@ -359,7 +357,6 @@ class EndpointSet:
         for tracked in self._states.values():
             tracked.reconfigure(plan, now)
             self._moved(tracked)
-        self._measure()
         self.opened = [tracked.address for tracked in self.present if tracked.free > 0]
 
     def replace(self, endpoints: Iterable[Endpoint], now: float) -> None:
@@ -383,18 +380,14 @@ class EndpointSet:
                 known.rejoin(endpoint)
             self._moved(known)
         self.present = tuple(tracked for tracked in self._states.values() if tracked.present)
-        self._measure()
         self._spare()
 
     def observe(self, metrics: EndpointMetrics, now: float) -> None:
         """Take what a scrape said; an endpoint that is not known is ignored."""
         tracked = self._states.get(metrics.address)
         if tracked is not None:
-            limit = tracked.limit.value
             tracked.observe(metrics, now)
             self._moved(tracked)
-            if tracked.limit.value != limit:
-                self._measure()
 
     def scrape_failed(self, address: str, now: float, *, refused: bool) -> None:
         """Note that a scrape has failed; an unknown endpoint is ignored."""
@@ -417,7 +410,6 @@ class EndpointSet:
         tracked.first_token(request, now)
         if tracked.limit.value != limit:
             self._moved(tracked)
-            self._measure()
 
     def completed(
         self,
@@ -464,9 +456,9 @@ class EndpointSet:
         ]
 
     def open_within(self, subset: frozenset[str] | None) -> Sequence[TrackedEndpoint]:
-        """Return those of them that have a free slot."""
+        """Return those of them that have a free slot; the caller leaves the sequence as it is."""
         if subset is None:
-            return list(self._open)
+            return self._open
         return [tracked for tracked in self.within(subset) if tracked.free > 0]
 
     def is_open(self, address: str) -> bool:
@@ -493,21 +485,39 @@ class EndpointSet:
             more = max(0, tracked.free) - tracked.counted
             if more > 0:
                 self.opened.append(tracked.address)
-                self._open[tracked] = None
-            elif tracked.free <= 0:
-                self._open.pop(tracked, None)
+                if tracked.open_index < 0:
+                    tracked.open_index = len(self._open)
+                    self._open.append(tracked)
+            elif tracked.free <= 0 <= tracked.open_index:
+                self._close(tracked)
             tracked.counted += more
             self.free += more
+        if tracked.limit.value != tracked.counted_limit or not tracked.present:
+            self._count_limit(tracked)
         if tracked.wake_at < tracked.scheduled_at:
             tracked.scheduled_at = tracked.wake_at
             self._alarm_number += 1
             heappush(self._alarms, (tracked.wake_at, self._alarm_number, tracked))
             self.next_at = self._alarms[0][0]
 
-    def _measure(self) -> None:
-        largest = max((tracked.limit.value for tracked in self.present), default=1)
-        for tracked in self.present:
-            tracked.measure(largest)
+    def _close(self, tracked: TrackedEndpoint) -> None:
+        """Let the last of the open endpoints take the place of one that is no longer open."""
+        last = self._open.pop()
+        if last is not tracked:
+            self._open[tracked.open_index] = last
+            last.open_index = tracked.open_index
+        tracked.open_index = -1
+
+    def _count_limit(self, tracked: TrackedEndpoint) -> None:
+        known, limit = tracked.counted_limit, tracked.limit.value if tracked.present else 0
+        if limit:
+            self._limits[limit] += 1
+        if known:
+            self._limits[known] -= 1
+            if not self._limits[known]:
+                del self._limits[known]
+        tracked.counted_limit = limit
+        self.largest_limit = max(self._limits, default=1)
 
     def _note_health(self, tracked: TrackedEndpoint, was_out: bool, failures: int) -> None:  # noqa: FBT001  # what `Health` said before
         health = tracked.health

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from forebay_epp.core.terms import NEVER
-
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -42,7 +40,7 @@ class Waits:
 
     def predict(
         self, band: Band, bands: Iterable[Band], in_flight: Mapping[int, InFlight], now: float
-    ) -> float:
+    ) -> float | None:
         """Return the seconds that a request coming to the band now would wait.
 
         Args:
@@ -52,10 +50,10 @@ class Waits:
             now: monotonic seconds.
 
         Returns:
-            Infinity where nothing is in flight, or higher bands take all.
+            None where nothing is in flight, or higher bands take all.
         """
         if not in_flight:
-            return NEVER
+            return None
         slot_seconds = self._slot_seconds
         if not slot_seconds:
             oldest, _ = next(iter(in_flight.values()))
@@ -67,4 +65,4 @@ class Waits:
             if other is band:
                 break
             rate -= other.drain_rate(now)
-        return ahead / rate if rate > 0 else NEVER
+        return ahead / rate if rate > 0 else None

@@ -4,6 +4,13 @@ Of the endpoints that the proxy allows and that have a free slot, filters leave 
 rate the others, and a picker takes one by its score. Each step sees the request. When to dispatch
 does not belong here (controller.py).
 
+Where more endpoints are open than `MAX_CANDIDATES`, so many neighbours from a random one on are
+considered, and all only if the filters leave none of those. The cost of a choice does not grow with
+the pool then, and the load stays even: with the least of d bins at random the fullest has about
+log log n / log d balls more than the mean (Azar et al., Balanced Allocations, SIAM J. Computing
+29(1), 1999), and neighbours do as well as independent lots where d is at least about log n
+(Godfrey, Balls and Bins with Structure, SODA 2008).
+
 To add a filter or a scorer, write a class with the method of `Filter` or `Scorer` and enter it in
 `FILTERS` or `SCORERS`. A filter may refuse an endpoint that has a free slot; if it refuses all of
 them the request's lane waits until one of its endpoints gets another free slot.
@@ -34,7 +41,7 @@ class Filter(Protocol):
 
 
 class Scorer(Protocol):
-    """Rates endpoints from one point of view."""
+    """Rates endpoints from one point of view. It is made with the pool that they are from."""
 
     def score(
         self, request: Request, endpoints: Sequence[TrackedEndpoint], now: float
@@ -43,7 +50,8 @@ class Scorer(Protocol):
 
 
 FILTERS: tuple[Callable[[], Filter], ...] = (KVRoom,)  # besides presence, subset and slots
-SCORERS: tuple[tuple[Callable[[], Scorer], float], ...] = ((Load, 1.0),)  # with weights
+SCORERS: tuple[tuple[Callable[[EndpointSet], Scorer], float], ...] = ((Load, 1.0),)  # with weights
+MAX_CANDIDATES = 16
 
 
 class Selection:
@@ -57,7 +65,8 @@ class Selection:
     def __init__(self, pool: EndpointSet, random: RandomSource) -> None:
         self._pool = pool
         self._filters = [make() for make in FILTERS]
-        self._scorers = [(make(), weight) for make, weight in SCORERS]
+        self._scorers = [(make(pool), weight) for make, weight in SCORERS]
+        self._random = random
         self._picker = MaxScore(random)
 
     def pick(self, request: Request, now: float) -> TrackedEndpoint | None:
@@ -68,6 +77,18 @@ class Selection:
             now: monotonic seconds.
         """
         endpoints = self._pool.open_within(request.subset)
+        if len(endpoints) > MAX_CANDIDATES:
+            start = self._random.randrange(len(endpoints))
+            some = [*endpoints[start : start + MAX_CANDIDATES]]
+            some += endpoints[: MAX_CANDIDATES - len(some)]
+            found = self._pick(request, some, now)
+            if found is not None:
+                return found
+        return self._pick(request, endpoints, now)
+
+    def _pick(
+        self, request: Request, endpoints: Sequence[TrackedEndpoint], now: float
+    ) -> TrackedEndpoint | None:
         for step in self._filters:
             endpoints = step.keep(request, endpoints)
         if len(endpoints) < 2:

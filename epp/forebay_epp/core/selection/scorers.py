@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from forebay_epp.core.endpoints import TrackedEndpoint
+    from forebay_epp.core.endpoints import EndpointSet, TrackedEndpoint
     from forebay_epp.core.terms import Request
 
 
@@ -15,10 +15,14 @@ class Load:
     """Prefers the endpoint of which the smallest part is occupied.
 
     Load is relative, slots taken over slots there are, so that servers of different size are used
-    evenly. A limit that is not settled counts as the largest of the pool (`TrackedEndpoint.load`):
-    equal servers are so loaded equally whatever their limits have come to, and one whose limit was
-    cut is filled until it shows what it takes.
+    evenly. A limit that is not settled says little about the server, whose size may be that of the
+    largest: it counts as the largest limit of the pool. Equal servers are so loaded equally
+    whatever their limits have come to, and one whose limit was cut is filled until it shows what
+    it takes.
     """
+
+    def __init__(self, pool: EndpointSet) -> None:
+        self._pool = pool
 
     def score(
         self,
@@ -27,4 +31,8 @@ class Load:
         now: float,  # noqa: ARG002  # time changes a load when the pool is told of it
     ) -> list[float]:
         """Return the free part of each, below 0 where a trial goes beyond the limit."""
-        return [1.0 - endpoint.load for endpoint in endpoints]
+        largest = self._pool.largest_limit
+        return [
+            1.0 - endpoint.occupancy / (endpoint.limit.value if endpoint.settled else largest)
+            for endpoint in endpoints
+        ]
