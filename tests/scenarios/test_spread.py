@@ -25,7 +25,7 @@ def test_equal_servers_are_loaded_equally_from_a_cold_start(load, seed):
 
 @pytest.mark.parametrize("load", [0.3, 0.9])
 def test_more_servers_than_are_considered_at_once_are_loaded_equally(load):
-    """48 of 16 slots, of which a choice looks at 16."""
+    """48 of 16 slots, of which a choice looks at eight."""
     run = Run(*(Server(16) for _ in range(48)))
     run.arrivals(load * 48 * 16, 20)
     run.until(8)

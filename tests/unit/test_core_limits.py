@@ -227,11 +227,3 @@ def test_a_restarted_engine_is_no_page_that_stands_still():
 
     learner.page(9, 0)
     assert learner.limit.batch == 9
-
-
-def test_a_cache_at_its_threshold_closes():
-    """Just below it does not."""
-    limit = AdaptiveLimit(SaturationPlan(kv_cache_usage_threshold=0.9))
-
-    assert limit.closes(0.9)
-    assert not limit.closes(0.89)

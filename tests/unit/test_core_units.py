@@ -340,7 +340,7 @@ def test_an_endpoint_that_alone_has_room_is_found_among_many_open_ones():
     """The filters leave none of those that are looked at first."""
     full = [endpoint_with(f"10.0.1.{number}:8000", 8, 1) for number in range(99)]
     for state in full:
-        state.kv_capacity_tokens = 1
+        state.kv_room_tokens = 1
     lots = Lots(0)
     request = Request(1, "m", 1)
     request.kv_tokens = 1000

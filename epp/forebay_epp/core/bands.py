@@ -417,11 +417,13 @@ class Bands:
     Attributes:
         by_name: all of them.
         all: the same, highest priority first.
+        draining: whether there are some that the plan no longer names.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.by_name = {band.name: Band(band) for band in plan.bands}
         self.all: tuple[Band, ...] = ()
+        self.draining = False
         self._sort()
 
     def reconfigure(self, plan: Plan, now: float) -> None:
@@ -446,13 +448,12 @@ class Bands:
         for name, band in list(self.by_name.items()):
             if band.draining and not band.arrival:
                 del self.by_name[name]
+        self.draining = any(band.draining for band in self.by_name.values())
         self.all = tuple(
             sorted(self.by_name.values(), key=lambda band: (-band.plan.priority, not band.draining))
         )
 
     def sweep(self) -> None:
         """Forget bands that have drained."""
-        for band in self.all:
-            if band.draining and not band.arrival:
-                self._sort()
-                return
+        if self.draining:
+            self._sort()

@@ -50,6 +50,8 @@ class TrackedEndpoint:
         counted: those of them that are in the sum of `EndpointSet`.
         counted_limit: its limit as `EndpointSet` knows it; 0 for none.
         open_index: where it stands among the open ones; -1 for not there.
+        kv_room_tokens: how many more tokens its KV cache has room for, by all that is known of it;
+            an endpoint that holds nothing has room for any request.
         occupancy: slots taken, by this EPP or others.
         settled: whether the limit says how large the server is.
         spared: used although it is out, because the whole pool is.
@@ -80,6 +82,7 @@ class TrackedEndpoint:
         "health",
         "in_flight",
         "kv_capacity_tokens",
+        "kv_room_tokens",
         "kv_tokens",
         "kv_usage",
         "limit",
@@ -112,6 +115,7 @@ class TrackedEndpoint:
         self.waiting = 0
         self.kv_usage: float | None = None
         self.kv_capacity_tokens: int | None = None
+        self.kv_room_tokens = NEVER
         self.kv_tokens = 0  # that requests in flight are expected to take
         self.fresh = False
         self.free = 0
@@ -146,13 +150,6 @@ class TrackedEndpoint:
             self._blind.clear()
         self.refresh()
 
-    def has_room(self, tokens: int) -> bool:
-        """Whether the KV cache has room for so many tokens more, by all that is known of it."""
-        capacity = self.kv_capacity_tokens
-        return (
-            capacity is None or not self.in_flight or self.kv_tokens + tokens <= KV_PART * capacity
-        )
-
     def dispatched(self, request: Request, now: float) -> None:
         """Count one more request in flight."""
         self.kv_tokens += request.kv_tokens
@@ -160,7 +157,8 @@ class TrackedEndpoint:
             self._unstarted_since = now
         self.in_flight += 1
         self._arrivals += 1
-        self._peak = max(self._peak, self.in_flight)
+        if self.in_flight > self._peak:
+            self._peak = self.in_flight
         self._probing = False
         if self.health.out:
             self.health.dispatched()
@@ -256,10 +254,16 @@ class TrackedEndpoint:
             self.free = 0
             self.wake_at = NEVER
             return
+        capacity = self.kv_capacity_tokens
+        if capacity is None or not self.in_flight:
+            self.kv_room_tokens = NEVER
+        else:
+            self.kv_room_tokens = KV_PART * capacity - self.kv_tokens
         free = limit.value - occupancy
         wake_at = limit.settled_until if self.settled else NEVER
         if self.fresh:
-            wake_at = min(wake_at, self._stale_at)
+            if self._stale_at < wake_at:
+                wake_at = self._stale_at
         elif self.foreign:
             wake_at = min(wake_at, self._next_decay())
         if (
@@ -267,7 +271,7 @@ class TrackedEndpoint:
             and self.fresh
             and self.kv_usage is not None
             and occupancy + self.running > 0
-            and limit.closes(self.kv_usage)
+            and self.kv_usage >= limit.closing_kv_usage
         ):
             free = 0  # an idle server takes a request whatever it says, or nothing would move
         if free <= 0 and not self.in_flight:
@@ -481,14 +485,15 @@ class EndpointSet:
 
     def _moved(self, tracked: TrackedEndpoint) -> None:
         """Account for a change of an endpoint's free slots, and look at it again in time."""
-        if tracked.free != tracked.counted:
-            more = max(0, tracked.free) - tracked.counted
+        free = tracked.free
+        if free != tracked.counted:
+            more = (free if free > 0 else 0) - tracked.counted
             if more > 0:
                 self.opened.append(tracked.address)
                 if tracked.open_index < 0:
                     tracked.open_index = len(self._open)
                     self._open.append(tracked)
-            elif tracked.free <= 0 <= tracked.open_index:
+            elif free <= 0 <= tracked.open_index:
                 self._close(tracked)
             tracked.counted += more
             self.free += more

@@ -64,7 +64,7 @@ class Usage:
     completion_tokens: int = 0
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)  # made once a request: to freeze it would take most of the time
 class Cost:
     """What a flow is charged for: a dispatch, or the tokens of an answer once they are known."""
 
@@ -117,7 +117,7 @@ class Request:
     predicted_seconds: float | None = None
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)  # as `Cost`
 class Dispatched:
     """The request goes to `endpoint` now and occupies one of its slots until completed.
 

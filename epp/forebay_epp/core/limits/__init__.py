@@ -25,10 +25,12 @@ class Limit(Protocol):
 
     Attributes:
         value: slots.
+        closing_kv_usage: a KV cache this full, as a fraction, closes an endpoint that is not idle.
         settled_until: until when, in monotonic seconds, `value` is taken for the server's capacity.
     """
 
     value: int
+    closing_kv_usage: float
     settled_until: float
 
     @property
@@ -60,9 +62,6 @@ class Limit(Protocol):
             ended: answers that have ended since then.
             now: monotonic seconds.
         """
-
-    def closes(self, kv_usage: float) -> bool:
-        """Whether a KV cache this full, as a fraction, closes an endpoint that is not idle."""
 
 
 LIMITS: dict[SaturationMode, Callable[[SaturationPlan], Limit]] = {

@@ -57,6 +57,7 @@ class AdaptiveLimit:
         value: slots.
         batch: how many requests the engine is known to run at once.
         full: whether it is known not to run more.
+        closing_kv_usage: a KV cache this full closes a busy endpoint.
         settled_until: until when, in monotonic seconds, the limit is taken for the capacity.
     """
 
@@ -68,7 +69,6 @@ class AdaptiveLimit:
         "_ended",
         "_ended_per_step",
         "_ended_rate",
-        "_kv_threshold",
         "_least_step_seconds",
         "_observed_at",
         "_probe_at",
@@ -77,6 +77,7 @@ class AdaptiveLimit:
         "_stuck",
         "_tokens",
         "batch",
+        "closing_kv_usage",
         "full",
         "settled_until",
         "value",
@@ -110,11 +111,7 @@ class AdaptiveLimit:
 
     def reconfigure(self, plan: SaturationPlan) -> None:
         """Take a new plan and keep what has been learned."""
-        self._kv_threshold = plan.kv_cache_usage_threshold
-
-    def closes(self, kv_usage: float) -> bool:
-        """Whether a cache this full closes a busy endpoint."""
-        return kv_usage >= self._kv_threshold
+        self.closing_kv_usage = plan.kv_cache_usage_threshold
 
     def started(self, running: int) -> None:
         """Take note that so many requests run, because their answers have begun."""

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 class FixedLimit:
     """The number of the plan. Scrapes do not change it, and it is settled for good."""
 
-    __slots__ = ("settled_until", "value")
+    __slots__ = ("closing_kv_usage", "settled_until", "value")
 
     learned = False
 
     def __init__(self, plan: SaturationPlan) -> None:
         self.settled_until = math.inf
+        self.closing_kv_usage = math.inf  # scrapes do not count
         self.reconfigure(plan)
 
     def reconfigure(self, plan: SaturationPlan) -> None:
@@ -35,7 +36,3 @@ class FixedLimit:
         self, page: EndpointMetrics, occupancy: int, arrivals: int, ended: int, now: float
     ) -> None:
         """Learn nothing."""
-
-    def closes(self, kv_usage: float) -> bool:  # noqa: ARG002  # the plan has no say in it
-        """Whether a cache this full closes a busy endpoint: never."""
-        return False

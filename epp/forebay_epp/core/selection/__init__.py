@@ -51,7 +51,7 @@ class Scorer(Protocol):
 
 FILTERS: tuple[Callable[[], Filter], ...] = (KVRoom,)  # besides presence, subset and slots
 SCORERS: tuple[tuple[Callable[[EndpointSet], Scorer], float], ...] = ((Load, 1.0),)  # with weights
-MAX_CANDIDATES = 16
+MAX_CANDIDATES = 8
 
 
 class Selection:

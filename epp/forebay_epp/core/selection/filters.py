@@ -22,4 +22,5 @@ class KVRoom:
         self, request: Request, endpoints: Sequence[TrackedEndpoint]
     ) -> Sequence[TrackedEndpoint]:
         """Return those with room for the tokens that are expected."""
-        return [endpoint for endpoint in endpoints if endpoint.has_room(request.kv_tokens)]
+        tokens = request.kv_tokens
+        return [endpoint for endpoint in endpoints if endpoint.kv_room_tokens >= tokens]
