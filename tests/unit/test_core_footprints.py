@@ -48,11 +48,15 @@ def test_an_answer_without_tokens_teaches_nothing():
     assert footprints.tokens(request_of("m", 4000)) == Footprints().tokens(request_of("m", 4000))
 
 
-def controller_of(capacity_tokens):
+BANDS = (BandPlan("Standard", 0),)
+MODELS = (ModelPlan("m", "Standard"),)
+
+
+def controller_of(capacity_tokens, bands=BANDS, models=MODELS):
     """One endpoint of 100 slots."""
     plan = Plan(
-        bands=(BandPlan("Standard", 0),),
-        models=(ModelPlan("m", "Standard"),),
+        bands=bands,
+        models=models,
         saturation=SaturationPlan(SaturationMode.CONCURRENCY, 100),
     )
     controller = FlowController(plan, Random(1))
@@ -95,3 +99,38 @@ def test_a_server_that_does_not_tell_its_size_has_room():
         controller.submit(Request(number, "m", 4000), 0.0)
 
     assert len(sent(controller)) == 10
+
+
+def test_small_requests_do_not_overtake_a_large_one_that_waits_for_room():
+    """Each that ends makes room for one of them, and never enough for the large one."""
+    controller = controller_of(4000)
+    for number in range(3):
+        controller.submit(Request(number, "m", 4000), 0.0)
+    sent(controller)
+    controller.submit(Request(3, "m", 12_000), 0.0)
+    for number in range(4, 7):
+        controller.submit(Request(number, "m", 4000, frozenset({A})), 0.0)
+
+    order = []
+    for number in range(3):
+        controller.complete(number, None, 0.0)
+        order += sent(controller)
+    assert order == [3]
+
+
+def test_a_lower_band_does_not_take_the_room_that_a_higher_one_waits_for():
+    """Priority is strict also where prompts differ."""
+    bands = (BandPlan("Critical", 100), BandPlan("Standard", 0))
+    models = (ModelPlan("chat", "Critical"), ModelPlan("batch", "Standard"))
+    controller = controller_of(4000, bands, models)
+    for number in range(3):
+        controller.submit(Request(number, "batch", 4000), 0.0)
+    sent(controller)
+    controller.submit(Request(3, "chat", 12_000), 0.0)
+    controller.submit(Request(4, "batch", 4000), 0.0)
+
+    controller.complete(0, None, 0.0)
+    assert sent(controller) == []
+    for number in (1, 2):
+        controller.complete(number, None, 0.0)
+    assert sent(controller) == [3]

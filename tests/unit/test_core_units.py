@@ -20,7 +20,7 @@ from forebay_control.plan import (
 from forebay_epp.core.classification import UNMATCHED_FLOW
 from forebay_epp.core.controller import MAX_RETRY_AFTER_SECONDS, FlowController
 from forebay_epp.core.endpoints import EndpointSet, TrackedEndpoint
-from forebay_epp.core.selection import Selection
+from forebay_epp.core.selection import Miss, Selection
 from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Request, Verdict
 
 A = "10.0.0.1:8000"
@@ -165,7 +165,7 @@ class Pool(EndpointSet):
 def picked(*states, lot=0):
     lots = Lots(lot)
     state = Selection(Pool(states), lots).pick(Request(1, "m", 1), 0.0)
-    return state and state.address, lots.stops
+    return getattr(state, "address", state), lots.stops
 
 
 def test_the_relatively_least_occupied_endpoint_is_picked():
@@ -196,8 +196,8 @@ def test_a_limit_that_is_not_settled_counts_as_the_largest():
 
 def test_no_endpoint_is_picked_without_a_free_slot():
     """Nor among none at all."""
-    assert picked(endpoint_with(A, 1, 1)) == (None, [])
-    assert picked() == (None, [])
+    assert picked(endpoint_with(A, 1, 1)) == (Miss.UNFIT, [])
+    assert picked() == (Miss.UNFIT, [])
 
 
 def test_foreign_load_is_forgotten_when_limits_are_given():

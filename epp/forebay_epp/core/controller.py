@@ -16,7 +16,7 @@ from forebay_epp.core.bands import Bands
 from forebay_epp.core.classification import Classifier
 from forebay_epp.core.endpoints import EndpointSet
 from forebay_epp.core.footprints import Footprints
-from forebay_epp.core.selection import Selection
+from forebay_epp.core.selection import Miss, Selection
 from forebay_epp.core.terms import (
     NEVER,
     ControllerState,
@@ -339,6 +339,10 @@ class FlowController:
     def _dispatch(self, opened: list[str], now: float) -> None:
         """Give free slots away, strictly by band, until there is none or no request can use one.
 
+        A request for which there are slots but not enough room holds up what comes after it.
+        Otherwise small requests would take the room that a large one waits for, one after another.
+        Where the proxy names the endpoints, it holds up its lane only.
+
         Args:
             opened: endpoints that may have got a free slot since the last time. At all others
                 nothing waits that could be dispatched, unless it has come since.
@@ -353,8 +357,11 @@ class FlowController:
                 lane = band.next(is_open)
                 if lane is None:
                     break
-                endpoint = self._selection.pick(lane.queue.head(), now)
-                if endpoint is None:
+                request = lane.queue.head()
+                endpoint = self._selection.pick(request, now)
+                if endpoint is Miss.NO_ROOM and request.subset is None:
+                    return  # what comes after it must not take the room that it waits for
+                if isinstance(endpoint, Miss):
                     band.park(lane)
                     continue
                 self._send(lane, band, endpoint, now)

@@ -1,26 +1,29 @@
 """Endpoint selection: where the request at the head goes.
 
-Of the endpoints that the proxy allows and that have a free slot, filters leave some out, scorers
-rate the others, and a picker takes one by its score. Each step sees the request. When to dispatch
-does not belong here (controller.py).
+Of the endpoints that the proxy allows and that have a free slot, filters leave out those that
+cannot take the request, budgets those that have no room for it yet, scorers rate the others, and a
+picker takes one by its score. Each step sees the request. When to dispatch does not belong here
+(controller.py).
 
 Where more endpoints are open than `MAX_CANDIDATES`, so many neighbours from a random one on are
-considered, and all only if the filters leave none of those. The cost of a choice does not grow with
+considered, and all only if none of those is left. The cost of a choice does not grow with
 the pool then, and the load stays even: with the least of d bins at random the fullest has about
 log log n / log d balls more than the mean (Azar et al., Balanced Allocations, SIAM J. Computing
 29(1), 1999), and neighbours do as well as independent lots where d is at least about log n
 (Godfrey, Balls and Bins with Structure, SODA 2008).
 
-To add a filter or a scorer, write a class with the method of `Filter` or `Scorer` and enter it in
-`FILTERS` or `SCORERS`. A filter may refuse an endpoint that has a free slot; if it refuses all of
-them the request's lane waits until one of its endpoints gets another free slot.
+To add a step, write a class with the method of `Filter` or `Scorer` and enter it in `FILTERS`,
+`BUDGETS` or `SCORERS`. If the filters refuse all endpoints, the request's lane waits until one of
+them gets another free slot, in no one's way. If the budgets do, what comes after the request waits
+too.
 """
 
 from __future__ import annotations
 
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Protocol
 
-from forebay_epp.core.selection.filters import KVRoom
+from forebay_epp.core.selection.budgets import KVRoom
 from forebay_epp.core.selection.pickers import MaxScore
 from forebay_epp.core.selection.scorers import Load
 
@@ -31,8 +34,15 @@ if TYPE_CHECKING:
     from forebay_epp.core.terms import RandomSource, Request
 
 
+class Miss(Enum):
+    """Why no endpoint is chosen."""
+
+    UNFIT = auto()  # none of those with a free slot can take the request
+    NO_ROOM = auto()  # some can, but not yet
+
+
 class Filter(Protocol):
-    """Leaves out endpoints that cannot take the request."""
+    """Leaves out endpoints, because of what the request is or because of how much work it is."""
 
     def keep(
         self, request: Request, endpoints: Sequence[TrackedEndpoint]
@@ -49,7 +59,8 @@ class Scorer(Protocol):
         """Return how well each suits the request, from 0 (not at all) to 1."""
 
 
-FILTERS: tuple[Callable[[], Filter], ...] = (KVRoom,)  # besides presence, subset and slots
+FILTERS: tuple[Callable[[], Filter], ...] = ()  # besides presence, subset and slots
+BUDGETS: tuple[Callable[[], Filter], ...] = (KVRoom,)
 SCORERS: tuple[tuple[Callable[[EndpointSet], Scorer], float], ...] = ((Load, 1.0),)  # with weights
 MAX_CANDIDATES = 8
 
@@ -65,12 +76,13 @@ class Selection:
     def __init__(self, pool: EndpointSet, random: RandomSource) -> None:
         self._pool = pool
         self._filters = [make() for make in FILTERS]
+        self._budgets = [make() for make in BUDGETS]
         self._scorers = [(make(pool), weight) for make, weight in SCORERS]
         self._random = random
         self._picker = MaxScore(random)
 
-    def pick(self, request: Request, now: float) -> TrackedEndpoint | None:
-        """Choose among the endpoints of its subset that have a free slot, or None if none can be.
+    def pick(self, request: Request, now: float) -> TrackedEndpoint | Miss:
+        """Choose among the endpoints of its subset that have a free slot, or say why none is.
 
         Args:
             request: the request to choose for.
@@ -82,17 +94,21 @@ class Selection:
             some = [*endpoints[start : start + MAX_CANDIDATES]]
             some += endpoints[: MAX_CANDIDATES - len(some)]
             found = self._pick(request, some, now)
-            if found is not None:
+            if not isinstance(found, Miss):
                 return found
         return self._pick(request, endpoints, now)
 
     def _pick(
         self, request: Request, endpoints: Sequence[TrackedEndpoint], now: float
-    ) -> TrackedEndpoint | None:
+    ) -> TrackedEndpoint | Miss:
         for step in self._filters:
             endpoints = step.keep(request, endpoints)
+        if not endpoints:
+            return Miss.UNFIT
+        for step in self._budgets:
+            endpoints = step.keep(request, endpoints)
         if len(endpoints) < 2:
-            return endpoints[0] if endpoints else None
+            return endpoints[0] if endpoints else Miss.NO_ROOM
         totals: list[float] = []
         for scorer, weight in self._scorers:
             scores = scorer.score(request, endpoints, now)

@@ -1,4 +1,4 @@
-"""Filters: which endpoints cannot take a request, although they have a free slot."""
+"""Budgets: which endpoints have no room for a request yet, although they have a free slot."""
 
 from __future__ import annotations
 
