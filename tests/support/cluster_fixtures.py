@@ -34,7 +34,7 @@ def namespace(cluster):
     cluster.kubectl("create", "namespace", name)
     # Pods are refused until the controllers have made the namespace's account.
     account = ("get", "serviceaccount", "default", "--namespace", name)
-    until(lambda: cluster.kubectl(*account, check=False).returncode == 0, 30)
+    until(lambda: cluster.kubectl(*account, check=False).returncode == 0, 90)
     yield name
     cluster.kubectl("delete", "namespace", name, "--wait=false")
 
