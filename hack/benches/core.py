@@ -38,10 +38,13 @@ SMALL_POOL, LARGE_POOL = 64, 1000
 
 
 class Pool:
-    """A controller with so many requests more than slots, and so many different subset hints."""
+    """A controller with so many requests queued, and so many different subset hints.
+
+    Fewer than 0 queued: so many slots are free.
+    """
 
     def __init__(self, queued: int, hints: int = 0, endpoints: int = ENDPOINTS) -> None:
-        """Fill every slot and the queue."""
+        """Fill slots and queue."""
         self._hints = hints
         plan = Plan(
             bands=tuple(

@@ -200,6 +200,19 @@ def test_no_endpoint_is_picked_without_a_free_slot():
     assert picked() == (Miss.UNFIT, [])
 
 
+@pytest.mark.parametrize(("kv_usage", "free"), [(0.9, 0), (0.89, 3)])
+def test_a_cache_at_its_threshold_closes(kv_usage, free):
+    """A busy endpoint; just below it does not."""
+    controller = controller_of(Plan(saturation=SaturationPlan(kv_cache_usage_threshold=0.9)), A)
+    controller.submit(Request(1, "m", 1), 1.0)
+    controller.poll(1.0)
+    controller.observe(EndpointMetrics(A, 1, 0, kv_usage, 1.0), 1.0)
+
+    (endpoint,) = controller.state(1.0).endpoints
+
+    assert endpoint.free == free
+
+
 def test_foreign_load_is_forgotten_when_limits_are_given():
     """In mode Concurrency scrapes do not count, so neither does what one said before."""
     controller = controller_of(Plan(), A)
@@ -337,7 +350,7 @@ def test_the_cost_of_one_request_does_not_grow_with_the_number_of_hints(fairness
 
 
 def test_an_endpoint_that_alone_has_room_is_found_among_many_open_ones():
-    """The filters leave none of those that are looked at first."""
+    """The budgets leave none of those that are looked at first."""
     full = [endpoint_with(f"10.0.1.{number}:8000", 8, 1) for number in range(99)]
     for state in full:
         state.kv_room_tokens = 1

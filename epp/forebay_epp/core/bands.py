@@ -455,5 +455,5 @@ class Bands:
 
     def sweep(self) -> None:
         """Forget bands that have drained."""
-        if self.draining:
+        if self.draining and any(band.draining and not band.arrival for band in self.all):
             self._sort()

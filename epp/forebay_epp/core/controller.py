@@ -359,9 +359,9 @@ class FlowController:
                     break
                 request = lane.queue.head()
                 endpoint = self._selection.pick(request, now)
-                if endpoint is Miss.NO_ROOM and request.subset is None:
-                    return  # what comes after it must not take the room that it waits for
                 if isinstance(endpoint, Miss):
+                    if endpoint is Miss.NO_ROOM and request.subset is None:
+                        return
                     band.park(lane)
                     continue
                 self._send(lane, band, endpoint, now)

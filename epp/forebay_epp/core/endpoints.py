@@ -459,8 +459,8 @@ class EndpointSet:
             if address in states and states[address].present
         ]
 
-    def open_within(self, subset: frozenset[str] | None) -> Sequence[TrackedEndpoint]:
-        """Return those of them that have a free slot; the caller leaves the sequence as it is."""
+    def open_within(self, subset: frozenset[str] | None) -> list[TrackedEndpoint]:
+        """Return those of them that have a free slot; the caller leaves the list as it is."""
         if subset is None:
             return self._open
         return [tracked for tracked in self.within(subset) if tracked.free > 0]
@@ -497,8 +497,9 @@ class EndpointSet:
                 self._close(tracked)
             tracked.counted += more
             self.free += more
-        if tracked.limit.value != tracked.counted_limit or not tracked.present:
-            self._count_limit(tracked)
+        limit = tracked.limit.value if tracked.present else 0
+        if limit != tracked.counted_limit:
+            self._count_limit(tracked, limit)
         if tracked.wake_at < tracked.scheduled_at:
             tracked.scheduled_at = tracked.wake_at
             self._alarm_number += 1
@@ -513,8 +514,8 @@ class EndpointSet:
             last.open_index = tracked.open_index
         tracked.open_index = -1
 
-    def _count_limit(self, tracked: TrackedEndpoint) -> None:
-        known, limit = tracked.counted_limit, tracked.limit.value if tracked.present else 0
+    def _count_limit(self, tracked: TrackedEndpoint, limit: int) -> None:
+        known = tracked.counted_limit
         if limit:
             self._limits[limit] += 1
         if known:

@@ -6,8 +6,8 @@ picker takes one by its score. Each step sees the request. When to dispatch does
 (controller.py).
 
 Where more endpoints are open than `MAX_CANDIDATES`, so many neighbours from a random one on are
-considered, and all only if none of those is left. The cost of a choice does not grow with
-the pool then, and the load stays even: with the least of d bins at random the fullest has about
+considered, and all only if none of those is left. The cost of a choice does not grow with the pool
+then, and the load stays even: with the least of d bins at random the fullest has about
 log log n / log d balls more than the mean (Azar et al., Balanced Allocations, SIAM J. Computing
 29(1), 1999), and neighbours do as well as independent lots where d is at least about log n
 (Godfrey, Balls and Bins with Structure, SODA 2008).
@@ -91,7 +91,7 @@ class Selection:
         endpoints = self._pool.open_within(request.subset)
         if len(endpoints) > MAX_CANDIDATES:
             start = self._random.randrange(len(endpoints))
-            some = [*endpoints[start : start + MAX_CANDIDATES]]
+            some = endpoints[start : start + MAX_CANDIDATES]
             some += endpoints[: MAX_CANDIDATES - len(some)]
             found = self._pick(request, some, now)
             if not isinstance(found, Miss):
