@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import itemgetter
 
 import pytest
 from hypothesis import given, settings
@@ -396,12 +397,12 @@ def test_a_late_caller_gets_the_same_events(requests, late):
     hardware = replace(PRESETS["plain"], max_num_seqs=3)
     engine = StepEngine(hardware)
     events = []
-    for number, (at, prompt, answer, *_) in enumerate(sorted(requests)):
+    for number, (at, prompt, answer, *_) in enumerate(sorted(requests, key=itemgetter(0))):
         engine.submit(EngineRequest(number, prompt, answer), at)
         if number % 3 == 0:
             events += engine.advance(at)
     while (wakeup := engine.next_wakeup()) is not None:
         events += engine.advance(wakeup + late)
 
-    plain = [(at, prompt, answer) for at, prompt, answer, *_ in sorted(requests)]
+    plain = [(at, prompt, answer) for at, prompt, answer, *_ in sorted(requests, key=itemgetter(0))]
     assert events == run(StepEngine(hardware), plain)
