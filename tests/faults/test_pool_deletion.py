@@ -49,6 +49,22 @@ def test_endpoint_pickers_of_a_deleted_pool_drain_and_recover_when_it_is_created
         check_log(process.log)
 
 
+def test_endpoint_pickers_whose_service_went_first_hear_of_the_deletion(stage):
+    """As with `helm uninstall` or `kubectl delete -f`: no one claims the pool by then."""
+    port = free_port()
+    stage.edit(0)
+    operator = stage.operator(control_port=port)
+    (epp,) = stage.epps(1, port)
+    until(lambda: stage.settled([epp]), WAIT_SECONDS)
+
+    stage.cluster.kubectl("delete", "service", "epp", "-n", stage.namespace)
+    stage.cluster.kubectl("delete", "infpool", "chat", "-n", stage.namespace)
+
+    until(lambda: drains(epp), WAIT_SECONDS)
+    for process in (operator, epp):
+        check_log(process.log)
+
+
 def test_an_operator_that_starts_anew_deletes_no_pool(stage):
     """It has read all of them before it says anything; EPPs never hear of a deletion."""
     port = free_port()

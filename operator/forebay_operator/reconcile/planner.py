@@ -188,20 +188,15 @@ class Planner:
         everything = {
             f"{namespace}/{pool.metadata.name}": pool for pool in planning.pools(resources)
         }
+        unclaimed = [name for name in self._others if name.partition("/")[0] == namespace]
         pools = self._claimed(namespace, everything, resources)
-        for name in [name for name in self._planned if name.partition("/")[0] == namespace]:
-            if name not in pools:
-                gone, _ = self._planned.pop(name)
-                self._advice.pop(name, None)
-                self._control.forget(name)
-                if self._deletions is not None and name not in everything:
-                    self._deletions.suspect(name, gone.metadata.uid)
-                _log.info(
-                    "pool is %s; its EPPs keep their program",
-                    "not claimed any more" if name in everything else "gone",
-                    extra={"pool": name},
-                )
+        gone = self._dropped(namespace, pools, everything)
         if self._deletions is not None:
+            # A pool whose Service goes first is unclaimed, and its EPPs are still connected.
+            heard = {name: "" for name in unclaimed if self._control.connected(name)}
+            for name, uid in (gone | heard).items():
+                if name not in everything:
+                    self._deletions.suspect(name, uid)
             for name in everything:
                 self._deletions.exists(name)
         policies = [entry for entry in entries if entry.kind.model is FlowControlPolicy]
@@ -225,6 +220,25 @@ class Planner:
             self._control.retain(name, self.expected(name) or ())
             self._control.program(name, planned.snapshot)
         self._replanned(namespace)
+
+    def _dropped(
+        self, namespace: str, pools: Mapping[str, AnyPool], everything: Mapping[str, AnyPool]
+    ) -> dict[str, str]:
+        """Give up the pools that are gone or no longer ours; return their uids by name."""
+        planned = [name for name in self._planned if name.partition("/")[0] == namespace]
+        dropped = {}
+        for name in planned:
+            if name not in pools:
+                pool, _ = self._planned.pop(name)
+                dropped[name] = pool.metadata.uid
+                self._advice.pop(name, None)
+                self._control.forget(name)
+                _log.info(
+                    "pool is %s; its EPPs keep their program",
+                    "not claimed any more" if name in everything else "gone",
+                    extra={"pool": name},
+                )
+        return dropped
 
     def _claimed(
         self, namespace: str, pools: dict[str, AnyPool], resources: list[Resource]
