@@ -113,6 +113,29 @@ def test_what_was_written_is_withdrawn_when_the_pool_goes_to_another(world):
     assert comparing.differs(desired, written, "forebay.dev/forebay") == ""
 
 
+def test_what_another_forebay_said_of_a_pool_that_is_ours_now_is_dropped(world):
+    """As what an operator wrote before it got its name; a gateway's entry stays."""
+    status = world.policy(OURS)
+    before = [
+        {**status["ancestors"][0], "controllerName": name, "conditions": []}
+        for name in ("forebay.dev/operator", "gateway.example/controller")
+    ]
+    elsewhere = {
+        **before[0],
+        "ancestorRef": {**before[0]["ancestorRef"], "name": THEIRS},
+    }
+
+    written = comparing.with_times(
+        status, {"ancestors": [*before, elsewhere]}, "T1", "forebay.dev/forebay"
+    )
+
+    assert [(a["ancestorRef"]["name"], a["controllerName"]) for a in written["ancestors"]] == [
+        (OURS, "forebay.dev/forebay"),
+        (OURS, "gateway.example/controller"),
+        (THEIRS, "forebay.dev/operator"),
+    ]
+
+
 def test_the_controller_of_the_first_pool_writes_what_is_said_of_all(world):
     """The other adds its own ancestors and pools, and neither undoes what the other has written."""
     first = world.policy(OURS, THEIRS)

@@ -18,7 +18,7 @@ from forebay_operator.resources import (
     InferencePool,
 )
 from forebay_operator.status import conditions
-from forebay_operator.status.observed import CONTROLLER_NAME, Attachment, Subject
+from forebay_operator.status.observed import CONTROLLER_DOMAIN, CONTROLLER_NAME, Attachment, Subject
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -47,7 +47,7 @@ class Statuses:
     def __init__(self, store: Store, planner: Planner, controller: str | None) -> None:
         self._store = store
         self._planner = planner
-        self.name = f"forebay.dev/{controller}" if controller else CONTROLLER_NAME
+        self.name = f"{CONTROLLER_DOMAIN}{controller}" if controller else CONTROLLER_NAME
         self.denied: Callable[[str], list[str]] = lambda _: []
 
     def of(self, namespace: str) -> Iterator[tuple[Entry, dict[str, Any]]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from forebay_operator.status.conditions import PLAN_HELD
-from forebay_operator.status.observed import CONTROLLER_NAME
+from forebay_operator.status.observed import CONTROLLER_DOMAIN, CONTROLLER_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -49,7 +49,8 @@ def with_times(
 ) -> dict[str, Any]:
     """Give each condition its lastTransitionTime: `now` only where its status has flipped.
 
-    The list of ancestors is written as a whole, so those of other controllers are kept in it.
+    The list of ancestors is written as a whole, so those of other controllers are kept in it. A
+    pool belongs to one forebay controller: what another has said of one that is ours is outdated.
     """
     times = _times(before.get("conditions"))
     old_ancestors = {
@@ -70,10 +71,13 @@ def with_times(
             }
             for ancestor in status["ancestors"]
         ]
+        ours = {_pool(ancestor) for ancestor in status["ancestors"]}
         others = [
             ancestor
             for ancestor in before.get("ancestors") or ()
-            if isinstance(ancestor, dict) and ancestor.get("controllerName") != controller_name
+            if isinstance(ancestor, dict)
+            and (name := str(ancestor.get("controllerName"))) != controller_name
+            and not (name.startswith(CONTROLLER_DOMAIN) and _pool(ancestor) in ours)
         ]
         stamped["ancestors"] = [*stamped["ancestors"], *others][:MAX_ANCESTORS]
     return stamped
@@ -153,8 +157,12 @@ def _stamped(
 
 
 def _key(ancestor: Mapping[str, Any]) -> str:
+    return f"{_pool(ancestor)}/{ancestor.get('controllerName')}"
+
+
+def _pool(ancestor: Mapping[str, Any]) -> str:
     reference = ancestor.get("ancestorRef") or {}
-    return f"{reference.get('group')}/{reference.get('name')}/{ancestor.get('controllerName')}"
+    return f"{reference.get('group')}/{reference.get('name')}"
 
 
 def _meaning(status: Mapping[str, Any], like: Mapping[str, Any], controller_name: str) -> Any:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from forebay_control.v1 import control_pb2 as pb
 
-CONTROLLER_NAME = "forebay.dev/operator"
+CONTROLLER_DOMAIN = "forebay.dev/"
+CONTROLLER_NAME = f"{CONTROLLER_DOMAIN}operator"  # of an operator without a name of its own
 
 
 class EPPState(StrEnum):
