@@ -95,13 +95,15 @@ class ModelServer:
 
 
 class Envoy:
-    """One Envoy process with the product's own bootstrap."""
+    """One Envoy process with the product's own bootstrap, as `edit` changes it."""
 
-    def __init__(self, folder: Path, grpc_port: int, **options) -> None:
+    def __init__(self, folder: Path, grpc_port: int, edit=lambda _: None, **options) -> None:
         self.http, self.admin = free_port(), free_port()
         config = folder / f"envoy-{self.http}.json"
         ports = envoy.Ports(self.http, grpc_port, self.admin)
-        config.write_text(json.dumps(envoy.bootstrap(ports, secure=False, **options)))
+        bootstrap = envoy.bootstrap(ports, secure=False, **options)
+        edit(bootstrap)
+        config.write_text(json.dumps(bootstrap))
         self._process = subprocess.Popen(
             dying_with_us(
                 str(BINARY),
