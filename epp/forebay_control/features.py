@@ -43,6 +43,21 @@ FEATURES = (
     Feature("EndpointUID", "Endpoint.uid", without=""),
     Feature("LoadMetrics", "Plan.metrics", without=""),
     Feature("PoolDeleted", "Snapshot.deleted"),
+    Feature("WeightedFair", "Band.fairness", "WeightedFair", "RoundRobin"),
+    Feature("WeightedFair", "Band.fairness", "WeightedFairTokens", "RoundRobin"),
+    Feature("TokenFair", "Band.fairness", "TokenFair", "RoundRobin"),
+    Feature("FairnessLevels", "Band.between", without=""),
+    Feature("FairnessLevels", "Band.inner", without=""),
+    Feature("EarliestDeadline", "Band.ordering", "EarliestDeadline", "FCFS"),
+    Feature("ShortestPrompt", "Band.ordering", "ShortestPrompt", "FCFS"),
+    Feature("DisplaceLower", "Band.when_full", without=""),
+    Feature("MaxSaturation", "Band.max_saturation_percent", without=""),
+    Feature("Reserved", "Band.reserved_percent", without=""),
+    Feature("Weights", "Model.weight", without=""),
+    Feature("TimeToFirstToken", "Model.time_to_first_token_seconds", without=""),
+    Feature("Tenants", "Plan.tenant_header", without=""),
+    Feature("Tenants", "Plan.tenants", without=""),
+    Feature("DeadlineHeaders", "Plan.trust_deadline_headers", without=""),
 )
 
 NAMES = frozenset({SEPARATE_ENDPOINTS, *(feature.name for feature in FEATURES)})

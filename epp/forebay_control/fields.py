@@ -124,6 +124,7 @@ class Field:
         optional: the value may be None, which is unset.
         bounds: of the value, not of each entry.
         part: `kind` is a dataclass itself.
+        default: of the value; `dataclasses.MISSING` where it has to be given.
     """
 
     name: str
@@ -133,6 +134,7 @@ class Field:
     optional: bool
     bounds: tuple[Bound, ...]
     part: bool
+    default: Any
 
 
 @functools.cache
@@ -143,7 +145,9 @@ def fields_of(kind: type[DataclassInstance]) -> tuple[Field, ...]:
         TypeError: an annotation is none of those that the Plan uses.
     """
     hints = typing.get_type_hints(kind, include_extras=True)
-    return tuple(_field(field.name, hints[field.name]) for field in dataclasses.fields(kind))
+    return tuple(
+        _field(field.name, hints[field.name], field.default) for field in dataclasses.fields(kind)
+    )
 
 
 def holds(kind: type[DataclassInstance], values: Sequence[Any]) -> bool:
@@ -205,7 +209,7 @@ def camel_case(name: str) -> str:
     return first + "".join(word.capitalize() for word in others)
 
 
-def _field(name: str, hint: Any) -> Field:
+def _field(name: str, hint: Any, default: Any) -> Field:
     bounds: tuple[Bound, ...] = ()
     many = optional = False
     while not isinstance(hint, type) or typing.get_origin(hint) is not None:
@@ -220,4 +224,4 @@ def _field(name: str, hint: Any) -> Field:
             case _:
                 raise TypeError(f"{name}: {hint} is not a type that the Plan knows")
     part = dataclasses.is_dataclass(hint)
-    return Field(name, camel_case(name), hint, many, optional, bounds, part)
+    return Field(name, camel_case(name), hint, many, optional, bounds, part, default)

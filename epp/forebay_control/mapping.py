@@ -1,7 +1,9 @@
 """The Plan as the contract's message, and back: by the names and types of the two declarations.
 
 A dataclass is a message with the same fields, a tuple a repeated field, None an unset message and a
-StrEnum a string. Reading a plan ends with its bounds and rules, so that what comes out is valid.
+StrEnum a string. An `optional` field of the message is absent where the value is the default, so
+that a release without it can be told from one that says the same. Reading a plan ends with its
+bounds and rules, so that what comes out is valid.
 """
 
 from __future__ import annotations
@@ -76,7 +78,8 @@ def write(value: DataclassInstance, message: Message) -> None:
             elif field.many:
                 getattr(message, field.name).extend(item)
             elif not field.part:
-                setattr(message, field.name, item)
+                if item != field.default or not _may_be_absent(field, message.DESCRIPTOR):
+                    setattr(message, field.name, item)
             elif item is not None:
                 part = getattr(message, field.name)
                 part.SetInParent()
@@ -117,6 +120,11 @@ def _fields(kind: type[DataclassInstance], descriptor: Descriptor) -> tuple[Fiel
     return fields
 
 
+def _may_be_absent(field: Field, descriptor: Any) -> bool:
+    """Return whether messages of this type tell an absent value of a field from an empty one."""
+    return not field.part and bool(descriptor.fields_by_name[field.name].has_presence)
+
+
 class _Reader:
     """Reads messages of one type as dataclasses of one kind.
 
@@ -137,10 +145,18 @@ class _Reader:
             for index, field in enumerate(fields)
             if field.many or field.part or issubclass(field.kind, StrEnum)
         ]
+        self._absent = [
+            (index, field.name, field.default)
+            for index, field in enumerate(fields)
+            if _may_be_absent(field, descriptor)
+        ]
 
     def one(self, message: Message, problems: list[Problem]) -> Any:
         """Read a message."""
         values = [*self._values(message)]
+        for index, name, default in self._absent:
+            if not message.HasField(name):
+                values[index] = default
         for index, field, convert in self._converted:
             if field.optional and not message.HasField(field.name):
                 values[index] = None
@@ -153,7 +169,7 @@ class _Reader:
 
     def many(self, messages: Sequence[Message], problems: list[Problem]) -> tuple[Any, ...]:
         """Read a repeated field."""
-        if not self._converted:
+        if not self._converted and not self._absent:
             return tuple([self._kind(*self._values(message)) for message in messages])
         values = []
         for index, message in enumerate(messages):
@@ -189,7 +205,7 @@ def _converter(field: Field, descriptor: Descriptor) -> _Convert:
 
 
 def _word_reader(words: type[StrEnum]) -> _Convert:
-    known = {word.value: word for word in words}
+    known = {word.value: word for word in words}  # also finds a word that is one already
 
     def read_word(text: str, problems: list[Problem]) -> StrEnum:
         word = known.get(text)

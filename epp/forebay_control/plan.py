@@ -24,16 +24,21 @@ MAX_BANDS = 64
 MAX_MODELS = 4096
 MAX_TARGETS = 10
 MAX_OBJECTIVES = 1024
+MAX_TENANTS = 1024
 MAX_COUNT = 1_000_000
+MAX_WEIGHT = 1000
 MAX_BYTES = 1 << 40
 MAX_SECONDS = 3600
 MAX_NAME_LENGTH = 253  # of a Kubernetes object
 MAX_MODEL_NAME_LENGTH = 256
+MAX_TENANT_LENGTH = 128
+MAX_HEADER_LENGTH = 128
 MAX_PATH_LENGTH = 256
 MAX_SERIES_LENGTH = 512  # as PromQL
 MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
 
 URL_PATH = r'/[!-"$-&(-~]*'  # printable but "#" and, for the sake of CEL, the single quote
+HEADER_NAME = r"[a-z0-9][a-z0-9_-]*"
 METRIC_NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
 LABEL_NAME = r"[a-zA-Z_][a-zA-Z0-9_]*"
 
@@ -42,6 +47,7 @@ ModelName = Annotated[str, Length(1, MAX_MODEL_NAME_LENGTH)]
 Count = Annotated[int, Range(1, MAX_COUNT)]
 Bytes = Annotated[int, Range(1, MAX_BYTES)]
 Seconds = Annotated[float, Range(0, MAX_SECONDS, above=True)]
+Weight = Annotated[int, Range(1, MAX_WEIGHT)]
 
 
 class SaturationMode(StrEnum):
@@ -63,12 +69,31 @@ class FairnessName(StrEnum):
 
     FCFS = "FCFS"
     ROUND_ROBIN = "RoundRobin"
+    WEIGHTED_FAIR = "WeightedFair"
+    WEIGHTED_FAIR_TOKENS = "WeightedFairTokens"
+    TOKEN_FAIR = "TokenFair"  # noqa: S105  # no password
+
+
+class Between(StrEnum):
+    """What a level of fairness is between."""
+
+    MODELS = "Models"
+    TENANTS = "Tenants"
 
 
 class OrderingName(StrEnum):
     """Ordering policies a band may name."""
 
     FCFS = "FCFS"
+    EARLIEST_DEADLINE = "EarliestDeadline"
+    SHORTEST_PROMPT = "ShortestPrompt"
+
+
+class WhenFull(StrEnum):
+    """What becomes of a request that comes when the pool's queue is full."""
+
+    REJECT = "Reject"
+    DISPLACE_LOWER = "DisplaceLower"
 
 
 class PlanError(ValueError):
@@ -80,10 +105,31 @@ class PlanError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class InnerPlan:
+    """How the flows inside one flow of the outer level share what it gets."""
+
+    fairness: FairnessName = FairnessName.FCFS
+
+
+@dataclass(frozen=True, slots=True)
 class BandPlan:
     """All flows of one priority: how they share, and how much may wait for how long.
 
-    `flow_max_requests` and `flow_max_bytes` bound one flow; the band's own caps bound them all.
+    Attributes:
+        name: of the band.
+        priority: the highest is served first.
+        fairness: how the flows of the outer level share the band.
+        ordering: of the requests of one flow.
+        ttl_seconds: how long a request may wait.
+        max_requests: that may wait in the band.
+        max_bytes: that these may have.
+        flow_max_requests: that may wait of one flow, of the innermost level.
+        flow_max_bytes: that these may have.
+        between: what the outer level's flows are.
+        inner: how the others, models or tenants, share inside one of them. Without it they do not.
+        when_full: what becomes of a request that comes when the pool's queue is full.
+        max_saturation_percent: how full the pool may become by the band's requests.
+        reserved_percent: of the dispatches that the band gets whatever waits in higher ones.
     """
 
     name: Name
@@ -95,6 +141,11 @@ class BandPlan:
     max_bytes: Bytes = 512 << 20
     flow_max_requests: Count = 5000
     flow_max_bytes: Bytes = 512 << 20
+    between: Between = Between.MODELS
+    inner: InnerPlan | None = None
+    when_full: WhenFull = WhenFull.REJECT
+    max_saturation_percent: Annotated[int, Range(1, 100)] = 100
+    reserved_percent: Annotated[int, Range(0, 100)] = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +158,25 @@ class TargetPlan:
 
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
-    """Requests for `name` join `band`; `targets`, if any, replace the name on the way out."""
+    """Requests for `name` join `band`; `targets`, if any, replace the name on the way out.
+
+    `weight` is its share relative to others' where the fairness policy knows weights. A request is
+    due `time_to_first_token_seconds` after it came; 0: when its band's TTL ends.
+    """
 
     name: ModelName
     band: str
     targets: Annotated[tuple[TargetPlan, ...], Length(0, MAX_TARGETS)] = ()
+    weight: Weight = 1
+    time_to_first_token_seconds: Annotated[float, Range(0, MAX_SECONDS)] = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TenantPlan:
+    """A tenant whose share relative to others' is not 1."""
+
+    name: Annotated[str, Length(1, MAX_TENANT_LENGTH)]
+    weight: Weight = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +281,8 @@ class Plan:
 
     Where the header that names one of `objectives` is trusted, it decides the band and the model
     only the flow. Without `metrics` the series of the known model servers are looked for.
+    `tenant_header` names the header that says whose a request is; "": no header is trusted to.
+    `trust_deadline_headers`: callers may say when a request is due and how long it may wait.
     """
 
     pool: Annotated[str, Length(0, MAX_NAME_LENGTH + 64)] = "default/default"
@@ -230,6 +297,13 @@ class Plan:
     objectives: Annotated[tuple[ObjectivePlan, ...], Length(0, MAX_OBJECTIVES), Unique("name")] = ()
     trust_objective_header: bool = False
     metrics: MetricsPlan | None = None
+    tenant_header: Annotated[
+        str,
+        Length(0, MAX_HEADER_LENGTH),
+        Matches(re.compile(f"({HEADER_NAME})?"), "a header's name in lower case"),
+    ] = ""
+    tenants: Annotated[tuple[TenantPlan, ...], Length(0, MAX_TENANTS), Unique("name")] = ()
+    trust_deadline_headers: bool = False
 
     @property
     def default_model(self) -> str | None:
@@ -259,6 +333,8 @@ class Plan:
         ]
         if self.unmatched.band not in bands:
             problems.append(("unmatched.band", f"no band is named {self.unmatched.band!r}"))
+        if (reserved := sum(band.reserved_percent for band in self.bands)) > 100:
+            problems.append(("bands", f"reservedPercent must be at most 100 in sum, is {reserved}"))
         return problems
 
     def validate(self) -> None:

@@ -15,15 +15,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from forebay_control.plan import (
     BandPlan,
+    Between,
     FairnessName,
+    InnerPlan,
     LimitsPlan,
     ModelPlan,
+    OrderingName,
     Plan,
     SaturationMode,
     SaturationPlan,
     TargetPlan,
     UnmatchedAction,
     UnmatchedPlan,
+    WhenFull,
 )
 from forebay_epp.core.controller import FlowController
 from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Outcome, Request, Verdict
@@ -40,6 +44,12 @@ def bands(draw, name, priority):
         name,
         priority,
         fairness=draw(st.sampled_from(FairnessName)),
+        ordering=draw(st.sampled_from(OrderingName)),
+        between=draw(st.sampled_from(Between)),
+        inner=draw(st.none() | st.builds(InnerPlan, st.sampled_from(FairnessName))),
+        when_full=draw(st.sampled_from(WhenFull)),
+        max_saturation_percent=draw(st.sampled_from([100, 100, 50])),
+        reserved_percent=draw(st.sampled_from([0, 0, 30])),
         ttl_seconds=draw(st.sampled_from([0.5, 3.0, 10.0])),
         max_requests=draw(st.sampled_from([3, 50])),
         max_bytes=draw(st.sampled_from([100, 5000])),
@@ -94,6 +104,7 @@ requests = st.lists(
         st.integers(0, 60),
         st.none() | st.frozensets(st.sampled_from([*ADDRESSES, "10.9.9.9:8000"]), max_size=2),
         st.sampled_from([float("inf"), float("inf"), 0.25, 2.0, 100.0]),
+        st.sampled_from(["", "acme", "globex"]),
     ),
     min_size=1,
     max_size=6,
@@ -119,6 +130,7 @@ class Flow(RuleBasedStateMachine):
         self.in_flight: dict[int, Sent] = {}
         self.decided = set()
         self.drained = False
+        self.displacing = set()  # priorities of what comes now and may take others' place
         self.replace_endpoints(present)
 
     # --- doing
@@ -151,19 +163,36 @@ class Flow(RuleBasedStateMachine):
             assert self.present
         if decision.outcome is Outcome.REJECTED_UNKNOWN_MODEL:
             assert sent.band == ""
+        if decision.outcome is Outcome.EVICTED_DISPLACED:
+            assert self.priority(sent) < max(self.displacing)
 
     def check_dispatch(self, decision, sent):
-        """Strict priority: no request of a higher band that could use the endpoint is left."""
+        """Strict priority: no request of a higher band that could use the endpoint is left.
+
+        Unless that band may not use all slots, or the request's own has some reserved.
+        """
         assert decision.endpoint in self.present
         assert sent.subset is None or decision.endpoint in sent.subset
         assert decision.waited_seconds <= sent.longest + EPSILON
         assert self.now < sent.deadline
+        if self.band_plans[sent.band].reserved_percent:
+            return
         for other in self.undecided.values():
             if other.subset is None or decision.endpoint in other.subset:
-                assert self.priority(other) <= self.priority(sent)
+                higher = self.priority(other) > self.priority(sent)
+                assert not higher or self.has_ceiling(other)
 
     def priority(self, sent):
-        return self.band_plans[sent.band].priority
+        return self.priority_of(sent.band)
+
+    def priority_of(self, band):
+        return self.band_plans[band].priority
+
+    def has_ceiling(self, sent):
+        return self.band_plans[sent.band].max_saturation_percent < 100
+
+    def displaces(self, band):
+        return band and self.band_plans[band].when_full is WhenFull.DISPLACE_LOWER
 
     def deadline(self, sent):
         ttl = self.band_plans[sent.band].ttl_seconds
@@ -188,16 +217,18 @@ class Flow(RuleBasedStateMachine):
     def submit(self, arriving):
         bands_of = {model.name: model.band for model in self.plan.models}
         queues = self.plan.unmatched.action is UnmatchedAction.QUEUE
-        for model, size_bytes, subset, patience in arriving:
+        for model, size_bytes, subset, patience, tenant in arriving:
             deadline = self.now + patience
             band = bands_of.get(model, self.plan.unmatched.band if queues else "")
             longest = self.longest(band) if band else 0.0
             self.undecided[self.next_id] = Sent(
                 model, size_bytes, subset, self.now, band, longest, deadline
             )
-            self.call("submit", self.next_id, model, size_bytes, subset, deadline, self.now)
+            self.displacing |= {self.priority_of(band)} if self.displaces(band) else set()
+            self.call("submit", self.next_id, model, size_bytes, subset, deadline, tenant, self.now)
             self.next_id += 1
         self.polled()
+        self.displacing = set()
         if self.drained and len(arriving) == 1:
             assert self.next_id - 1 in self.decided
 
@@ -325,6 +356,8 @@ class Flow(RuleBasedStateMachine):
         for endpoint in self.controller.state(self.now).endpoints:
             if endpoint.free:
                 for sent in self.undecided.values():
+                    if self.has_ceiling(sent):
+                        continue
                     assert sent.subset is not None
                     assert endpoint.address not in sent.subset
 
@@ -361,8 +394,8 @@ class Flow(RuleBasedStateMachine):
 def perform(controller, name, arguments, named):
     """Make a recorded call; a new request each time, because the core writes on it."""
     if name == "submit":
-        request_id, model, size_bytes, subset, deadline, now = arguments
-        request = Request(request_id, model, size_bytes, subset, deadline=deadline)
+        request_id, model, size_bytes, subset, deadline, tenant, now = arguments
+        request = Request(request_id, model, size_bytes, subset, deadline=deadline, tenant=tenant)
         return controller.submit(request, now)
     return getattr(controller, name)(*arguments, **named)
 

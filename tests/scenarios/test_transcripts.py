@@ -15,20 +15,25 @@ import pytest
 
 from forebay_control.plan import (
     BandPlan,
+    Between,
     FairnessName,
+    InnerPlan,
     LimitsPlan,
     ModelPlan,
+    OrderingName,
     Plan,
     PlanError,
     SaturationMode,
     SaturationPlan,
     TargetPlan,
+    TenantPlan,
     UnmatchedAction,
     UnmatchedPlan,
+    WhenFull,
 )
 from forebay_epp.codec.answers import verdict
 from forebay_epp.core.controller import FlowController
-from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Request
+from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Request, Usage
 
 FOLDER = Path(__file__).parent / "transcripts"
 SEPARATOR = "----"
@@ -88,24 +93,30 @@ class Story:
         self.controller.set_endpoints([Endpoint(address) for address in arguments], self.now)
 
     def do_submit(self, arguments, options, _more):
-        """`submit 1-3 chat`: all before the next poll."""
+        """`submit 1-3 chat tenant=acme due=0.5 size=400`: all before the next poll."""
         numbers, *model = arguments
         first, _, last = numbers.partition("-")
         subset = frozenset(options["subset"].split(",")) if "subset" in options else None
         for number in range(int(first), int(last or first) + 1):
-            size = int(options.get("size", 1))
-            self.controller.submit(Request(number, " ".join(model), size, subset), self.now)
+            request = Request(number, " ".join(model), int(options.get("size", 1)), subset)
+            request.tenant = options.get("tenant", "")
+            request.due_in_seconds = float(options["due"]) if "due" in options else None
+            self.controller.submit(request, self.now)
 
     def do_cancel(self, arguments, _options, _more):
         self.controller.cancel(int(arguments[0]), self.now)
 
     def do_complete(self, arguments, options, _more):
-        """`complete 1 2 status=503`, or `blind`: one after the other, polled between."""
+        """`complete 1 2 status=503`, or `blind`: one after the other, polled between.
+
+        With `answer=10` of so many tokens, and one token of prompt.
+        """
         blind = "blind" in arguments
         judged = verdict(int(options.get("status", 0)))
+        usage = Usage(1, int(options["answer"])) if "answer" in options else None
         for number in arguments:
             if number != "blind":
-                self.controller.complete(int(number), None, self.now, judged, blind=blind)
+                self.controller.complete(int(number), usage, self.now, judged, blind=blind)
                 self.poll()
 
     def do_scrape(self, arguments, _options, _more):
@@ -146,7 +157,7 @@ class Story:
         draining = ", draining" if snapshot.draining else ""
         self.lines.append(f"{snapshot.requests} requests, {snapshot.size_bytes} bytes{draining}")
         for band in snapshot.bands:
-            flows = " ".join(f"{flow.flow or 'unmatched'}={flow.requests}" for flow in band.flows)
+            flows = " ".join(f"{name_of(flow)}={flow.requests}" for flow in band.flows)
             ending = " (draining)" if band.draining else ""
             self.lines.append(f"  {band.band}{ending}: {flows or 'empty'}")
 
@@ -160,28 +171,51 @@ class Story:
         self.lines.append(f"{snapshot.in_flight} in flight, saturation {snapshot.saturation:.2f}")
 
 
+def name_of(flow):
+    """The model, the tenant, or both with a slash."""
+    model = None if flow.model is None else flow.model or "unmatched"
+    return "/".join(name for name in (model, flow.tenant) if name is not None)
+
+
 def read_plan(options, more):
-    """Read `plan` and its lines `band NAME PRIORITY [FAIRNESS]` and `model NAME BAND TARGET:W`."""
-    bands, models = [], []
+    """Read `plan` and its lines.
+
+    `band NAME PRIORITY [FAIRNESS]`, `model NAME BAND TARGET:W weight=W` and `tenant NAME WEIGHT`.
+    """
+    bands, models, tenants = [], [], []
     for line in more:
         kind, name, third, *rest = line.split()
-        if kind == "model":
-            targets = [word.rsplit(":", 1) for word in rest]
-            weighted = tuple(TargetPlan(target, int(weight)) for target, weight in targets)
-            models.append(ModelPlan(name, third, weighted))
-            continue
         given = dict(word.split("=", 1) for word in rest if "=" in word)
+        if kind == "tenant":
+            tenants.append(TenantPlan(name, int(third)))
+            continue
+        if kind == "model":
+            targets = [word.rsplit(":", 1) for word in rest if "=" not in word]
+            weighted = tuple(TargetPlan(target, int(weight)) for target, weight in targets)
+            models.append(
+                ModelPlan(
+                    *(name, third, weighted, int(given.get("weight", 1))),
+                    float(given.get("ttft", 0)),
+                )
+            )
+            continue
         fairness = next((word for word in rest if "=" not in word), "FCFS")
         bands.append(
             BandPlan(
                 name,
                 int(third),
                 FairnessName(fairness),
+                OrderingName(given.get("ordering", "FCFS")),
                 ttl_seconds=float(given.get("ttl", 60)),
                 max_requests=int(given.get("requests", 5000)),
                 max_bytes=int(given.get("bytes", 1 << 20)),
                 flow_max_requests=int(given.get("flow-requests", 5000)),
                 flow_max_bytes=int(given.get("flow-bytes", 1 << 20)),
+                between=Between(given.get("between", "Models")),
+                inner=InnerPlan(FairnessName(given["inner"])) if "inner" in given else None,
+                when_full=WhenFull(given.get("full", "Reject")),
+                max_saturation_percent=int(given.get("ceiling", 100)),
+                reserved_percent=int(given.get("reserved", 0)),
             )
         )
     adaptive = SaturationPlan(kv_cache_usage_threshold=float(options.get("kv", 0.95)))
@@ -189,6 +223,7 @@ def read_plan(options, more):
     return Plan(
         bands=tuple(bands),
         models=tuple(models),
+        tenants=tuple(tenants),
         limits=LimitsPlan(
             max_requests=int(options.get("requests", 10_000)),
             max_bytes=int(options.get("bytes", 1 << 30)),

@@ -8,12 +8,15 @@ import pytest
 
 from forebay_control.plan import (
     BandPlan,
+    Between,
+    FairnessName,
     LimitsPlan,
     ModelPlan,
     Plan,
     SaturationMode,
     SaturationPlan,
 )
+from forebay_epp.core import bands
 from forebay_epp.core.bands import SPARE_DEADLINES
 from forebay_epp.core.controller import FlowController
 from forebay_epp.core.terms import Dispatched, Endpoint, Outcome, Request
@@ -241,3 +244,30 @@ def test_the_first_of_two_first_tokens_counts():
     controller.complete(1, None, 4.0)
     with pytest.raises(KeyError):
         controller.first_token(1, 5.0)
+
+
+def test_tenants_beyond_the_cap_share_flows(monkeypatch):
+    """Invented names take no memory: who waits keeps a flow, and an idle one makes room."""
+    monkeypatch.setattr(bands, "MAX_TENANT_FLOWS", 10)
+    plan = Plan(
+        bands=(BandPlan("Standard", 0, FairnessName.ROUND_ROBIN, between=Between.TENANTS),),
+        saturation=ONE_SLOT,
+    )
+    controller = FlowController(plan, Random(1))
+    controller.set_endpoints([Endpoint(A)], 0.0)
+    for number in range(2000):
+        controller.submit(Request(number, "m", 1, tenant=f"t{number}"), 0.0)
+    controller.poll(0.0)
+    (band,) = controller._bands.all
+    assert len(band.flows) == 10 + bands.OVERFLOW_FLOWS
+    assert sum(flow.requests for flow in band.flows.values()) == 1999
+
+    for number in range(1, 2000):
+        controller.cancel(number, 0.0)
+    for number in range(2000, 4000):
+        controller.submit(Request(number, "m", 1, tenant=f"t{number}"), 0.0)
+        controller.cancel(number, 0.0)
+        controller.poll(0.0)
+
+    assert len(band.flows) <= 10 + bands.OVERFLOW_FLOWS
+    assert len(band._idle) == len(band.flows)

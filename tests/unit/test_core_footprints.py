@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from random import Random
 
+import pytest
+
 from forebay_control.plan import BandPlan, ModelPlan, Plan, SaturationMode, SaturationPlan
 from forebay_epp.core.controller import FlowController
 from forebay_epp.core.footprints import (
@@ -21,11 +23,22 @@ def request_of(flow, size_bytes):
     return Request(1, flow, size_bytes, flow=flow)
 
 
+def tokens(footprints, flow, size_bytes):
+    """Of the prompt, of the answer, and of KV cache, that are expected of a request."""
+    request = request_of(flow, size_bytes)
+    footprints.expect(request)
+    return request.prompt_tokens, request.answer_tokens, request.kv_tokens
+
+
 def test_a_flow_without_answers_is_taken_for_text():
     """Four bytes a token, and an answer of a usual length."""
-    expected = 4000 / ASSUMED_BYTES_PER_TOKEN + ANSWER_PART * ASSUMED_ANSWER_TOKENS
+    prompt = 4000 / ASSUMED_BYTES_PER_TOKEN
 
-    assert Footprints().tokens(request_of("m", 4000)) == round(expected)
+    assert tokens(Footprints(), "m", 4000) == (
+        prompt,
+        ASSUMED_ANSWER_TOKENS,
+        int(prompt + ANSWER_PART * ASSUMED_ANSWER_TOKENS),
+    )
 
 
 def test_a_flow_is_learned_from_its_own_answers():
@@ -34,9 +47,9 @@ def test_a_flow_is_learned_from_its_own_answers():
     for _ in range(200):
         footprints.learn(request_of("long", 2000), Usage(1000, 1000))
 
-    expected = 1000 + ANSWER_PART * 1000
-    assert abs(footprints.tokens(request_of("long", 2000)) - expected) < 0.02 * expected
-    assert footprints.tokens(request_of("m", 4000)) == Footprints().tokens(request_of("m", 4000))
+    expected = (1000, 1000, 1000 + ANSWER_PART * 1000)
+    assert tokens(footprints, "long", 2000) == pytest.approx(expected, rel=0.02)
+    assert tokens(footprints, "m", 4000) == tokens(Footprints(), "m", 4000)
 
 
 def test_an_answer_without_tokens_teaches_nothing():
@@ -45,7 +58,7 @@ def test_an_answer_without_tokens_teaches_nothing():
     footprints.learn(request_of("m", 4000), Usage(0, 10))
     footprints.learn(request_of("m", 4000), Usage(10, 0))
 
-    assert footprints.tokens(request_of("m", 4000)) == Footprints().tokens(request_of("m", 4000))
+    assert tokens(footprints, "m", 4000) == tokens(Footprints(), "m", 4000)
 
 
 BANDS = (BandPlan("Standard", 0),)

@@ -79,7 +79,7 @@ def test_invented_names_are_one_flow_whatever_they_are():
     controller.submit(Request(len(names), "chat", 1), 0.0)
 
     flows = controller.state(0.0).bands[0].flows
-    assert {flow.flow: flow.requests for flow in flows} == {UNMATCHED_FLOW: len(names), "chat": 1}
+    assert {flow.model: flow.requests for flow in flows} == {UNMATCHED_FLOW: len(names), "chat": 1}
 
 
 def test_a_model_that_leaves_the_plan_keeps_what_waits_in_its_flow():
@@ -91,7 +91,7 @@ def test_a_model_that_leaves_the_plan_keeps_what_waits_in_its_flow():
     controller.submit(Request(2, "chat", 1), 0.0)
 
     flows = controller.state(0.0).bands[0].flows
-    assert {flow.flow: flow.requests for flow in flows} == {"chat": 1, UNMATCHED_FLOW: 1}
+    assert {flow.model: flow.requests for flow in flows} == {"chat": 1, UNMATCHED_FLOW: 1}
 
 
 @pytest.mark.parametrize(

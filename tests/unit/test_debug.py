@@ -61,8 +61,8 @@ async def test_shows_bands_by_priority_with_their_longest_flows_first():
     assert response.status == 200
     assert [band["band"] for band in data["bands"]] == ["Critical", "Sheddable"]
     assert data["bands"][0]["flows"] == [
-        {"flow": "batch", "requests": 3, "size_bytes": 3000},
-        {"flow": "chat\ud800", "requests": 1, "size_bytes": 1000},
+        {"model": "batch", "requests": 3, "size_bytes": 3000, "tenant": None},
+        {"model": "chat\ud800", "requests": 1, "size_bytes": 1000, "tenant": None},
     ]
     assert data["bands"][1]["draining"] is True
 

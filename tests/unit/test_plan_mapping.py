@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 from forebay_control import fields, mapping
 from forebay_control.fields import Length, Matches, Range
-from forebay_control.plan import BandPlan, LimitsPlan, MetricsPlan, ModelPlan, Plan, PlanError
+from forebay_control.plan import (
+    BandPlan,
+    FairnessName,
+    LimitsPlan,
+    MetricsPlan,
+    ModelPlan,
+    Plan,
+    PlanError,
+)
 from forebay_control.v1 import control_pb2 as pb
 from forebay_epp.codec.control import Nacked, Programs
 
@@ -69,7 +77,9 @@ def plans(draw):
         metrics = replace(metrics, running=None, waiting=None, kv_cache_usage=None)
     return replace(
         plan,
-        bands=tuple(bands),
+        bands=tuple(
+            replace(band, reserved_percent=band.reserved_percent // len(bands)) for band in bands
+        ),
         models=tuple(replace(model, band=draw(names)) for model in plan.models),
         objectives=tuple(replace(objective, band=draw(names)) for objective in plan.objectives),
         unmatched=replace(plan.unmatched, band=draw(names)),
@@ -118,12 +128,26 @@ def test_a_message_is_a_valid_plan_or_says_what_is_wrong(message):
     except PlanError as error:
         problems = error.problems
     else:
-        assert mapping.plan_to_message(plan) == message
+        written = mapping.plan_to_message(plan)
+        assert written == without_defaults(message, written)
 
     for path, what in problems:
         assert path.startswith("plan.")
         assert what
         assert names_a_field(pb.Plan.DESCRIPTOR, path.removeprefix("plan."))
+
+
+def without_defaults(message, written):
+    """Clear what says no more than its absence, which is not written."""
+    for field, value in message.ListFields():
+        short = getattr(written, field.name)
+        if field.message_type is not None:
+            pairs = zip(value, short, strict=True) if field.is_repeated else [(value, short)]
+            for pair in pairs:
+                without_defaults(*pair)
+        elif field.has_presence and not written.HasField(field.name):
+            message.ClearField(field.name)
+    return message
 
 
 def names_a_field(descriptor, path):
@@ -160,7 +184,7 @@ def test_every_unknown_word_is_told_with_the_words_that_are_known():
         mapping.plan_from_message(message)
 
     assert dict(raised.value.problems) == {
-        "plan.bands[1].fairness": "'Coin' is not one of FCFS, RoundRobin",
+        "plan.bands[1].fairness": "'Coin' is not one of " + ", ".join(FairnessName),
         "plan.unmatched.action": "'' is not one of Queue, Reject",
         "plan.limits.maxBytes": "must be 1 to 1099511627776, is 0",
     }

@@ -228,7 +228,7 @@ async def test_flows_beyond_the_cap_are_summed():
     flows = tuple(FlowState(f"flow-{number}", 1, 10) for number in range(4_000))
     state = replace(STATE, bands=(replace(STATE.bands[0], flows=flows),))
     traffic = Traffic()
-    traffic.configure(flow.flow for flow in flows)
+    traffic.configure(flow.model for flow in flows)
     series = samples(await read(traffic, state))["forebay_flow_queue_requests"]
 
     assert len(series) == MAX_MODEL_LABELS + 1

@@ -211,7 +211,7 @@ class Source(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., namespace: _Optional[str] = ..., name: _Optional[str] = ..., uid: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("pool", "bands", "models", "limits", "saturation", "unmatched", "no_endpoints_ttl_seconds", "objectives", "trust_objective_header", "metrics")
+    __slots__ = ("pool", "bands", "models", "limits", "saturation", "unmatched", "no_endpoints_ttl_seconds", "objectives", "trust_objective_header", "metrics", "tenant_header", "tenants", "trust_deadline_headers")
     POOL_FIELD_NUMBER: _ClassVar[int]
     BANDS_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
@@ -222,6 +222,9 @@ class Plan(_message.Message):
     OBJECTIVES_FIELD_NUMBER: _ClassVar[int]
     TRUST_OBJECTIVE_HEADER_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_HEADER_FIELD_NUMBER: _ClassVar[int]
+    TENANTS_FIELD_NUMBER: _ClassVar[int]
+    TRUST_DEADLINE_HEADERS_FIELD_NUMBER: _ClassVar[int]
     pool: str
     bands: _containers.RepeatedCompositeFieldContainer[Band]
     models: _containers.RepeatedCompositeFieldContainer[Model]
@@ -232,7 +235,10 @@ class Plan(_message.Message):
     objectives: _containers.RepeatedCompositeFieldContainer[Objective]
     trust_objective_header: bool
     metrics: Metrics
-    def __init__(self, pool: _Optional[str] = ..., bands: _Optional[_Iterable[_Union[Band, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., saturation: _Optional[_Union[Saturation, _Mapping]] = ..., unmatched: _Optional[_Union[Unmatched, _Mapping]] = ..., no_endpoints_ttl_seconds: _Optional[float] = ..., objectives: _Optional[_Iterable[_Union[Objective, _Mapping]]] = ..., trust_objective_header: _Optional[bool] = ..., metrics: _Optional[_Union[Metrics, _Mapping]] = ...) -> None: ...
+    tenant_header: str
+    tenants: _containers.RepeatedCompositeFieldContainer[Tenant]
+    trust_deadline_headers: bool
+    def __init__(self, pool: _Optional[str] = ..., bands: _Optional[_Iterable[_Union[Band, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., saturation: _Optional[_Union[Saturation, _Mapping]] = ..., unmatched: _Optional[_Union[Unmatched, _Mapping]] = ..., no_endpoints_ttl_seconds: _Optional[float] = ..., objectives: _Optional[_Iterable[_Union[Objective, _Mapping]]] = ..., trust_objective_header: _Optional[bool] = ..., metrics: _Optional[_Union[Metrics, _Mapping]] = ..., tenant_header: _Optional[str] = ..., tenants: _Optional[_Iterable[_Union[Tenant, _Mapping]]] = ..., trust_deadline_headers: _Optional[bool] = ...) -> None: ...
 
 class Metrics(_message.Message):
     __slots__ = ("path", "port", "running", "waiting", "kv_cache_usage")
@@ -265,7 +271,7 @@ class SeriesLabel(_message.Message):
     def __init__(self, name: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
 
 class Band(_message.Message):
-    __slots__ = ("name", "priority", "fairness", "ordering", "ttl_seconds", "max_requests", "max_bytes", "flow_max_requests", "flow_max_bytes")
+    __slots__ = ("name", "priority", "fairness", "ordering", "ttl_seconds", "max_requests", "max_bytes", "flow_max_requests", "flow_max_bytes", "between", "inner", "when_full", "max_saturation_percent", "reserved_percent")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     FAIRNESS_FIELD_NUMBER: _ClassVar[int]
@@ -275,6 +281,11 @@ class Band(_message.Message):
     MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
     FLOW_MAX_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     FLOW_MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BETWEEN_FIELD_NUMBER: _ClassVar[int]
+    INNER_FIELD_NUMBER: _ClassVar[int]
+    WHEN_FULL_FIELD_NUMBER: _ClassVar[int]
+    MAX_SATURATION_PERCENT_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_PERCENT_FIELD_NUMBER: _ClassVar[int]
     name: str
     priority: int
     fairness: str
@@ -284,17 +295,40 @@ class Band(_message.Message):
     max_bytes: int
     flow_max_requests: int
     flow_max_bytes: int
-    def __init__(self, name: _Optional[str] = ..., priority: _Optional[int] = ..., fairness: _Optional[str] = ..., ordering: _Optional[str] = ..., ttl_seconds: _Optional[float] = ..., max_requests: _Optional[int] = ..., max_bytes: _Optional[int] = ..., flow_max_requests: _Optional[int] = ..., flow_max_bytes: _Optional[int] = ...) -> None: ...
+    between: str
+    inner: Inner
+    when_full: str
+    max_saturation_percent: int
+    reserved_percent: int
+    def __init__(self, name: _Optional[str] = ..., priority: _Optional[int] = ..., fairness: _Optional[str] = ..., ordering: _Optional[str] = ..., ttl_seconds: _Optional[float] = ..., max_requests: _Optional[int] = ..., max_bytes: _Optional[int] = ..., flow_max_requests: _Optional[int] = ..., flow_max_bytes: _Optional[int] = ..., between: _Optional[str] = ..., inner: _Optional[_Union[Inner, _Mapping]] = ..., when_full: _Optional[str] = ..., max_saturation_percent: _Optional[int] = ..., reserved_percent: _Optional[int] = ...) -> None: ...
+
+class Inner(_message.Message):
+    __slots__ = ("fairness",)
+    FAIRNESS_FIELD_NUMBER: _ClassVar[int]
+    fairness: str
+    def __init__(self, fairness: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "band", "targets")
+    __slots__ = ("name", "band", "targets", "weight", "time_to_first_token_seconds")
     NAME_FIELD_NUMBER: _ClassVar[int]
     BAND_FIELD_NUMBER: _ClassVar[int]
     TARGETS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    TIME_TO_FIRST_TOKEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
     name: str
     band: str
     targets: _containers.RepeatedCompositeFieldContainer[Target]
-    def __init__(self, name: _Optional[str] = ..., band: _Optional[str] = ..., targets: _Optional[_Iterable[_Union[Target, _Mapping]]] = ...) -> None: ...
+    weight: int
+    time_to_first_token_seconds: float
+    def __init__(self, name: _Optional[str] = ..., band: _Optional[str] = ..., targets: _Optional[_Iterable[_Union[Target, _Mapping]]] = ..., weight: _Optional[int] = ..., time_to_first_token_seconds: _Optional[float] = ...) -> None: ...
+
+class Tenant(_message.Message):
+    __slots__ = ("name", "weight")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    weight: int
+    def __init__(self, name: _Optional[str] = ..., weight: _Optional[int] = ...) -> None: ...
 
 class Objective(_message.Message):
     __slots__ = ("name", "band")

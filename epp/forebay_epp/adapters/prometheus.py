@@ -183,8 +183,8 @@ class _Page(Collector):
         waiting: Counter[tuple[str, str]] = Counter()
         for band in state.bands:
             for flow in band.flows:
-                if flow.requests:
-                    waiting[printable(band.band), self._traffic.models.label(flow.flow)] += (
+                if flow.requests and flow.model is not None:
+                    waiting[printable(band.band), self._traffic.models.label(flow.model)] += (
                         flow.requests
                     )
         gauge = GaugeMetricFamily(

@@ -1,7 +1,7 @@
-"""Queues: bands, the flows in them, their lanes, and when requests expire.
+"""Queues: bands, what waits in them, and when requests expire.
 
 Deciding when to dispatch, and to which endpoint, does not belong here (controller.py), nor which
-band and flow a request belongs to (classification.py).
+band and flow a request belongs to (classification.py), nor whose turn it is (flows.py, fairness/).
 """
 
 from __future__ import annotations
@@ -10,126 +10,29 @@ import math
 from collections import OrderedDict
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
+from zlib import crc32
 
+from forebay_control.plan import Between
 from forebay_epp.core.fairness import FAIRNESS
+from forebay_epp.core.flows import ANYWHERE, Flow, Lane, Site, Turns, earlier
 from forebay_epp.core.least import Least
 from forebay_epp.core.ordering import ORDERINGS
 from forebay_epp.core.terms import NEVER, BandState, Cost, FlowState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from forebay_control.plan import BandPlan, Plan
-    from forebay_epp.core.ordering import Ordering
     from forebay_epp.core.terms import Request, Usage
 
 DRAIN_RATE_SECONDS = 10.0
 SPARE_DEADLINES = 64
+EPSILON = 1e-9
+MAX_TENANT_FLOWS = 4096  # of a band: tenants are names that callers choose
+OVERFLOW_FLOWS = 64  # that tenants beyond these share
 
-_ONE_REQUEST = Cost(requests=1)
-_ANYWHERE = ""  # the site of a lane that any endpoint will do for
-
-Subset = frozenset[str] | None
-
-
-class Flow:
-    """What one flow has in one band.
-
-    Attributes:
-        name: the model's, or `UNMATCHED_FLOW`.
-        rank: written by the band's fairness policy.
-        requests: how many wait.
-        size_bytes: of those that wait.
-        lanes: those in which a request waits, by subset hint; the one without a hint stays.
-    """
-
-    __slots__ = ("lanes", "name", "rank", "requests", "size_bytes")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.rank = 0.0
-        self.requests = 0
-        self.size_bytes = 0
-        self.lanes: dict[Subset, Lane] = {}
-
-
-class Lane:
-    """The requests of one flow that may go to the same endpoints.
-
-    Attributes:
-        flow: whose they are.
-        subset: addresses of the endpoints, or None for all.
-        sites: the same in a fixed order; `_ANYWHERE` for all.
-        queue: the requests.
-        head: the rank of the first of them by the ordering; infinity without any.
-        parked: whether the lane waits at its sites because none of them had a free slot.
-    """
-
-    __slots__ = ("flow", "head", "parked", "queue", "sites", "subset")
-
-    def __init__(self, flow: Flow, subset: Subset, queue: Ordering) -> None:
-        self.flow = flow
-        self.subset = subset
-        self.sites = (_ANYWHERE,) if subset is None else tuple(sorted(subset))
-        self.queue = queue
-        self.head = NEVER
-        self.parked = False
-
-    def key(self) -> tuple[float, float]:
-        """Return what decides between lanes of all flows: the flow's turn, then the ordering."""
-        return self.flow.rank, self.head
-
-    def rank(self) -> float:
-        """Return what decides between lanes of one flow."""
-        return self.head
-
-
-class Site:
-    """The lanes that wait for a slot of one endpoint, flow by flow.
-
-    Two levels, because a charge changes the turn of all lanes of a flow at once.
-
-    Attributes:
-        address: of the endpoint.
-        flows: the lanes, by flow.
-    """
-
-    __slots__ = ("_next", "address", "flows")
-
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self.flows: dict[Flow, Least[Lane]] = {}
-        self._next: Least[Flow] = Least(self._flow_key)
-
-    def _flow_key(self, flow: Flow) -> tuple[float, float] | None:
-        lane = self.flows[flow].first()
-        return None if lane is None else lane.key()
-
-    def add(self, lane: Lane) -> None:
-        """Let a lane wait here, or take note that its next request has become another."""
-        lanes = self.flows.get(lane.flow)
-        if lanes is None:
-            lanes = self.flows[lane.flow] = Least(Lane.rank)
-        lanes.add(lane, lane.head)
-        self._next.add(lane.flow, self._flow_key(lane.flow))
-
-    def discard(self, lane: Lane) -> None:
-        """Let a lane wait here no longer."""
-        lanes = self.flows[lane.flow]
-        lanes.discard(lane)
-        if not lanes:
-            self._next.discard(lane.flow)
-            del self.flows[lane.flow]
-
-    def first(self) -> Lane | None:
-        """Return the lane whose turn it is, or None if none waits here."""
-        flow = self._next.first()
-        return None if flow is None else self.flows[flow].first()
-
-    def key(self) -> tuple[tuple[float, float], str] | None:
-        """Return what decides between sites."""
-        lane = self.first()
-        return None if lane is None else (lane.key(), self.address)
+Path = tuple[str, ...]
+Weights = dict[Between, "Mapping[str, int]"]
 
 
 class Band:
@@ -147,9 +50,11 @@ class Band:
         plan: the band's part of the plan.
         draining: whether the plan no longer names the band.
         arrival: what waits, by id, the oldest first.
-        flows: by name; one that has nothing waiting stays until the next plan.
+        flows: those of the innermost level, by the names of the levels. One that has nothing
+            waiting stays until the next plan, or until tenants need its place.
         size_bytes: of all that waits.
         sites: those of parked lanes, by address.
+        credit: dispatches that its reserved share owes it.
     """
 
     __slots__ = (
@@ -158,10 +63,16 @@ class Band:
         "_drained",
         "_drained_at",
         "_fairness",
+        "_idle",
+        "_levels",
         "_open",
+        "_outer",
         "_sequence",
+        "_tenanted",
         "_untried",
+        "_weights",
         "arrival",
+        "credit",
         "draining",
         "flows",
         "plan",
@@ -169,58 +80,74 @@ class Band:
         "size_bytes",
     )
 
-    def __init__(self, plan: BandPlan) -> None:
+    def __init__(self, plan: BandPlan, weights: Weights) -> None:
         self.plan = plan
         self.draining = False
         self.arrival: OrderedDict[int, Request] = OrderedDict()
-        self.flows: dict[str, Flow] = {}
+        self.flows: dict[Path, Flow] = {}
         self.size_bytes = 0
-        self._fairness = FAIRNESS[plan.fairness]()
+        self.credit = 0.0
+        self._weights = weights
         self._sequence = 0
-        self._open: Least[Lane] = Least(Lane.key)
-        self._untried = Site(_ANYWHERE)
-        self.sites: dict[str, Site] = {}
-        self._contested: Least[Site] = Least(Site.key)
+        self._begin(plan)
         self._deadlines: list[tuple[float, int, Request]] = []
         self._drained = 0.0
         self._drained_at = 0.0
 
-    def reconfigure(self, plan: BandPlan, now: float) -> None:
+    def _begin(self, plan: BandPlan) -> None:
+        """Set up the levels of fairness, with no flow in them."""
+        self._levels = 1 if plan.inner is None else 2
+        self._tenanted = self._levels == 2 or plan.between is Between.TENANTS
+        self._fairness = FAIRNESS[plan.fairness]()
+        self._outer: dict[str, Flow] = {}
+        self._idle: OrderedDict[Path, Flow] = OrderedDict()  # of tenants, the longest idle first
+        self._open: Least[Lane] | Turns = Least(Lane.turn) if self._levels == 1 else Turns(1)
+        self._untried = Site(ANYWHERE, self._levels)
+        self.sites: dict[str, Site] = {}
+        self._contested: Least[Site] = Least(Site.key)
+
+    def reconfigure(self, plan: BandPlan, weights: Weights, now: float) -> None:
         """Take a new plan; waiting requests are reordered where the policies have changed.
 
         All lanes with a subset hint are parked then, so the caller has to `wake` every endpoint
-        that has a free slot.
+        that has a free slot. Where the policies stay, so does what flows have had; a new weight
+        counts from the next charge on.
         """
         old = self.plan
         self.plan = plan
         self.draining = False
-        self.flows = {name: flow for name, flow in self.flows.items() if flow.requests}
-        if (old.fairness, old.ordering) != (plan.fairness, plan.ordering):
-            self._fairness = FAIRNESS[plan.fairness]()
-            self._open = Least(Lane.key)
-            self._untried = Site(_ANYWHERE)
-            self.sites.clear()
-            for flow in self.flows.values():
-                flow.rank = 0.0
-                flow.lanes.clear()
+        self._weights = weights
+        if _policies(old) != _policies(plan):
+            self.flows.clear()
+            self._begin(plan)
             for request in self.arrival.values():
-                flow = self.flows[request.flow]
-                if not flow.lanes:
-                    self._fairness.activate(flow, now)
+                request.path = self._path(request)
+                flow = self._join(request, now)
                 self._enter(flow, request, parked=request.subset is not None)
+            return
+        for path, flow in list(self.flows.items()):
+            if not flow.requests:
+                self._forget(path, flow)
+            flow.weight = self._weight(self._levels - 1, flow.name)
+        for flow in self._outer.values():
+            flow.weight = self._weight(0, flow.name)
 
     # --- requests
 
     def full(self, request: Request) -> str | None:
-        """Name the cap that this request would exceed, or None."""
+        """Name the cap that this request would exceed, or None; write on it the flows it is in."""
         plan = self.plan
+        request.path = self._path(request)
         if len(self.arrival) >= plan.max_requests:
             return f"the queue of band {plan.name} is full ({plan.max_requests} requests)"
         if self.size_bytes + request.size_bytes > plan.max_bytes:
             return f"the queue of band {plan.name} is full ({plan.max_bytes} bytes)"
-        flow = self.flows.get(request.flow)
+        flow = self.flows.get(request.path)
         requests, size_bytes = (flow.requests, flow.size_bytes) if flow else (0, 0)
-        whose = "the model's queue" if request.flow else "the queue of unmatched models"
+        if self._tenanted and (plan.between is Between.TENANTS) is (plan.inner is None):
+            whose = "the tenant's queue"
+        else:
+            whose = "the model's queue" if request.flow else "the queue of unmatched models"
         if requests >= plan.flow_max_requests:
             return f"{whose} is full ({plan.flow_max_requests} requests)"
         if size_bytes + request.size_bytes > plan.flow_max_bytes:
@@ -229,16 +156,10 @@ class Band:
 
     def push(self, request: Request, now: float, *, blocked: bool) -> None:
         """Queue the request; `blocked`: no endpoint that it may go to has a free slot."""
-        flow = self.flows.get(request.flow)
-        if flow is None:
-            flow = self.flows[request.flow] = Flow(request.flow)
-        if not flow.requests:
-            self._fairness.activate(flow, now)
-        flow.requests += 1
-        flow.size_bytes += request.size_bytes
-        self.size_bytes += request.size_bytes
         self._sequence += 1
         request.sequence = self._sequence
+        flow = self._join(request, now)
+        self.size_bytes += request.size_bytes
         self.arrival[request.id] = request
         if request.deadline < NEVER:
             self._note_deadline(request)
@@ -247,8 +168,8 @@ class Band:
     def pop(self, lane: Lane, now: float) -> Request:
         """Take out the lane's next request because it is dispatched now."""
         request = lane.queue.pop()
-        flow = lane.flow
-        self._fairness.charge(flow, _ONE_REQUEST, now)
+        cost = Cost(1, request.prompt_tokens, request.answer_tokens)
+        self._charge(lane.flow, cost, now)
         self._drained = self._drained * self._decay(now) + 1.0
         self._drained_at = now
         self._leave(request, lane)
@@ -256,14 +177,105 @@ class Band:
 
     def remove(self, request: Request) -> None:
         """Take out this request without dispatching it."""
-        lane = self.flows[request.flow].lanes[request.subset]
+        lane = self.flows[request.path].lanes[request.subset]
         lane.queue.remove(request)
         self._leave(request, lane)
 
     def charge(self, request: Request, usage: Usage, now: float) -> None:
-        """Charge the flow of a request that was dispatched for the tokens it took."""
-        flow = self.flows.get(request.flow) or Flow(request.flow)
-        self._fairness.charge(flow, Cost(0, usage.prompt_tokens, usage.completion_tokens), now)
+        """Correct what the flow of a dispatched request was charged by the tokens it took."""
+        flow = self.flows.get(request.path)
+        if flow is not None:
+            more = Cost(
+                0,
+                usage.prompt_tokens - request.prompt_tokens,
+                usage.completion_tokens - request.answer_tokens,
+            )
+            self._charge(flow, more, now)
+
+    def _charge(self, flow: Flow, cost: Cost, now: float) -> None:
+        outer = flow.outer
+        if outer is None:
+            self._fairness.charge(flow, cost, now)
+        else:
+            self._fairness.charge(outer, cost, now)
+            if outer.fairness is not None:
+                outer.fairness.charge(flow, cost, now)
+
+    # --- flows
+
+    def _path(self, request: Request) -> Path:
+        """Return the names of the flows that a request is in, outermost first.
+
+        There are too many tenants when `MAX_TENANT_FLOWS` have something waiting. Then each further
+        one shares a flow with those of the same hash.
+        """
+        model, tenant = request.flow, request.tenant
+        if not self._tenanted:
+            return (model,)
+        path = self._ordered(model, tenant)
+        if path in self.flows or len(self.flows) < MAX_TENANT_FLOWS or self._idle:
+            return path
+        return self._ordered(model, f" overflow-{crc32(tenant.encode()) % OVERFLOW_FLOWS}")
+
+    def _ordered(self, model: str, tenant: str) -> Path:
+        """Return the names in the order of the levels."""
+        plan = self.plan
+        if plan.between is Between.MODELS:
+            return model, tenant
+        return (tenant,) if plan.inner is None else (tenant, model)
+
+    def _join(self, request: Request, now: float) -> Flow:
+        """Count a request in its flow, which is made where there is none, and activate that."""
+        path = request.path
+        flow = self.flows.get(path) or self._made(path)
+        outer = flow.outer
+        if not flow.requests:
+            if self._tenanted:
+                self._idle.pop(path, None)
+            if outer is None:
+                self._fairness.activate(flow, now)
+            else:
+                if not outer.requests:
+                    self._fairness.activate(outer, now)
+                if outer.fairness is not None:
+                    outer.fairness.activate(flow, now)
+        flow.requests += 1
+        flow.size_bytes += request.size_bytes
+        if outer is not None:
+            outer.requests += 1
+        return flow
+
+    def _made(self, path: Path) -> Flow:
+        """Return a new flow, which may take the place of one that has been idle longest."""
+        if self._idle and len(self.flows) >= MAX_TENANT_FLOWS:
+            self._forget(*self._idle.popitem(last=False))
+        outer = None
+        inner = self.plan.inner
+        if inner is not None:
+            name = path[0]
+            outer = self._outer.get(name)
+            if outer is None:
+                policy = FAIRNESS[inner.fairness]()
+                outer = self._outer[name] = Flow(name, self._weight(0, name), fairness=policy)
+            outer.flows += 1
+        flow = self.flows[path] = Flow(path[-1], self._weight(self._levels - 1, path[-1]), outer)
+        return flow
+
+    def _forget(self, path: Path, flow: Flow) -> None:
+        """Forget a flow that has nothing waiting, and the one around it if that was all."""
+        del self.flows[path]
+        self._idle.pop(path, None)
+        outer = flow.outer
+        if outer is not None:
+            outer.flows -= 1
+            if not outer.flows:
+                del self._outer[outer.name]
+
+    def _weight(self, level: int, name: str) -> int:
+        models = (self.plan.between is Between.MODELS) is (level == 0)
+        return self._weights[Between.MODELS if models else Between.TENANTS].get(name, 1)
+
+    # --- lanes
 
     def _enter(self, flow: Flow, request: Request, *, parked: bool) -> None:
         lane = flow.lanes.get(request.subset)
@@ -278,9 +290,9 @@ class Band:
             if lane.parked:
                 self._wait_at_sites(lane)
             elif lane.subset is None:
-                self._open.add(lane, (flow.rank, head))
+                self._open.add(lane, lane.turn())
             else:
-                self._untried.add(lane)
+                self._untried.add(lane, lane.turn())
 
     def _leave(self, request: Request, lane: Lane) -> None:
         del self.arrival[request.id]
@@ -288,6 +300,10 @@ class Band:
         flow = lane.flow
         flow.requests -= 1
         flow.size_bytes -= request.size_bytes
+        if flow.outer is not None:
+            flow.outer.requests -= 1
+        if self._tenanted and not flow.requests:
+            self._idle[request.path] = flow
         lane.head = lane.queue.rank()
         if lane.head == NEVER:
             if lane.parked:
@@ -303,9 +319,8 @@ class Band:
     # --- whose turn it is
 
     def wake(self, addresses: Iterable[str]) -> None:
-        """Name the endpoints that may have got a free slot since the last call."""
-        self._contested = Least(Site.key)
-        for address in (*addresses, _ANYWHERE):
+        """Name endpoints that may have got a free slot."""
+        for address in (*addresses, ANYWHERE):
             site = self.sites.get(address)
             if site is not None:
                 self._contested.add(site, site.key())
@@ -317,15 +332,15 @@ class Band:
             is_open: says whether the endpoint of this address has a free slot.
         """
         lane = self._open.first()
-        if self._untried.flows:
-            lane = _before(self._untried.first(), lane)
+        if self._untried:
+            lane = earlier(self._untried.first(), lane)
         if self.sites:
-            lane = _before(self._first_parked(self._contested, is_open), lane)
+            lane = earlier(self._first_parked(self._contested, is_open), lane)
         return lane
 
     def _first_parked(self, contested: Least[Site], is_open: Callable[[str], bool]) -> Lane | None:
         while (site := contested.first()) is not None:
-            if site.address == _ANYWHERE or is_open(site.address):
+            if site.address == ANYWHERE or is_open(site.address):
                 return site.first()
             contested.discard(site)
         return None
@@ -346,14 +361,14 @@ class Band:
         for address in lane.sites:
             site = self.sites.get(address)
             if site is None:
-                site = self.sites[address] = Site(address)
-            site.add(lane)
+                site = self.sites[address] = Site(address, self._levels)
+            site.add(lane, lane.turn())
 
     def _leave_sites(self, lane: Lane) -> None:
         for address in lane.sites:
             site = self.sites[address]
             site.discard(lane)
-            if not site.flows:
+            if not site:
                 del self.sites[address]
 
     # --- time
@@ -397,18 +412,25 @@ class Band:
             drain_rate=self.drain_rate(now),
             draining=self.draining,
             flows=tuple(
-                FlowState(flow.name, flow.requests, flow.size_bytes)
-                for flow in self.flows.values()
-                if flow.requests
+                self._state(path, flow) for path, flow in self.flows.items() if flow.requests
             ),
         )
 
+    def _state(self, path: Path, flow: Flow) -> FlowState:
+        first, second = path[0], path[1] if len(path) > 1 else None
+        model, tenant = (first, second) if self.plan.between is Between.MODELS else (second, first)
+        return FlowState(model, flow.requests, flow.size_bytes, tenant)
 
-def _before(lane: Lane | None, other: Lane | None) -> Lane | None:
-    """Return the one of two lanes whose turn is first."""
-    if lane is None or (other is not None and other.key() < lane.key()):
-        return other
-    return lane
+
+def _policies(plan: BandPlan) -> tuple[object, ...]:
+    return plan.between, plan.fairness, plan.inner, plan.ordering
+
+
+def _weights(plan: Plan) -> Weights:
+    return {
+        Between.MODELS: {model.name: model.weight for model in plan.models if model.weight != 1},
+        Between.TENANTS: {tenant.name: tenant.weight for tenant in plan.tenants},
+    }
 
 
 class Bands:
@@ -417,12 +439,15 @@ class Bands:
     Attributes:
         by_name: all of them.
         all: the same, highest priority first.
+        reserving: those of them that have a reserved share.
         draining: whether there are some that the plan no longer names.
     """
 
     def __init__(self, plan: Plan) -> None:
-        self.by_name = {band.name: Band(band) for band in plan.bands}
+        weights = _weights(plan)
+        self.by_name = {band.name: Band(band, weights) for band in plan.bands}
         self.all: tuple[Band, ...] = ()
+        self.reserving: tuple[Band, ...] = ()
         self.draining = False
         self._sort()
 
@@ -436,12 +461,13 @@ class Bands:
         for name, band in self.by_name.items():
             if name not in wanted:
                 band.draining = True
+        weights = _weights(plan)
         for band_plan in plan.bands:
             existing = self.by_name.get(band_plan.name)
             if existing is None:
-                self.by_name[band_plan.name] = Band(band_plan)
+                self.by_name[band_plan.name] = Band(band_plan, weights)
             else:
-                existing.reconfigure(band_plan, now)
+                existing.reconfigure(band_plan, weights, now)
         self._sort()
 
     def _sort(self) -> None:
@@ -452,6 +478,30 @@ class Bands:
         self.all = tuple(
             sorted(self.by_name.values(), key=lambda band: (-band.plan.priority, not band.draining))
         )
+        self.reserving = tuple(band for band in self.all if band.plan.reserved_percent)
+
+    # --- reserved shares
+
+    def account(self, served: Band) -> None:
+        """Note a dispatch: each band that waits has earned its share of it, and one has had it.
+
+        A band that waits all the time so gets at least its percentage of the dispatches, less one,
+        and none saves up what it did not need.
+        """
+        for band in self.reserving:
+            if not band.arrival:
+                band.credit = 0.0
+                continue
+            band.credit += band.plan.reserved_percent / 100
+            if band is served:
+                band.credit = max(0.0, band.credit - 1.0)
+
+    def due(self) -> Band | None:
+        """Return the band that its reserved share gives the next dispatch, if there is one."""
+        for band in self.reserving:
+            if band.credit >= 1.0 - EPSILON and band.arrival:
+                return band
+        return None
 
     def sweep(self) -> None:
         """Forget bands that have drained."""

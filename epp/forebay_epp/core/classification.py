@@ -36,7 +36,7 @@ class Classifier:
         )
 
     def classify(self, request: Request) -> bool:
-        """Find the request's band and flow, and write them on it.
+        """Find the request's band, its flow and how soon it is due, and write them on it.
 
         A model of the plan is a flow of its own. A name that models of the plan are rewritten to
         joins the least critical of them: a request for it directly gets no better band than
@@ -49,6 +49,8 @@ class Classifier:
         model = self._models.get(request.model) or self._targeting.get(request.model)
         if model is not None:
             name, request.flow = model.band, model.name
+            if request.due_in_seconds is None and model.time_to_first_token_seconds:
+                request.due_in_seconds = model.time_to_first_token_seconds
         else:
             if self._unmatched_band is None:
                 return False

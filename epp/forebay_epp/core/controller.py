@@ -10,8 +10,10 @@ The caller does the waiting: after any call it polls, and polls again at `next_w
 from __future__ import annotations
 
 import math
+from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from forebay_control.plan import WhenFull
 from forebay_epp.core.bands import Bands
 from forebay_epp.core.classification import Classifier
 from forebay_epp.core.endpoints import EndpointSet
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from forebay_control.plan import Plan
-    from forebay_epp.core.bands import Band, Lane
+    from forebay_epp.core.bands import Band
     from forebay_epp.core.endpoints import TrackedEndpoint
     from forebay_epp.core.terms import (
         Endpoint,
@@ -47,6 +49,14 @@ MAX_RETRY_AFTER_SECONDS = 60
 DELETED_POOL_SECONDS = 30.0  # for what waits when the pool is deleted
 _DELETED_RETRY_SECONDS = 60
 _DELETED = "the InferencePool of this endpoint picker is deleted"
+
+
+class Step(Enum):
+    """What has come of an attempt to dispatch from a band."""
+
+    SENT = auto()
+    NOTHING = auto()  # nothing that could use a slot, or none that the band may use
+    HELD_UP = auto()  # what comes after waits as well
 
 
 class FlowController:
@@ -200,7 +210,7 @@ class FlowController:
                 "no endpoint of the pool is in the subset that the proxy allows",
             )
             return
-        full = self._full(request) or band.full(request)
+        full = band.full(request) or self._full(request, band, now)
         if full is not None:
             retry_after = self._retry_after_seconds(band, now)
             self._reject(request, Outcome.REJECTED_QUEUE_FULL, retry_after, full)
@@ -208,7 +218,9 @@ class FlowController:
         if not band.arrival:  # behind others of its band it expires after them
             self._next_expiry = min(self._next_expiry, self._deadline(band, now))
         self._next_expiry = min(self._next_expiry, request.deadline)
-        request.kv_tokens = self._footprints.tokens(request)
+        self._footprints.expect(request)
+        due_in_seconds = request.due_in_seconds
+        request.due_at = now + (band.plan.ttl_seconds if due_in_seconds is None else due_in_seconds)
         if blocked and request.subset is None:
             request.predicted_seconds = self._waits.predict(
                 band, self._bands.all, self._dispatched, now
@@ -328,13 +340,40 @@ class FlowController:
 
     # --- inside
 
-    def _full(self, request: Request) -> str | None:
+    def _full(self, request: Request, band: Band, now: float) -> str | None:
+        """Name the pool's cap that a request would exceed, or None once there is room for it."""
         limits = self._plan.limits
-        if len(self._waiting) >= limits.max_requests:
+        requests = len(self._waiting) + 1 - limits.max_requests
+        size_bytes = self._size_bytes + request.size_bytes - limits.max_bytes
+        if requests <= 0 and size_bytes <= 0:
+            return None
+        if band.plan.when_full is WhenFull.DISPLACE_LOWER and self._displace(
+            band, requests, size_bytes, now
+        ):
+            return None
+        if requests > 0:
             return f"the pool's queue is full ({limits.max_requests} requests)"
-        if self._size_bytes + request.size_bytes > limits.max_bytes:
-            return f"the pool's queue is full ({limits.max_bytes} bytes)"
-        return None
+        return f"the pool's queue is full ({limits.max_bytes} bytes)"
+
+    def _displace(self, band: Band, requests: int, size_bytes: int, now: float) -> bool:
+        """Evict what waits in lower bands, the lowest first and of each the newest, or nothing.
+
+        Returns:
+            Whether that made room for so many requests and bytes.
+        """
+        lower = [other for other in self._bands.all if other.plan.priority < band.plan.priority]
+        if sum(len(other.arrival) for other in lower) < requests:
+            return False
+        if sum(other.size_bytes for other in lower) < size_bytes:
+            return False
+        for other in reversed(lower):
+            while other.arrival and (requests > 0 or size_bytes > 0):
+                victim = next(reversed(other.arrival.values()))
+                requests -= 1
+                size_bytes -= victim.size_bytes
+                message = f"the pool's queue is full, and band {band.plan.name} is more important"
+                self._evict(victim, Outcome.EVICTED_DISPLACED, message, now)
+        return True
 
     def _dispatch(self, opened: list[str], now: float) -> None:
         """Give free slots away, strictly by band, until there is none or no request can use one.
@@ -349,27 +388,51 @@ class FlowController:
             now: monotonic seconds.
         """
         endpoints = self._endpoints
-        is_open = endpoints.is_open
-        for band in self._bands.all:
+        bands = self._bands
+        for band in bands.all:
             if band.sites:
                 band.wake(opened)
+        for band in bands.all:
             while band.arrival:
-                lane = band.next(is_open)
-                if lane is None:
-                    break
-                request = lane.queue.head()
-                endpoint = self._selection.pick(request, now)
-                if isinstance(endpoint, Miss):
-                    if endpoint is Miss.NO_ROOM and request.subset is None:
+                due = bands.due() if bands.reserving else None
+                if due is not None and due is not band:
+                    if self._dispatch_next(due, now) is not Step.SENT:
+                        due.credit = 0.0
+                else:
+                    step = self._dispatch_next(band, now)
+                    if step is Step.HELD_UP:
                         return
-                    band.park(lane)
-                    continue
-                self._send(lane, band, endpoint, now)
+                    if step is Step.NOTHING:
+                        break
                 if endpoints.free <= 0:
                     return
 
-    def _send(self, lane: Lane, band: Band, endpoint: TrackedEndpoint, now: float) -> None:
-        request = band.pop(lane, now)
+    def _dispatch_next(self, band: Band, now: float) -> Step:
+        """Dispatch the request whose turn it is in a band, past those that no slot will do for."""
+        if not self._may_use_slots(band):
+            return Step.NOTHING
+        while (lane := band.next(self._endpoints.is_open)) is not None:
+            request = lane.queue.head()
+            if now > request.enqueued_at:  # its flow has been learned about since
+                self._footprints.expect(request)
+            endpoint = self._selection.pick(request, now)
+            if isinstance(endpoint, Miss):
+                if endpoint is Miss.NO_ROOM and request.subset is None:
+                    return Step.HELD_UP
+                band.park(lane)
+                continue
+            self._send(band.pop(lane, now), endpoint, now)
+            self._bands.account(band)
+            return Step.SENT
+        return Step.NOTHING
+
+    def _may_use_slots(self, band: Band) -> bool:
+        """Whether another request of the band leaves the pool as empty as its ceiling demands."""
+        percent = band.plan.max_saturation_percent
+        free, slots = self._endpoints.free, self._endpoints.slots
+        return percent == 100 or 100 * (slots - free + 1) <= percent * slots or free == slots
+
+    def _send(self, request: Request, endpoint: TrackedEndpoint, now: float) -> None:
         del self._waiting[request.id]
         self._size_bytes -= request.size_bytes
         request.endpoint = endpoint.address

@@ -337,6 +337,7 @@ class EndpointSet:
         present: endpoints of the pool; others only have requests that still run.
         free: slots that can be given away now.
         largest_limit: of any of these endpoints.
+        slots: of all of them, taken or not.
         next_at: when time alone may change anything; infinity for never.
         opened: addresses of endpoints that have got a free slot since the caller cleared this.
     """
@@ -345,6 +346,7 @@ class EndpointSet:
         self.present: tuple[TrackedEndpoint, ...] = ()
         self.free = 0
         self.largest_limit = 1
+        self.slots = 0
         self.next_at = NEVER
         self.opened: list[str] = []
         self._plan = plan
@@ -516,6 +518,7 @@ class EndpointSet:
 
     def _count_limit(self, tracked: TrackedEndpoint, limit: int) -> None:
         known = tracked.counted_limit
+        self.slots += limit - known
         if limit:
             self._limits[limit] += 1
         if known:

@@ -52,8 +52,13 @@ class Footprints:
         flow.bytes_per_token += part * (bytes_per_token - flow.bytes_per_token)
         flow.answer_tokens += part * (usage.completion_tokens - flow.answer_tokens)
 
-    def tokens(self, request: Request) -> int:
-        """Return the tokens of KV cache to expect of it, on average over its time in a batch."""
+    def expect(self, request: Request) -> None:
+        """Write on a request the tokens to expect of it.
+
+        Those of KV cache are on average over its time in a batch.
+        """
         flow = self._flows.get(request.flow) or _ASSUMED
         prompt_tokens = request.size_bytes / flow.bytes_per_token
-        return round(prompt_tokens + ANSWER_PART * flow.answer_tokens)
+        request.prompt_tokens = int(prompt_tokens)
+        request.answer_tokens = int(flow.answer_tokens)
+        request.kv_tokens = int(prompt_tokens + ANSWER_PART * flow.answer_tokens)

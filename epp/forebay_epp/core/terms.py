@@ -34,6 +34,7 @@ class Outcome(StrEnum):
     REJECTED_POOL_DELETED = "RejectedPoolDeleted"
     REJECTED_SHUTTING_DOWN = "RejectedShuttingDown"
     EVICTED_TTL = "EvictedTTL"
+    EVICTED_DISPLACED = "EvictedDisplaced"
     EVICTED_NO_ENDPOINTS = "EvictedNoEndpoints"
     EVICTED_CANCELLED = "EvictedCancelled"
     EVICTED_POOL_DELETED = "EvictedPoolDeleted"
@@ -66,7 +67,11 @@ class Usage:
 
 @dataclass(slots=True)  # made once a request: to freeze it would take most of the time
 class Cost:
-    """What a flow is charged for: a dispatch, or the tokens of an answer once they are known."""
+    """What a flow is charged for: a dispatch with the tokens to be expected of it.
+
+    Once the answer has ended and its tokens are known, what they are more than that, or less:
+    then `requests` is 0.
+    """
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -77,7 +82,7 @@ class Cost:
 class Request:
     """One request on its way through flow control.
 
-    The first six fields are the caller's; the rest belongs to the controller and is written by
+    The first eight fields are the caller's; the rest belongs to the controller and is written by
     `FlowController.submit`, at dispatch and later.
 
     Attributes:
@@ -88,13 +93,19 @@ class Request:
         objective: what the request's header names as its objective; "" for none.
         deadline: monotonic seconds after which the caller does not want the answer any more. It
             ends the wait where it comes before the end of the band's TTL.
+        tenant: whose it is, by a header that the plan trusts; "" when there is none.
+        due_in_seconds: how soon the caller wants the answer to begin, None when it does not say.
         band: the band's name.
         flow: the name of the plan's model that the request belongs to; "" where it matches none.
+        path: the names of the flows that it waits in, outermost first.
         sequence: grows by order of arrival in the band.
+        due_at: monotonic seconds at which its answer should begin.
         enqueued_at: monotonic seconds.
         dispatched_at: monotonic seconds.
         first_token_at: monotonic seconds, infinity until then.
         endpoint: address of the endpoint that it was dispatched to.
+        prompt_tokens: that its prompt is expected to have.
+        answer_tokens: that its answer is expected to have.
         kv_tokens: tokens of KV cache that it is expected to take.
         predicted_seconds: how long it is expected to wait in the queue, None where nothing is
             expected.
@@ -106,13 +117,19 @@ class Request:
     subset: frozenset[str] | None = None
     objective: str = ""
     deadline: float = NEVER
+    tenant: str = ""
+    due_in_seconds: float | None = None
     band: str = ""
     flow: str = ""
+    path: tuple[str, ...] = ()
     sequence: int = 0
+    due_at: float = NEVER
     enqueued_at: float = 0.0
     dispatched_at: float = 0.0
     first_token_at: float = NEVER
     endpoint: str = ""
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
     kv_tokens: int = 0
     predicted_seconds: float | None = None
 
@@ -200,11 +217,16 @@ class HealthChange:
 
 @dataclass(slots=True, frozen=True)
 class FlowState:
-    """One flow's queue at a moment; `flow` is "" for requests that match no model."""
+    """One flow's queue at a moment.
 
-    flow: str
+    `model` is "" for requests that match none, and None where the band does not tell models apart;
+    `tenant` is "" for requests without one, and None where it does not tell tenants apart.
+    """
+
+    model: str | None
     requests: int
     size_bytes: int
+    tenant: str | None = None
 
 
 @dataclass(slots=True, frozen=True)
