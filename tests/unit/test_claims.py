@@ -136,6 +136,19 @@ def test_what_another_forebay_said_of_a_pool_that_is_ours_now_is_dropped(world):
     ]
 
 
+def test_operators_that_say_that_a_pool_is_unclaimed_leave_each_other_alone(world):
+    """Each of them says so, and none is more right than another."""
+    status = world.policy("nobodys")
+    other = {**status["ancestors"][0], "controllerName": "forebay.dev/other"}
+
+    written = comparing.with_times(status, {"ancestors": [other]}, "T1", "forebay.dev/forebay")
+
+    assert [a["controllerName"] for a in written["ancestors"]] == [
+        "forebay.dev/forebay",
+        "forebay.dev/other",
+    ]
+
+
 def test_the_controller_of_the_first_pool_writes_what_is_said_of_all(world):
     """The other adds its own ancestors and pools, and neither undoes what the other has written."""
     first = world.policy(OURS, THEIRS)

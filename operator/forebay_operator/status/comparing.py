@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from forebay_operator.status.conditions import PLAN_HELD
+from forebay_operator.status.conditions import NOT_CLAIMED, PLAN_HELD
 from forebay_operator.status.observed import CONTROLLER_DOMAIN, CONTROLLER_NAME
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def with_times(
             }
             for ancestor in status["ancestors"]
         ]
-        ours = {_pool(ancestor) for ancestor in status["ancestors"]}
+        ours = {_pool(ancestor) for ancestor in status["ancestors"] if _is_claimed(ancestor)}
         others = [
             ancestor
             for ancestor in before.get("ancestors") or ()
@@ -158,6 +158,11 @@ def _stamped(
 
 def _key(ancestor: Mapping[str, Any]) -> str:
     return f"{_pool(ancestor)}/{ancestor.get('controllerName')}"
+
+
+def _is_claimed(ancestor: Mapping[str, Any]) -> bool:
+    """Return whether a pool is the writer's; each operator reports on one that is unclaimed."""
+    return all(condition["reason"] != NOT_CLAIMED for condition in ancestor["conditions"])
 
 
 def _pool(ancestor: Mapping[str, Any]) -> str:
