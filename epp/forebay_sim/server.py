@@ -40,7 +40,7 @@ MAX_REMEMBERED_IDS = 50_000
 ANY_MODEL = "*"
 # vLLM 0.32 took 6 s for a schema of 426 kB.
 GRAMMAR_SECONDS_PER_KILOBYTE = 0.014
-METRICS_MODES = ("normal", "fake", "hang", "error")
+METRICS_MODES = ("normal", "fake", "hang", "error", "unavailable")
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,6 +370,8 @@ class SimulatedServer:
                 await asyncio.sleep(3600)
             case "error":
                 return web.Response(status=500, text="broken on purpose")
+            case "unavailable":
+                return web.Response(status=503, text="unavailable on purpose")
             case "fake":
                 return web.Response(text=self._page.render(Load(**fake["load"])))
         said = engine.published

@@ -22,13 +22,13 @@ def _metrics(forebay, pod: str, mode: str) -> None:
 
 @pytest.fixture
 def three_of_four_fail(forebay):
-    """All model servers but one answer scrapes with 500."""
+    """All model servers but one answer scrapes with 503."""
     names = [pod["metadata"]["name"] for pod in forebay.get("pods", "-l", "app=vllm")["items"]]
     assert len(names) == MODEL_SERVERS
     with contextlib.ExitStack() as after:
         for name in names[1:]:
             after.callback(_metrics, forebay, name, "normal")
-            _metrics(forebay, name, "error")
+            _metrics(forebay, name, "unavailable")
         yield
 
 
