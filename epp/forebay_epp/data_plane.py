@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from forebay_epp import reading
 from forebay_epp.codec.answers import verdict
+from forebay_epp.codec.callers import CallerHeaders
 from forebay_epp.codec.extproc.events import (
     Abandoned,
     Arrived,
@@ -91,18 +92,14 @@ class DataPlane:
 
     # --- for transports
 
-    @property
-    def max_body_bytes(self) -> int:
-        """The largest request body that is read."""
-        return self.controller.plan.limits.max_body_bytes
-
     def open(self, on_output: Callable[[], None], peer: str = "") -> Exchange:
         """Begin a stream of the connection `peer`. It may already have a refusal to send."""
         now = self.clock()
         self._next_id += 1
         full = len(self._open) - self._refused >= self._max_streams and not self._give_up_stream()
         unread = self._reading.open(self._next_id, peer, now)
-        stream = ExtProcStream(self.max_body_bytes, self.controller.plan.default_model)
+        plan = self.controller.plan
+        stream = ExtProcStream(plan.limits.max_body_bytes, plan.default_model, self._headers)
         exchange = Exchange(self, self._next_id, stream, unread, on_output)
         self._open[exchange.id] = exchange
         self._observer.stream_opened()
@@ -239,6 +236,7 @@ class DataPlane:
 
     def _configure(self, plan: Plan) -> None:
         longest = max((band.ttl_seconds for band in plan.bands), default=0.0)
+        self._headers = CallerHeaders(plan)
         self._patience_seconds = longest + plan.no_endpoints_ttl_seconds + TIMEOUT_MARGIN_SECONDS
         self._observer.reconfigured(plan)
 
@@ -250,7 +248,13 @@ class DataPlane:
             if outcome is not None:
                 self._observer.answered(exchange.id, outcome, now)
                 return
-        request = Request(exchange.id, event.model, event.size_bytes, event.subset, event.objective)
+        caller = event.caller
+        request = Request(
+            *(exchange.id, event.model, event.size_bytes, event.subset, caller.objective),
+            now + caller.ttl_seconds,
+            caller.tenant,
+            caller.due_in_seconds,
+        )
         exchange.request = request
         self._submitted[exchange.id] = exchange
         self.controller.submit(request, now)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from forebay_control.plan import ModelPlan, Plan, SaturationMode, SaturationPlan, TargetPlan
 from forebay_epp.codec import openai
+from forebay_epp.codec.callers import CallerHeaders
 from forebay_epp.codec.extproc.events import (
     ABANDONED,
     FIRST_CHUNK,
@@ -32,6 +33,7 @@ from forebay_epp.traffic import Traffic
 from forebay_extproc.v3 import external_processor_pb2 as pb
 
 LIMIT = 1 << 20
+UNTRUSTING = Plan()
 BODY = b'{"model":"m","prompt":"hello"}'
 JSON_ANSWER = b'{"model":"m","usage":{"prompt_tokens":7,"completion_tokens":9}}'
 
@@ -65,8 +67,8 @@ def answer_body(data=JSON_ANSWER, end=True):
 class Peer:
     """A stream, everything it has sent, and the last event of each kind."""
 
-    def __init__(self, limit=LIMIT, default_model=None):
-        self.stream = ExtProcStream(limit, default_model)
+    def __init__(self, limit=LIMIT, default_model=None, plan=UNTRUSTING):
+        self.stream = ExtProcStream(limit, default_model, CallerHeaders(plan))
         self.request: Arrived | None = None
         self.rejected: Rejected | None = None
         self.finished: Finished | None = None
@@ -496,6 +498,7 @@ def test_a_refusal_is_an_openai_error_with_the_outcome(outcome):
         "content-type": "application/json",
         "x-forebay-outcome": outcome,
         "retry-after": "7",
+        "x-llm-d-request-dropped-reason": str(outcome),
     }
     error = json.loads(immediate.body)["error"]
     assert (error["message"], error["code"]) == ("the reason", outcome)
@@ -993,3 +996,25 @@ def test_an_answer_that_will_be_changed_must_not_be_compressed(modes, target):
     )
     removed = list(common.header_mutation.remove_headers)
     assert removed == (["accept-encoding"] if target else [])
+
+
+TRUSTING = Plan(tenant_header="x-team", trust_deadline_headers=True)
+
+
+def test_what_trusted_headers_say_comes_with_the_request():
+    """Others are as if they were not there."""
+    peer = Peer(plan=TRUSTING)
+    peer.arrived(headers(**{"x-team": "acme", "x-slo-ttft-ms": "500"}), body())
+
+    assert (peer.request.caller.tenant, peer.request.caller.due_in_seconds) == ("acme", 0.5)
+    assert Peer().arrived(headers(x_team="acme"), body()).request.caller.tenant == ""
+
+
+def test_a_trusted_header_that_means_nothing_is_refused():
+    """The error names it."""
+    peer = Peer(plan=TRUSTING)
+    peer.say(headers(x_slo_ttft_ms="soon"))
+
+    assert peer.rejected.outcome is Outcome.REJECTED_BAD_REQUEST
+    assert "x-slo-ttft-ms" in peer.rejected.message
+    assert b"x-slo-ttft-ms" in peer.take()[-1].immediate_response.body

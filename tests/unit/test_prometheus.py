@@ -16,6 +16,7 @@ from prometheus_client.openmetrics import parser as openmetrics_parser
 from prometheus_client.parser import text_string_to_metric_families
 
 from forebay_epp.adapters import prometheus
+from forebay_epp.codec.callers import SILENT
 from forebay_epp.codec.extproc.events import Arrived
 from forebay_epp.core.terms import (
     BandState,
@@ -96,7 +97,7 @@ def busy_traffic() -> Traffic:
     complete(traffic, "Critical", "chat", 200, 2.0, 100, 50)
     traffic.stream_opened()
     traffic.stalled(0.003)
-    traffic.arrived(1, Arrived("chat", 1234, None, "", None), 0.0)
+    traffic.arrived(1, Arrived("chat", 1234, None, SILENT, None), 0.0)
     traffic.plan_reloaded(ok=True)
     return traffic
 

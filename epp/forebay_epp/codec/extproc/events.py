@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 if TYPE_CHECKING:
+    from forebay_epp.codec.callers import Caller
     from forebay_epp.codec.openai import Usage
     from forebay_epp.core.terms import Outcome
 
@@ -28,14 +29,14 @@ class Arrived(msgspec.Struct, frozen=True, gc=False):
         model: name as the client wrote it; "" where none could be read.
         size_bytes: of the body so far.
         subset: addresses the proxy restricts the choice to; None means all.
-        objective: what the request's header names as its objective; "" for none.
+        caller: what its headers say, as far as they are trusted.
         asked_model: the model the client asks about, "" for all of them, None for neither.
     """
 
     model: str
     size_bytes: int
     subset: frozenset[str] | None
-    objective: str
+    caller: Caller
     asked_model: str | None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from forebay_epp.codec import openai
+from forebay_epp.codec.callers import SILENT, BadHeaderError
 from forebay_epp.codec.extproc import framing
 from forebay_epp.codec.extproc.events import Arrived, BodyPart, Rejected
 from forebay_epp.codec.extproc.modes import DUPLEX_REQUEST, RequestMode, request_mode
@@ -16,6 +17,7 @@ from forebay_epp.core.terms import Outcome
 if TYPE_CHECKING:
     from collections import deque
 
+    from forebay_epp.codec.callers import CallerHeaders
     from forebay_extproc.v3 import external_processor_pb2 as pb
 
 SUBSET_NAMESPACE = "envoy.lb.subset_hint"
@@ -24,14 +26,8 @@ SUBSET = "x-gateway-destination-endpoint-subset"
 # A client that talks before its WebSocket is open is impatient; one that sends more is an attacker.
 MAX_EARLY_BYTES = framing.MAX_CHUNK_BYTES
 
-OBJECTIVE = "x-gateway-inference-objective"
-MAX_OBJECTIVE_CHARACTERS = 253  # the name of a Kubernetes object
-
 _READ_HEADERS = frozenset(
-    {
-        *(":method", ":path", "content-length", "content-type", "content-encoding", "upgrade"),
-        OBJECTIVE,
-    }
+    (":method", ":path", "content-length", "content-type", "content-encoding", "upgrade")
 )
 
 
@@ -47,6 +43,7 @@ class RequestHalf:
         max_body_bytes: larger bodies are rejected.
         default_model: the model that is meant where a request that could name one does not; None
             where there is none to mean, and the request is rejected if it must name one.
+        headers: those that callers are trusted with.
 
     Attributes:
         model: the name the client wrote; "" where none could be read.
@@ -57,13 +54,14 @@ class RequestHalf:
     __slots__ = (
         "_asked_model",
         "_body",
+        "_caller",
         "_chunks",
         "_content_type",
         "_default_model",
+        "_headers",
         "_max_body_bytes",
         "_mode",
         "_model_field",
-        "_objective",
         "_outbox",
         "_path",
         "_size_bytes",
@@ -75,11 +73,16 @@ class RequestHalf:
     )
 
     def __init__(
-        self, outbox: deque[bytes], max_body_bytes: int, default_model: str | None
+        self,
+        outbox: deque[bytes],
+        max_body_bytes: int,
+        default_model: str | None,
+        headers: CallerHeaders,
     ) -> None:
         self._outbox = outbox
         self._max_body_bytes = max_body_bytes
         self._default_model = default_model
+        self._headers = headers
         self.model = ""
         self.conversation = False
         self.renamed = False
@@ -88,7 +91,7 @@ class RequestHalf:
         self._model_field = openai.ModelField.NONE
         self._asked_model: str | None = None
         self._content_type = ""
-        self._objective = ""
+        self._caller = SILENT
         self._subset: frozenset[str] | None = None
         self._size_bytes = 0
         self._chunks: list[bytes] = []
@@ -110,9 +113,10 @@ class RequestHalf:
         """Read the headers, and reject at once what cannot be read as a whole."""
         self._read_subset(message)
         found: dict[str, str] = {}
+        trusted = self._headers.names
         for header in message.request_headers.headers.headers:
             key = header.key
-            if key in _READ_HEADERS:
+            if key in _READ_HEADERS or key in trusted:
                 value = header.raw_value.decode("latin-1") or header.value
                 # A header that comes twice is one list, so that neither can hide the other.
                 found[key] = f"{found[key]}, {value}" if key in found else value
@@ -120,7 +124,10 @@ class RequestHalf:
         self._model_field = openai.model_field(method, self._path)
         self._asked_model = openai.asked_model(method, self._path)
         self._content_type = found.get("content-type", "")
-        self._objective = found.get(OBJECTIVE, "")[:MAX_OBJECTIVE_CHARACTERS]
+        try:
+            self._caller = self._headers.read(found)
+        except BadHeaderError as error:
+            return Rejected(Outcome.REJECTED_BAD_REQUEST, str(error))
         named = self._model_field is not openai.ModelField.NONE
         length = found.get("content-length", "")
         if length.isdecimal() and len(length) < 20 and int(length) > self._max_body_bytes:
@@ -222,9 +229,7 @@ class RequestHalf:
 
     def _arrived(self, body: bytes | None) -> Arrived:
         self._body = body
-        return Arrived(
-            self.model, self._size_bytes, self._subset, self._objective, self._asked_model
-        )
+        return Arrived(self.model, self._size_bytes, self._subset, self._caller, self._asked_model)
 
     def _too_large(self) -> Rejected:
         return Rejected(

@@ -38,9 +38,11 @@ from forebay_extproc.v3 import external_processor_pb2 as pb
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from forebay_epp.codec.callers import CallerHeaders
     from forebay_epp.codec.extproc.events import Abandoned, BodyPart, Event, FirstChunk
 
 OUTCOME = "x-forebay-outcome"
+DROPPED_REASON = "x-llm-d-request-dropped-reason"  # the same under upstream's name, on refusals
 
 
 class State(Enum):
@@ -63,6 +65,7 @@ class ExtProcStream:
         max_body_bytes: larger request bodies are rejected.
         default_model: the model that is meant where a request that could name one does not; None
             where there is none to mean, and the request is rejected if it must name one.
+        headers: those that callers are trusted with.
     """
 
     __slots__ = (
@@ -70,12 +73,14 @@ class ExtProcStream:
         *("ended", "failure", "outbox", "state"),
     )
 
-    def __init__(self, max_body_bytes: int, default_model: str | None = None) -> None:
+    def __init__(
+        self, max_body_bytes: int, default_model: str | None, headers: CallerHeaders
+    ) -> None:
         self.state = State.HEADERS
         self.outbox: deque[bytes] = deque()
         self.ended = False
         self.failure: str | None = None
-        self._request = RequestHalf(self.outbox, max_body_bytes, default_model)
+        self._request = RequestHalf(self.outbox, max_body_bytes, default_model, headers)
         self._response = ResponseHalf(self.outbox)
         self._echoes = False
         self._half_closed = False
@@ -184,7 +189,9 @@ class ExtProcStream:
     ) -> None:
         """Answer the request with an error and end the stream; without effect behind an answer."""
         retry = retry_after_seconds
-        headers = {} if retry is None else {"retry-after": str(retry)}
+        headers = {DROPPED_REASON: str(outcome)}
+        if retry is not None:
+            headers["retry-after"] = str(retry)
         body = openai.error_body(outcome, message, param)
         self._answer(openai.HTTP_STATUS[outcome], outcome, body, headers)
 
