@@ -1,10 +1,12 @@
 """One request's whole life in the flow controller, in pairs that differ in one thing.
 
 With 100 and with 100,000 others queued; with 20,000 queued that have one subset hint between them
-and 5,000 different ones, all of which allow both servers; and with 64 and with 1,000 endpoints that
-have free slots, so that nothing is queued. Life: submit, the poll that finds no slot or dispatches,
-the completion of another request, the poll that dispatches the next one. CPU time of this process,
-the median of several rounds of each, taken in turn.
+and 5,000 different ones, all of which allow both servers; with 64 and with 1,000 endpoints that
+have free slots, so that nothing is queued; and with 100,000 queued in 10 flows that take turns, and
+in 1,000 flows, tenants inside models, that share tokens. Life: submit, the poll that finds no slot
+or dispatches, the completion of another request, the poll that dispatches the next one. CPU time of
+this process, the median of several rounds of each, taken in turn. And the memory of a queued
+request of the last.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import random
 import statistics
 import time
+import tracemalloc
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +24,7 @@ from pathlib import Path
 from forebay_control.plan import (
     DEFAULT_BANDS,
     FairnessName,
+    InnerPlan,
     LimitsPlan,
     ModelPlan,
     Plan,
@@ -28,29 +32,37 @@ from forebay_control.plan import (
     SaturationPlan,
 )
 from forebay_epp.core.controller import FlowController
-from forebay_epp.core.terms import Endpoint, Request, Verdict
+from forebay_epp.core.terms import Endpoint, Request, Usage, Verdict
 
 FEW, MANY = 100, 100_000
 ENDPOINTS, SLOTS, MODELS = 4, 8, 10
 HINTED, HINTS = 20_000, 5_000
 LIVES, ROUNDS = 10_000, 7
 SMALL_POOL, LARGE_POOL = 64, 1000
+TENANTS = 100  # of each model
+USAGES = [Usage(250, tokens) for tokens in (20, 90, 400, 1000)]
 
 
 class Pool:
     """A controller with so many requests queued, and so many different subset hints.
 
-    Fewer than 0 queued: so many slots are free.
+    Fewer than 0 queued: so many slots are free. With tenants, tokens are shared by models, and
+    inside each by so many tenants.
     """
 
-    def __init__(self, queued: int, hints: int = 0, endpoints: int = ENDPOINTS) -> None:
+    def __init__(
+        self, queued: int, hints: int = 0, endpoints: int = ENDPOINTS, tenants: int = 0
+    ) -> None:
         """Fill slots and queue."""
         self._hints = hints
+        self._tenants = tenants
+        fair = FairnessName.TOKEN_FAIR if tenants else FairnessName.ROUND_ROBIN
         plan = Plan(
             bands=tuple(
                 replace(
                     band,
-                    fairness=FairnessName.ROUND_ROBIN,
+                    fairness=fair,
+                    inner=InnerPlan(fair) if tenants else None,
                     ttl_seconds=3600,
                     max_requests=10 * MANY,
                     flow_max_requests=10 * MANY,
@@ -73,7 +85,10 @@ class Pool:
 
     def _submit(self) -> None:
         model = f"model-{self._next_id % MODELS}"
-        self._controller.submit(Request(self._next_id, model, 1000, self._hint()), self._now)
+        request = Request(self._next_id, model, 1000, self._hint())
+        if self._tenants:
+            request.tenant = f"tenant-{self._next_id // MODELS % self._tenants}"
+        self._controller.submit(request, self._now)
         self._next_id += 1
 
     def _hint(self) -> frozenset[str] | None:
@@ -94,7 +109,9 @@ class Pool:
             self._now += 0.001
             self._submit()
             self._poll()
-            self._controller.complete(self._in_flight.popleft(), None, self._now, Verdict.GOOD)
+            ended = self._in_flight.popleft()
+            usage = USAGES[ended % len(USAGES)] if self._tenants else None
+            self._controller.complete(ended, usage, self._now, Verdict.GOOD)
             self._poll()
         return (time.process_time() - started) / LIVES * 1e6
 
@@ -104,10 +121,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    tenants = Pool(MANY, tenants=TENANTS)
+    held = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
     pools = [
         *(Pool(FEW), Pool(MANY)),
         *(Pool(HINTED, 1, endpoints=2), Pool(HINTED, HINTS, endpoints=2)),
         *(Pool(-SLOTS * count * 7 // 10, endpoints=count) for count in (SMALL_POOL, LARGE_POOL)),
+        tenants,
     ]
     rounds = [[pool.lives() for pool in pools] for _ in range(ROUNDS)]
     figures = {
@@ -119,6 +142,9 @@ def main() -> None:
         "hints_ratio": round(statistics.median(row[3] / row[2] for row in rounds), 3),
         "life_us_64_endpoints": round(statistics.median(row[4] for row in rounds), 3),
         "life_us_1k_endpoints": round(statistics.median(row[5] for row in rounds), 3),
+        "life_us_token_fair": round(statistics.median(row[6] for row in rounds), 3),
+        "token_fair_ratio": round(statistics.median(row[6] / row[1] for row in rounds), 3),
+        "bytes_a_queued_request": round(held / MANY),
         "endpoints_ratio": round(statistics.median(row[5] / row[4] for row in rounds), 3),
     }
     for name, value in figures.items():

@@ -168,8 +168,7 @@ class Band:
     def pop(self, lane: Lane, now: float) -> Request:
         """Take out the lane's next request because it is dispatched now."""
         request = lane.queue.pop()
-        cost = Cost(1, request.prompt_tokens, request.answer_tokens)
-        self._charge(lane.flow, cost, now)
+        self._charge(lane.flow, Cost(1, request.prompt_tokens, request.answer_tokens), now)
         self._drained = self._drained * self._decay(now) + 1.0
         self._drained_at = now
         self._leave(request, lane)

@@ -218,7 +218,6 @@ class FlowController:
         if not band.arrival:  # behind others of its band it expires after them
             self._next_expiry = min(self._next_expiry, self._deadline(band, now))
         self._next_expiry = min(self._next_expiry, request.deadline)
-        self._footprints.expect(request)
         due_in_seconds = request.due_in_seconds
         request.due_at = now + (band.plan.ttl_seconds if due_in_seconds is None else due_in_seconds)
         if blocked and request.subset is None:
@@ -409,12 +408,12 @@ class FlowController:
 
     def _dispatch_next(self, band: Band, now: float) -> Step:
         """Dispatch the request whose turn it is in a band, past those that no slot will do for."""
-        if not self._may_use_slots(band):
+        percent = band.plan.max_saturation_percent
+        if percent < 100 and not self._may_use_slots(percent):
             return Step.NOTHING
         while (lane := band.next(self._endpoints.is_open)) is not None:
             request = lane.queue.head()
-            if now > request.enqueued_at:  # its flow has been learned about since
-                self._footprints.expect(request)
+            self._footprints.expect(request)
             endpoint = self._selection.pick(request, now)
             if isinstance(endpoint, Miss):
                 if endpoint is Miss.NO_ROOM and request.subset is None:
@@ -422,15 +421,15 @@ class FlowController:
                 band.park(lane)
                 continue
             self._send(band.pop(lane, now), endpoint, now)
-            self._bands.account(band)
+            if self._bands.reserving:
+                self._bands.account(band)
             return Step.SENT
         return Step.NOTHING
 
-    def _may_use_slots(self, band: Band) -> bool:
-        """Whether another request of the band leaves the pool as empty as its ceiling demands."""
-        percent = band.plan.max_saturation_percent
+    def _may_use_slots(self, percent: int) -> bool:
+        """Whether one more request leaves the pool as empty as this ceiling demands."""
         free, slots = self._endpoints.free, self._endpoints.slots
-        return percent == 100 or 100 * (slots - free + 1) <= percent * slots or free == slots
+        return 100 * (slots - free + 1) <= percent * slots or free == slots
 
     def _send(self, request: Request, endpoint: TrackedEndpoint, now: float) -> None:
         del self._waiting[request.id]

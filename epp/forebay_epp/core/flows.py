@@ -99,6 +99,10 @@ class Lane:
         outer = flow.outer
         return (flow.rank, self.head) if outer is None else (outer.rank, flow.rank, self.head)
 
+    def inner_turn(self) -> Turn:
+        """Return what decides between lanes of one outer flow: the turn of that is no matter."""
+        return self.flow.rank, self.head
+
     def rank(self) -> Rank:
         """Return what decides between lanes of one flow."""
         return self.head
@@ -125,16 +129,16 @@ class Turns:
     def __len__(self) -> int:
         return len(self._groups)
 
-    def add(self, lane: Lane, turn: Turn) -> None:
+    def add(self, lane: Lane, _turn: Turn) -> None:
         """Add a lane, or take note that its turn is earlier than it was."""
         flow = lane.path[self._level]
         group = self._groups.get(flow)
         if group is None:
             group = self._groups[flow] = self._group(lane)
         if isinstance(group, Turns):
-            group.add(lane, turn)
+            group.add(lane, _turn)
         else:
-            group.add(lane, lane.head if flow is lane.flow else turn)
+            group.add(lane, lane.head if flow is lane.flow else lane.inner_turn())
         self._next.add(flow, self._turn_of(flow))
 
     def discard(self, lane: Lane) -> None:
@@ -154,11 +158,13 @@ class Turns:
     def _group(self, lane: Lane) -> Turns | Least[Lane]:
         if self._level + 1 < self._levels:
             return Turns(self._levels, self._level + 1)
-        return Least(Lane.rank if lane.path[self._level] is lane.flow else Lane.turn)
+        return Least(Lane.rank if lane.path[self._level] is lane.flow else Lane.inner_turn)
 
     def _turn_of(self, flow: Flow) -> Turn | None:
         lane = self._groups[flow].first()
-        return None if lane is None else lane.turn()
+        if lane is None:
+            return None
+        return lane.turn() if self._level == 0 else lane.inner_turn()
 
 
 class Site(Turns):

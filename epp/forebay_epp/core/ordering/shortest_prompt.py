@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from forebay_epp.core.ordering import Rank
     from forebay_epp.core.terms import Request
 
-SECONDS_PER_TOKEN = 0.001
+SECONDS_PER_BYTE = 0.00025  # about a millisecond a token
 
 
 class ShortestPrompt(RankedQueue):
     """Lets a request go before those that came earlier and have a longer prompt.
 
     Shortest job first has the least mean wait (Smith, Naval Research Logistics 3, 1956) and starves
-    long jobs. Here a prompt gives way only to what comes within `SECONDS_PER_TOKEN` for each token
+    long jobs. Here a prompt gives way only to what comes within `SECONDS_PER_BYTE` for each byte
     that it is longer: one of 10,000 tokens to short ones for 10 s. So no request waits longer than
     that beyond its turn in order of arrival.
     """
@@ -26,4 +26,4 @@ class ShortestPrompt(RankedQueue):
 
     def rank_of(self, request: Request) -> Rank:
         """Return when the request came, and later the longer its prompt is."""
-        return request.enqueued_at + SECONDS_PER_TOKEN * request.prompt_tokens, request.sequence
+        return request.enqueued_at + SECONDS_PER_BYTE * request.size_bytes, request.sequence
