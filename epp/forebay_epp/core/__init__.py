@@ -20,13 +20,17 @@ trial succeeds (health.py).
 
 1. *Bands* are strictly ordered: nothing is dispatched from a band while a higher one has a request
 that could use the slot. That is what criticality means, and it starves lower bands by design; their
-TTL tells clients so. 2. *Flows* share a band by its fairness policy (fairness/). The ideal is
-max-min fairness: no flow gets more until every flow that wants more has as much (Bertsekas and
-Gallager, Data Networks, 1992, 6.5). Fair queueing comes within one request of it by always serving
-the flow of the lowest rank, where a rank is the number of a turn (Nagle, RFC 970), virtual time
-(Demers, Keshav and Shenker, 1989; Goyal, Vin and Cheng, 1996), or a counter of tokens (Sheng et
-al., OSDI 2024). A policy here is therefore arithmetic on ranks; a flow that has nothing waiting
-earns no credit. 3. *Requests* of one flow go by its ordering (ordering/).
+TTL tells clients so. Two settings bend it: a band with a reserved share gets that part of the
+dispatches while it waits, and one with a ceiling leaves slots free for what may come. 2. *Flows*
+share a band by its fairness policy (fairness/). The ideal is max-min fairness: no flow gets more
+until every flow that wants more has as much (Bertsekas and Gallager, Data Networks, 1992, 6.5).
+Fair queueing comes within one request of it by always serving the flow of the lowest rank, where a
+rank is the number of a turn (Nagle, RFC 970), virtual time (Demers, Keshav and Shenker, 1989;
+Goyal, Vin and Cheng, 1996), or a counter of tokens (Sheng et al., OSDI 2024). A policy here is
+therefore arithmetic on ranks; a flow that has nothing waiting earns no credit. Flows may have flows
+inside, tenants in a model or models in a tenant: then each outer flow has a policy of its own for
+what it gets, as in hierarchical packet fair queueing (Bennett and Zhang, SIGCOMM 1996). 3.
+*Requests* of one flow go by its ordering (ordering/).
 
 The proxy may restrict a request to a subset of endpoints. A flow's requests wait in one lane per
 subset, and the flow's turn counts for all its lanes together: hints must not buy turns. The policy
@@ -40,8 +44,9 @@ all is at least as good as the better of two choices (Mitzenmacher, 2001).
 
 **Overload.** A queue turns a burst into delay but cannot serve a lasting overload, so it is bounded
 in number, bytes and time. Requests are *rejected* on arrival when a cap of pool, band or flow is
-reached and *evicted* when their TTL or own deadline passes. Each refusal carries the time in which
-what waits will have drained at the measured rate. Each request gets exactly one outcome.
+reached, unless their band may displace what waits in lower ones, and *evicted* when they are
+displaced or their TTL or own deadline passes. Each refusal carries the time in which what waits
+will have drained at the measured rate. Each request gets exactly one outcome.
 
 **The code.** No I/O, no clock, no logging, no randomness of its own: every entry point takes `now`
 in monotonic seconds, and the random source is passed in. The same calls give the same decisions,
@@ -49,7 +54,7 @@ which is what lets tests run in virtual time and replay what they have seen. One
 locks. No operation takes longer than O(log n) in requests, flows, lanes, or bands; choosing an
 endpoint looks at those that have a free slot.
 
-The reading order is terms, controller, bands, fairness, ordering, endpoints, limits, selection.
-The model for this text, and for flow control in front of a server, is Kubernetes' API Priority and
-Fairness (KEP-1040), whose queues shuffle-shard flows where these are one a flow.
+The reading order is terms, controller, bands, flows, fairness, ordering, endpoints, limits,
+selection. The model for this text, and for flow control in front of a server, is Kubernetes' API
+Priority and Fairness (KEP-1040), whose queues shuffle-shard flows where these are one a flow.
 """
