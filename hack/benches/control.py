@@ -113,7 +113,7 @@ async def _edits(server: ApiServer, folder: Path, edits: int) -> dict[str, float
             watch = asyncio.create_task(_watched(api, await api.request("GET", path)))
             await asyncio.sleep(0.2)  # edits do not come in bursts
             began = time.monotonic()
-            spec = {"bands": [{"criticality": "Critical", "queue": {"ttl": f"{31 + number}s"}}]}
+            spec = {"bands": [{"name": "Critical", "queue": {"ttl": f"{31 + number}s"}}]}
             await api.request(
                 "PATCH", path, {"spec": spec}, content_type="application/merge-patch+json"
             )

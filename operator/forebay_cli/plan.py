@@ -100,7 +100,7 @@ def _add_plan(root: Tree, plan: Plan) -> None:
     other = f"join {unmatched.band}" if unmatched.action == "Queue" else "are rejected"
     root.add(f"requests for other models {other}")
     if plan.objectives and not plan.trust_objective_header:
-        root.add("objectives have no effect: trust.objectiveHeader is not set")
+        root.add("objectives have no effect: trustedHeaders has no Objective")
     limits, saturation = plan.limits, plan.saturation
     root.add(
         f"in total at most {limits.max_requests} requests and {_bytes(limits.max_bytes)}, "

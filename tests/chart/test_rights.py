@@ -6,6 +6,7 @@ from pathlib import Path
 
 from chart_release import NO_CRDS, WAIT_SECONDS, deployed
 from ext_proc_peer import until
+from manifest_reading import pool_ref
 
 FOLDER = Path(__file__).parent / "values"
 
@@ -116,7 +117,7 @@ def test_editors_of_a_namespace_write_its_policies_and_viewers_read_them(release
     tokens = {role: member(release, role) for role in ("edit", "view")}
     path = f"/apis/forebay.dev/v1alpha1/namespaces/{release.namespace}/flowcontrolpolicies"
     made = {"apiVersion": "forebay.dev/v1alpha1", "kind": "FlowControlPolicy"}
-    made |= {"metadata": {"name": "chat"}, "spec": {"targetRefs": [{"name": "chat"}]}}
+    made |= {"metadata": {"name": "chat"}, "spec": {"targetRefs": [pool_ref("chat")]}}
 
     def ask(role: str, method: str, name: str = "", body: dict | None = None) -> int:
         return release.cluster.ask(method, f"{path}{name}", body, token=tokens[role])[0]

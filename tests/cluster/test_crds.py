@@ -1,4 +1,4 @@
-"""The CRDs on a real API server: it fills in our defaults and keeps what it is given."""
+"""The CRDs on a real API server: it keeps what it is given, and adds no defaults of ours."""
 
 from __future__ import annotations
 
@@ -31,18 +31,15 @@ def test_every_kind_is_established(crds):
     assert all("NonStructuralSchema" not in state for state in states.values())
 
 
-def test_a_policy_that_names_its_pool_is_complete(somewhere):
-    """The API server fills in the defaults that are ours, so that the plan is the same."""
-    manifest = policy("complete", "chat")
+def test_what_a_policy_leaves_unset_stays_unset(somewhere):
+    """The API server fills in no defaults that would outlive ours; the plan is the same."""
+    bands = [{"name": "Critical", "queue": {}}]
+    manifest = policy("least", "chat", bands=bands, limits={}, saturation={"type": "Adaptive"})
     chat = {**pool("chat"), "metadata": {"name": "chat", "namespace": somewhere.name}}
 
     stored = somewhere.create(manifest)
 
-    assert stored["spec"]["limits"] == {
-        "maxRequests": 10000,
-        "maxBytes": "1Gi",
-        "maxBodyBytes": "8Mi",
-    }
+    assert stored["spec"] == manifest["spec"]
     manifest["metadata"]["namespace"] = somewhere.name
     plans = [
         planning.plan(resource_of(chat), [resource_of(each)]).snapshot.plan
@@ -53,7 +50,7 @@ def test_a_policy_that_names_its_pool_is_complete(somewhere):
 
 def test_applying_a_policy_again_changes_nothing(somewhere):
     """Keys of lists that the API server has filled in are found again."""
-    bands = [{"criticality": "Critical", "queue": {"ttl": "5s"}}, {"criticality": "Standard"}]
+    bands = [{"name": "Critical", "queue": {"ttl": "5s"}}, {"name": "Standard"}]
     manifest = policy("again", "chat", bands=bands)
 
     first, second = somewhere.apply(manifest), somewhere.apply(manifest)

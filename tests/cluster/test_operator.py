@@ -231,7 +231,7 @@ def test_an_objective_decides_the_band_where_the_policy_trusts_the_header(site, 
         "metadata": {"name": "night"},
         "spec": {"priority": -5, "poolRef": {"name": "chat"}},
     }
-    site.apply(policy("p", "chat", trust={"objectiveHeader": True}), objective)
+    site.apply(policy("p", "chat", trustedHeaders=["Objective"]), objective)
     site.until_programmed("p")
     header = {"x-gateway-inference-objective": "night"}
     with channel(f"127.0.0.1:{epp.grpc}") as open_channel:
@@ -240,7 +240,7 @@ def test_an_objective_decides_the_band_where_the_policy_trusts_the_header(site, 
         site.until("night", "Accepted", "True", "Accepted", objectives)
         assert "band Sheddable" in site.message("night", "Accepted", objectives)
 
-        site.apply(policy("p", "chat", trust={"objectiveHeader": False}))
+        site.apply(policy("p", "chat", trustedHeaders=[]))
         site.until_programmed("p")
         until(lambda: "no request" in site.message("night", "Accepted", objectives), SECONDS)
         _kept.append(send(open_channel, **header))

@@ -7,6 +7,7 @@ import secrets
 import pytest
 from control_plane import Authority, Operator, model, policy, pool, service
 from ext_proc_peer import until
+from manifest_reading import pool_ref
 from operator_site import SECONDS, Site, install, make_namespace
 
 POOL_NAMES = {"ours": "one", "theirs": "two", "nobodys": ""}
@@ -48,7 +49,7 @@ def test_two_operators_share_a_namespace_without_a_fight(cluster, namespace, ope
     for name, controller in POOL_NAMES.items():
         site.apply(service(f"{name}-epp", controller), pool(name, service=f"{name}-epp"))
         site.apply(policy(name, name), model(name, name, name))
-    references = [{"name": "theirs"}, {"name": "ours"}]
+    references = [pool_ref("theirs"), pool_ref("ours")]
     site.delete("fcp", "ours", "theirs")
     site.apply(policy("both", "", targetRefs=references))
 

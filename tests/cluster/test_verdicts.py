@@ -12,7 +12,7 @@ from api_server import error_fields
 from control_plane import policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from manifest_reading import resource_of
+from manifest_reading import pool_ref, resource_of
 
 from forebay_operator import resources
 
@@ -60,36 +60,51 @@ COUNTS = (
     | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
 )
-SHARES = st.sampled_from([0, 1, 1.0, 1e-300, 1.0001, -0.0, True, "1"]) | st.floats(0, 1.1)
-CRITICALITIES = st.sampled_from(["Critical", "Standard", "Sheddable", "critical", "", 1, {}])
+PERCENTS = st.sampled_from([0, 1, 1.0, 0.5, 100, 101, -0.0, True, "1"]) | st.integers(-1, 102)
+BANDS = st.sampled_from(["Critical", "Standard", "Sheddable", "batch", "none", "-", "", 1, {}])
+# Without 5.0: CEL takes no float for an integer, and the error is its band's.
+PRIORITIES = (
+    st.sampled_from([None, 100, 0, -100, -50, 1.5, 2**31 - 1, 2**31, -(2**31), "5", True])
+    | st.integers()
+)
 NAMES = st.sampled_from(["a", "b", "x" * 256, "é" * 256, "x" * 257, "\n", "", 7]) | st.text(
     st.characters(exclude_categories=["Cs"]), max_size=3
 )
 ODD = st.sampled_from([None, {}, [], "", 0, {"future": 1}, [None]])
 SPEC = {
-    "targetRefs": [{"name": "chat"}],
+    "targetRefs": [pool_ref("chat")],
     "bands": [
-        {"criticality": "Critical", "fairness": {}, "queue": {"perFlow": {}}},
-        {"criticality": "Standard"},
+        {
+            "name": "Critical",
+            "fairness": [{"between": "Models", "policy": "FCFS"}],
+            "ordering": {"policy": "FCFS"},
+            "queue": {"perFlow": {}},
+        },
+        {"name": "batch", "priority": -50},
     ],
     "models": [
-        {"name": "a", "criticality": "Critical"},
-        {"name": "b", "criticality": "Sheddable"},
+        {"name": "a", "band": "Critical"},
+        {"name": "b", "band": "batch"},
     ],
     "limits": {},
-    "saturation": {},
+    "saturation": {"type": "Adaptive", "adaptive": {}},
     "unmatched": {},
     "noEndpoints": {},
-    "trust": {},
+    "trustedHeaders": [],
 }
 VALUES = {
     "targetRefs.0.name": NAMES,
     "targetRefs.0.kind": st.sampled_from(["InferencePool", "Service", ""]),
     "targetRefs.0.group": st.sampled_from(["inference.networking.x-k8s.io", "", 1]),
-    "bands.0.criticality": CRITICALITIES,
-    "bands.1.criticality": CRITICALITIES,
-    "bands.0.ordering": st.sampled_from(["FCFS", "LIFO"]),
-    "bands.0.fairness.policy": st.sampled_from(["FCFS", "RoundRobin", "Best"]),
+    "bands.0.name": BANDS,
+    "bands.1.name": BANDS,
+    "bands.0.priority": PRIORITIES,
+    "bands.1.priority": PRIORITIES,
+    "bands.0.ordering.policy": st.sampled_from(["FCFS", "LIFO"]),
+    "bands.0.ordering": ODD,
+    "bands.0.fairness.0.policy": st.sampled_from(["FCFS", "RoundRobin", "Best"]),
+    "bands.0.fairness.0.between": st.sampled_from(["Models", "Users"]),
+    "bands.0.fairness": ODD,
     "bands.0.queue.maxRequests": COUNTS,
     "bands.0.queue.maxBytes": SIZES,
     "bands.0.queue.ttl": DURATIONS,
@@ -97,15 +112,18 @@ VALUES = {
     "bands.0.queue.perFlow.maxBytes": SIZES,
     "models.0.name": NAMES,
     "models.1.name": NAMES,
-    "models.1.criticality": CRITICALITIES,
+    "models.0.band": BANDS,
+    "models.1.band": BANDS,
     "limits.maxRequests": COUNTS,
     "limits.maxBodyBytes": SIZES,
-    "saturation.maxConcurrency": COUNTS,
-    "saturation.kvCacheUsageThreshold": SHARES,
+    "saturation.type": st.sampled_from(["Adaptive", "Concurrency", "Magic", 1]),
+    "saturation.adaptive.maxKVCacheUsagePercent": PERCENTS,
+    "saturation.adaptive": ODD,
+    "saturation.concurrency": st.fixed_dictionaries({"maxRequestsPerEndpoint": COUNTS}) | ODD,
     "unmatched.action": st.sampled_from(["Queue", "Reject", 1]),
-    "unmatched.criticality": CRITICALITIES,
+    "unmatched.band": BANDS,
     "noEndpoints.ttl": DURATIONS,
-    "trust.objectiveHeader": st.sampled_from([True, False, 1, "true"]),
+    "trustedHeaders": st.lists(st.sampled_from(["Objective", "Tenant", 1]), max_size=3) | ODD,
     "targetRefs": ODD,
     "targetRefs.0": ODD,
     "bands": ODD,
@@ -114,7 +132,6 @@ VALUES = {
     "bands.0.queue.perFlow": ODD,
     "models": ODD,
     "limits": ODD,
-    "trust": ODD,
 }
 
 

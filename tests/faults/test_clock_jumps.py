@@ -97,7 +97,7 @@ def snapshot(number: int) -> pb.Snapshot:
     chat = policy(
         "chat",
         "chat",
-        bands=[{"criticality": "Standard", "queue": {"ttl": f"{TTL_SECONDS}s"}}],
+        bands=[{"name": "Standard", "queue": {"ttl": f"{TTL_SECONDS}s"}}],
         noEndpoints={"ttl": f"{TTL_SECONDS}s"},
         limits={"maxRequests": 1000 + number},
     )

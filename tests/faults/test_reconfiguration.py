@@ -165,15 +165,15 @@ def test_requests_keep_their_turn_while_their_policy_is_deleted_and_made_again(d
         "chat",
         "chat",
         bands=[
-            {"criticality": "Critical", "fairness": {"policy": "RoundRobin"}},
-            {"criticality": "Standard", "queue": {"maxRequests": 2000, "ttl": "1h"}},
-            {"criticality": "Sheddable", "queue": {"maxRequests": 600, "ttl": "1h"}},
+            {"name": "Critical", "fairness": [{"between": "Models", "policy": "RoundRobin"}]},
+            {"name": "Standard", "queue": {"maxRequests": 2000, "ttl": "1h"}},
+            {"name": "Sheddable", "queue": {"maxRequests": 600, "ttl": "1h"}},
         ],
         models=[
-            {"name": "a", "criticality": "Critical"},
-            {"name": "b", "criticality": "Sheddable"},
+            {"name": "a", "band": "Critical"},
+            {"name": "b", "band": "Sheddable"},
         ],
-        saturation={"mode": "Concurrency", "maxConcurrency": 1},
+        saturation={"type": "Concurrency", "concurrency": {"maxRequestsPerEndpoint": 1}},
         noEndpoints={"ttl": "1h"},
     )
     driver.put(POOL, planned(chat))

@@ -319,7 +319,7 @@ def test_trusted_objectives():
 def test_objectives_have_no_effect_without_trust():
     """What a client writes into the header is not believed by default."""
     play = Play("trusted-objectives")
-    play.reprogram(planned("trusted-objectives", without="trust"))
+    play.reprogram(planned("trusted-objectives", without="trusted_headers"))
     play.send("llama-chat", 1, objective="paying")
 
     assert play.band("Standard") == 1

@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from ext_proc_peer import until
+from manifest_reading import pool_ref
 from ports import free_port
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -576,7 +577,7 @@ class Stage:
             "chat",
             "chat",
             limits={"maxRequests": 1000 + number},
-            saturation={"mode": "Concurrency", "maxConcurrency": 1},
+            saturation={"type": "Concurrency", "concurrency": {"maxRequestsPerEndpoint": 1}},
             noEndpoints={"ttl": "1h"},
         )
         apply(self.cluster, self.namespace, chat)
@@ -658,7 +659,7 @@ def policy(name: str, pool_name: str, **spec) -> dict:
         "apiVersion": "forebay.dev/v1alpha1",
         "kind": "FlowControlPolicy",
         "metadata": {"name": name},
-        "spec": {"targetRefs": [{"name": pool_name}], **spec},
+        "spec": {"targetRefs": [pool_ref(pool_name)], **spec},
     }
 
 

@@ -28,7 +28,7 @@ spec: {modelName: llama-chat, poolRef: {name: chat}, targetModels: [{name: llama
 apiVersion: forebay.dev/v1alpha1
 kind: FlowControlPolicy
 metadata: {name: chat}
-spec: {targetRefs: [{name: chat}], POLICY}
+spec: {targetRefs: [{group: inference.networking.k8s.io, kind: InferencePool, name: chat}], POLICY}
 """
 OBJECTIVE = """---
 apiVersion: inference.networking.x-k8s.io/v1alpha2
@@ -67,41 +67,47 @@ def objectives(*priorities):
     ("policy", "more", "reason", "words"),
     [
         (
-            *("bands: [{criticality: Critical, queue: {maxRequests: 50000}}]", ""),
+            *("bands: [{name: Critical, queue: {maxRequests: 50000}}]", ""),
             *("LimitOverLimit", "spec.bands[0].queue.maxRequests is 50,000"),
         ),
         (
-            *("bands: [{criticality: Critical, queue: {maxBytes: 2Gi}}]", ""),
+            *("bands: [{name: Critical, queue: {maxBytes: 2Gi}}]", ""),
             *("LimitOverLimit", "spec.limits.maxBytes lets only 1,073,741,824 wait"),
         ),
         (
-            "bands: [{criticality: Critical, queue: {perFlow: {maxRequests: 6000}}}]",
+            "bands: [{name: Critical, queue: {perFlow: {maxRequests: 6000}}}]",
             *("", "LimitOverLimit", "perFlow.maxRequests is 6,000"),
         ),
         ("limits: {maxBodyBytes: 2Gi}", "", "LimitOverLimit", "spec.limits.maxBodyBytes"),
         (
-            *("models: [{name: lama-chat, criticality: Critical}]", ""),
+            *("models: [{name: lama-chat, band: Critical}]", ""),
             *("NoSuchModel", "is llama-chat meant?"),
         ),
         (
-            *("models: [{name: llama-3.1-8b, criticality: Critical}]", ""),
+            *("models: [{name: llama-3.1-8b, band: Critical}]", ""),
             *("TargetNamed", "is what the servers call llama-chat"),
         ),
-        ("saturation: {maxConcurrency: 8}", "", "FieldWithoutEffect", "mode is Adaptive"),
         (
-            "saturation: {mode: Concurrency}, modelServerMetrics: {running: a, waiting: b}",
-            *("", "FieldWithoutEffect", "spec.modelServerMetrics counts with mode Adaptive"),
+            "saturation: {type: Concurrency}, modelServerMetrics: {running: a, waiting: b}",
+            *(
+                "",
+                "FieldWithoutEffect",
+                "modelServerMetrics counts with saturation.type Adaptive",
+            ),
         ),
         (
-            *("trust: {}", TWICE),
+            *("limits: {}", TWICE),
             *("TargetTwice", "spec.targetModels names a more than once"),
         ),
-        ("trust: {}", f"---{CODE}", "NoPolicy", "the defaults"),
-        ("trust: {}", f"---{CODE}", "EndpointPickerShared", "names Service epp too"),
-        ("trust: {}", objectives(1), "ObjectivesNotTrusted", "trust.objectiveHeader"),
+        ("limits: {}", f"---{CODE}", "NoPolicy", "the defaults"),
+        ("limits: {}", f"---{CODE}", "EndpointPickerShared", "names Service epp too"),
+        ("limits: {}", objectives(1), "ObjectivesNotTrusted", "trustedHeaders: [Objective]"),
         (
-            *("trust: {objectiveHeader: true}", objectives(5, 1)),
-            *("SameBand", "priorities 5 and 1 (o1) both join band Standard"),
+            *("trustedHeaders: [Objective]", objectives(5, 1)),
+            *(
+                "SameBand",
+                "priorities 5 and 1 (o1) both join band Standard",
+            ),
         ),
     ],
 )
@@ -123,7 +129,7 @@ def test_a_pool_without_models_that_rejects_unmatched_requests_refuses_all():
 
 def test_a_pool_without_a_service_of_endpoint_pickers_is_told():
     """A reference of another kind names no Service."""
-    _, *others = BASE.replace("POLICY", "trust: {}").split("---")
+    _, *others = BASE.replace("POLICY", "limits: {}").split("---")
     pool = V1ALPHA2.replace("REF", "epp").replace("KIND", "Deployment")
     (told,) = advice(read("---".join([pool, *others])))
 
@@ -133,10 +139,10 @@ def test_a_pool_without_a_service_of_endpoint_pickers_is_told():
 @pytest.mark.parametrize(
     ("policy", "more"),
     [
-        ("trust: {}", ""),
-        ("bands: [{criticality: Critical, queue: {maxRequests: 10000}}]", ""),
-        ("models: [{name: llama-chat, criticality: Critical}]", ""),
-        ("trust: {objectiveHeader: true}", objectives(100, 0, -1)),
+        ("limits: {}", ""),
+        ("bands: [{name: Critical, queue: {maxRequests: 10000}}]", ""),
+        ("models: [{name: llama-chat, band: Critical}]", ""),
+        ("trustedHeaders: [Objective]", objectives(100, 0, -1)),
     ],
 )
 def test_what_may_well_be_meant_is_not(policy, more):
@@ -147,7 +153,7 @@ def test_what_may_well_be_meant_is_not(policy, more):
 def test_warnings_fail_where_that_is_asked_for(tmp_path, capsys):
     """`--strict`, for pipelines."""
     (tmp_path / "all.yaml").write_text(
-        BASE.replace("POLICY", "models: [{name: lama-chat, criticality: Critical}]")
+        BASE.replace("POLICY", "models: [{name: lama-chat, band: Critical}]")
     )
     assert check.run(SimpleNamespace(paths=[tmp_path], strict=False)) == 0
     assert check.run(SimpleNamespace(paths=[tmp_path], strict=True)) == 1
@@ -159,7 +165,7 @@ def test_warnings_fail_where_that_is_asked_for(tmp_path, capsys):
 )
 def test_a_reference_to_something_else_means_no_pool(reference, tmp_path, capsys):
     """It does not attach, and `forebay check` says why."""
-    text = BASE.replace("POLICY", "trust: {}").replace(
+    text = BASE.replace("POLICY", "limits: {}").replace(
         "poolRef: {name: chat}", f"poolRef: {reference}"
     )
     (tmp_path / "all.yaml").write_text(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from manifest_reading import pool_ref
 
 from forebay_operator.channel.server import ControlServer
 from forebay_operator.channel.trust import unauthenticated
@@ -50,8 +51,7 @@ class World:
         self.put(POOL, name, {**spec, "endpointPickerRef": reference})
 
     def policy(self, *pools, status=None):
-        group = {"group": "inference.networking.k8s.io", "kind": "InferencePool"}
-        spec = {"targetRefs": [{**group, "name": name} for name in pools]}
+        spec = {"targetRefs": [pool_ref(name) for name in pools]}
         manifest = {**made(POLICY, "p", spec), "status": status or {}}
         self.store.put(POLICY, manifest, 0.0)
         self.planner.plan("default")

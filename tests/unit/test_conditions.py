@@ -303,7 +303,7 @@ def test_an_objective_says_whether_it_has_an_effect():
     elsewhere = at(epp(), refused=("InvalidPoolRef", "poolRef.kind: no"))
 
     assert "join band Standard" in objective(SUBJECT, at(epp()))[2]
-    assert "trust.objectiveHeader" in objective(SUBJECT, at(epp()), trusted=False)[2]
+    assert "trustedHeaders: [Objective]" in objective(SUBJECT, at(epp()), trusted=False)[2]
     assert objective(SUBJECT, at(epp()), "day")[:2] == ("False", "TooManyObjectives")
     assert objective(SUBJECT, ABSENT)[:2] == ("Unknown", "Pending")
     assert objective(SUBJECT, elsewhere)[:2] == ("False", "InvalidPoolRef")

@@ -89,7 +89,15 @@ def test_every_list_says_how_it_is_merged():
     """By keys or as a whole: with server-side apply several writers own parts of it."""
     lists = [node for node in NODES.values() if node.get("type") == "array"]
 
-    assert {node.get("x-kubernetes-list-type") for node in lists} == {"map", "atomic"}
+    assert {node.get("x-kubernetes-list-type") for node in lists} == {"map", "atomic", "set"}
+
+
+def test_the_api_server_writes_no_defaults_into_policies():
+    """What is unset stays unset in the cluster, so that a later default holds for it."""
+    ours = [node for path, node in NODES.items() if path.startswith("forebay.dev_")]
+
+    assert len(ours) > 50
+    assert [node for node in ours if "default" in node] == []
 
 
 def test_a_policy_is_found_by_its_short_name_and_as_a_policy_of_the_gateway_api():

@@ -72,15 +72,15 @@ def test_sizes_are_quantities(text, size):
 @pytest.mark.parametrize(
     ("spec", "path", "says"),
     [
-        ("bands: [{criticality: High}]", "spec.bands[0].criticality", "Critical, Standard"),
+        ("bands: [{name: High}]", "spec.bands[0].priority", "is required for a band with another"),
         (
-            "bands: [{criticality: Critical, fairness: {policy: Best}}]",
-            "spec.bands[0].fairness.policy",
+            "bands: [{name: Critical, fairness: [{between: Models, policy: Best}]}]",
+            "spec.bands[0].fairness[0].policy",
             "is not one of FCFS, RoundRobin",
         ),
         ("limts: {}", "spec.limts", "known fields are bands, limits, modelServerMetrics, models"),
         (
-            "bands: [{criticality: Critical, queue: {maxRequest: 1}}]",
+            "bands: [{name: Critical, queue: {maxRequest: 1}}]",
             "spec.bands[0].queue.maxRequest",
             "known fields are maxBytes, maxRequests, perFlow, ttl",
         ),
@@ -90,18 +90,33 @@ def test_sizes_are_quantities(text, size):
         ("noEndpoints: {ttl: 30}", "spec.noEndpoints.ttl", '"30s"'),
         ("noEndpoints: {ttl: 0s}", "spec.noEndpoints.ttl", "more than 0"),
         ("noEndpoints: {ttl: 2h}", "spec.noEndpoints.ttl", "at most 1h"),
-        ("saturation: {mode: Magic}", "spec.saturation.mode", "Adaptive, Concurrency"),
-        ("saturation: {kvCacheUsageThreshold: 2}", "spec.saturation.kvCacheUsageThreshold", "1"),
+        ("saturation: {type: Magic}", "spec.saturation.type", "Adaptive, Concurrency"),
+        (
+            "saturation: {type: Adaptive, adaptive: {maxKVCacheUsagePercent: 0.95}}",
+            "spec.saturation.adaptive.maxKVCacheUsagePercent",
+            "must be a whole number, not 0.95",
+        ),
+        (
+            "saturation: {type: Adaptive, concurrency: {}}",
+            "spec.saturation",
+            "must not set adaptive with type Concurrency, nor concurrency with type Adaptive",
+        ),
+        (
+            "{bands: [{name: batch, priority: 5}], models: [{name: a, band: bach}]}",
+            "spec.models",
+            "no band is named bach: write Critical, Standard, Sheddable or",
+        ),
         ("targetRefs: []", "spec.targetRefs", "must not be empty"),
         ("targetRefs: [{kind: Service, name: a}]", "spec.targetRefs[0].kind", "InferencePool"),
-        ("bands: [{fairness: {}}]", "spec.bands[0].criticality", "is required"),
+        ("targetRefs: [{kind: InferencePool, name: a}]", "spec.targetRefs[0].group", "is required"),
+        ("bands: [{fairness: {}}]", "spec.bands[0].name", "is required"),
         (
-            "bands: [{criticality: Critical}, {criticality: Critical}]",
+            "bands: [{name: Critical}, {name: Critical}]",
             "spec.bands[1]",
             "Critical is duplicated",
         ),
         (
-            "models: [{name: a, criticality: Critical}, {name: a, criticality: Standard}]",
+            "models: [{name: a, band: Critical}, {name: a, band: Standard}]",
             "spec.models[1]",
             "a is duplicated",
         ),
@@ -112,6 +127,40 @@ def test_a_wrong_field_is_named_with_what_would_be_right(spec, path, says):
     found = dict(problems(POLICY, spec))
 
     assert says in found[path]
+
+
+OLD = """
+bands:
+- criticality: Critical
+  fairness: {policy: RoundRobin}
+  ordering: FCFS
+- {criticality: Standard}
+models:
+- {name: a, criticality: Critical}
+saturation: {mode: Concurrency, maxConcurrency: 16, kvCacheUsageThreshold: 0.9}
+unmatched: {criticality: Sheddable}
+trust: {objectiveHeader: true}
+"""
+NEW = [
+    ("spec.bands[0].criticality", "is spec.bands[0].name now"),
+    ("spec.bands[0].fairness", "is spec.bands[0].fairness[0].policy now"),
+    ("spec.bands[0].ordering", "is spec.bands[0].ordering.policy now"),
+    ("spec.bands[1].criticality", "is spec.bands[1].name now"),
+    ("spec.models[0].criticality", "is spec.models[0].band now"),
+    ("spec.saturation.mode", "is spec.saturation.type now"),
+    ("spec.saturation.maxConcurrency", "is spec.saturation.concurrency.maxRequestsPerEndpoint now"),
+    (
+        "spec.saturation.kvCacheUsageThreshold",
+        "is spec.saturation.adaptive.maxKVCacheUsagePercent now",
+    ),
+    ("spec.trust", "is spec.trustedHeaders now"),
+    ("spec.unmatched.criticality", "is spec.unmatched.band now"),
+]
+
+
+def test_a_field_of_an_earlier_shape_is_refused_with_its_name_of_today():
+    """Every field of a policy that was renamed; what has the old name is not called missing."""
+    assert sorted(problems(POLICY, OLD)) == sorted(NEW)
 
 
 def test_every_wrong_field_is_named_at_once():

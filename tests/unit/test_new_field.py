@@ -90,9 +90,9 @@ apiVersion: forebay.dev/v1alpha1
 kind: FlowControlPolicy
 metadata: {name: p}
 spec:
-  targetRefs: [{name: chat}]
+  targetRefs: [{group: inference.networking.k8s.io, kind: InferencePool, name: chat}]
 """
-GIVEN = "  bands: [{criticality: Standard, queue: {patience: 90s}}]\n  burst: {%s}\n"
+GIVEN = "  bands: [{name: Standard, queue: {patience: 90s}}]\n  burst: {%s}\n"
 REFUSED = "plan.bands[0].patienceSeconds: must be above 0 and at most 3600, is -1.0"
 
 

@@ -9,7 +9,7 @@ import pytest
 from google.protobuf import json_format
 from hypothesis import given
 from hypothesis import strategies as st
-from manifest_reading import resource_of
+from manifest_reading import pool_ref, resource_of
 
 from forebay_control import plan as core
 from forebay_epp.codec import metricstext
@@ -45,13 +45,24 @@ def model(name, model_name=None, created=None, namespace="default", **spec):
     )
 
 
+def objective(name, priority):
+    return resource_of(
+        {
+            "apiVersion": X,
+            "kind": "InferenceObjective",
+            "metadata": {"name": name},
+            "spec": {"poolRef": {"name": "chat"}, "priority": priority},
+        }
+    )
+
+
 def policy(name="p", created=None, namespace="default", **spec):
     return resource_of(
         {
             "apiVersion": "forebay.dev/v1alpha1",
             "kind": "FlowControlPolicy",
             "metadata": {"name": name, "namespace": namespace, "creationTimestamp": created},
-            "spec": {"targetRefs": [{"name": "chat"}], **spec},
+            "spec": {"targetRefs": [pool_ref("chat")], **spec},
         }
     )
 
@@ -91,8 +102,8 @@ def test_a_policy_reaches_every_field_of_the_plan():
         policy(
             bands=[
                 {
-                    "criticality": "Critical",
-                    "fairness": {"policy": "RoundRobin"},
+                    "name": "Critical",
+                    "fairness": [{"between": "Models", "policy": "RoundRobin"}],
                     "queue": {
                         "maxRequests": 7,
                         "maxBytes": "1Ki",
@@ -101,14 +112,10 @@ def test_a_policy_reaches_every_field_of_the_plan():
                     },
                 }
             ],
-            models=[{"name": "only-here", "criticality": "Sheddable"}],
+            models=[{"name": "only-here", "band": "Sheddable"}],
             limits={"maxRequests": 11, "maxBytes": 12, "maxBodyBytes": 13},
-            saturation={
-                "mode": "Concurrency",
-                "maxConcurrency": 4,
-                "kvCacheUsageThreshold": 0.5,
-            },
-            unmatched={"action": "Reject", "criticality": "Sheddable"},
+            saturation={"type": "Concurrency", "concurrency": {"maxRequestsPerEndpoint": 4}},
+            unmatched={"action": "Reject", "band": "Sheddable"},
             noEndpoints={"ttl": "2m"},
         )
     )
@@ -127,9 +134,48 @@ def test_a_policy_reaches_every_field_of_the_plan():
     assert plan.bands[1:] == core.DEFAULT_BANDS[1:]
     assert plan.models == (core.ModelPlan("only-here", "Sheddable"),)
     assert plan.limits == core.LimitsPlan(11, 12, 13)
-    assert plan.saturation == core.SaturationPlan(core.SaturationMode.CONCURRENCY, 4, 0.5)
+    assert plan.saturation == core.SaturationPlan(core.SaturationMode.CONCURRENCY, 4)
     assert plan.unmatched == core.UnmatchedPlan(core.UnmatchedAction.REJECT, "Sheddable")
     assert plan.no_endpoints_ttl_seconds == 120
+
+
+def test_adaptive_limits_close_servers_at_a_share_of_their_cache():
+    """The policy says percent, the plan a share."""
+    plan, _, _ = picked_up(
+        policy(saturation={"type": "Adaptive", "adaptive": {"maxKVCacheUsagePercent": 90}})
+    )
+
+    assert plan.saturation == core.SaturationPlan(kv_cache_usage_threshold=0.9)
+
+
+def test_bands_of_other_names_are_planned_beside_the_three():
+    """By priority; models, unmatched requests and objectives join them."""
+    plan, _, problems = picked_up(
+        model("a", criticality="Critical"),
+        objective("nightly", -60),
+        policy(
+            bands=[
+                {"name": "batch", "priority": -50, "queue": {"ttl": "1h"}},
+                {"name": "night", "priority": -70},
+                {"name": "Standard", "ordering": {"policy": "FCFS"}},
+            ],
+            models=[{"name": "a", "band": "batch"}],
+            unmatched={"band": "night"},
+        ),
+    )
+
+    assert problems == ()
+    assert [(band.name, band.priority) for band in plan.bands] == [
+        ("Critical", 100),
+        ("Standard", 0),
+        ("batch", -50),
+        ("night", -70),
+        ("Sheddable", -100),
+    ]
+    assert plan.bands[2] == core.BandPlan("batch", -50, ttl_seconds=3600)
+    assert [model.band for model in plan.models] == ["batch"]
+    assert plan.unmatched.band == "night"
+    assert [objective.band for objective in plan.objectives] == ["night"]
 
 
 def test_criticality_decides_the_band():
@@ -138,7 +184,7 @@ def test_criticality_decides_the_band():
         model("a", criticality="Critical"),
         model("b"),
         model("c", criticality="Critical"),
-        policy(models=[{"name": "c", "criticality": "Sheddable"}]),
+        policy(models=[{"name": "c", "band": "Sheddable"}]),
     )
 
     assert {m.name: m.band for m in plan.models} == {
@@ -237,8 +283,8 @@ def test_one_address_is_one_endpoint_however_it_is_written():
 def test_more_models_than_an_endpoint_picker_takes_are_cut_and_told():
     """Refusing the whole plan would not help. What the policy names is never cut."""
     overrides = [
-        {"name": "override", "criticality": "Critical"},
-        {"name": f"m{core.MAX_MODELS - 1}", "criticality": "Critical"},
+        {"name": "override", "band": "Critical"},
+        {"name": f"m{core.MAX_MODELS - 1}", "band": "Critical"},
     ]
 
     plan, _, problems = picked_up(
@@ -272,7 +318,7 @@ def test_a_model_gains_nothing_by_being_one_too_many(criticality, unmatched, ban
     plan, _, _ = picked_up(
         *(model(f"m{number:04}", criticality="Critical") for number in range(core.MAX_MODELS)),
         model("zz", **late),
-        policy(unmatched={"criticality": unmatched}),
+        policy(unmatched={"band": unmatched}),
     )
 
     assert plan.unmatched.band == band
@@ -284,7 +330,7 @@ def test_what_is_for_no_pool_is_told():
         [
             pool("chatt"),
             model("m"),
-            policy(targetRefs=[{"name": "chatt"}, {"name": "chat"}]),
+            policy(targetRefs=[pool_ref("chatt"), pool_ref("chat")]),
             endpoint_slice(label=""),
             endpoint_slice(label="chatt"),
         ]
@@ -337,7 +383,7 @@ def test_differences_are_told_by_name():
         [
             model("b", targetModels=[{"name": "x"}]),
             model("c"),
-            policy(bands=[{"criticality": "Standard", "queue": {"ttl": "5s"}}]),
+            policy(bands=[{"name": "Standard", "queue": {"ttl": "5s"}}]),
             endpoint_slice({"addresses": ["10.0.0.1"], "targetRef": {"name": "pod"}}),
         ],
     ).snapshot
@@ -416,17 +462,9 @@ def test_no_text_raises_anything_else(text):
 @pytest.mark.parametrize("trusted", [False, True])
 def test_a_header_names_an_objective_where_the_policy_trusts_callers(trusted):
     """By default it does not: who may send requests could put itself before the others."""
-    objective = resource_of(
-        {
-            "apiVersion": X,
-            "kind": "InferenceObjective",
-            "metadata": {"name": "urgent"},
-            "spec": {"poolRef": {"name": "chat"}, "priority": 100},
-        }
-    )
-    spec = {"trust": {"objectiveHeader": True}} if trusted else {}
+    spec = {"trustedHeaders": ["Objective"]} if trusted else {}
 
-    planned = planning.plan(pool(), [policy(**spec), objective])
+    planned = planning.plan(pool(), [policy(**spec), objective("urgent", 100)])
 
     plan, _ = plan_codec.parse_snapshot(planned.snapshot)
     assert plan.trust_objective_header is trusted

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from manifest_reading import pool_ref
 
 from forebay_control.plan import MAX_MODELS
 from forebay_operator import planning
@@ -48,7 +49,7 @@ def policy(name, *, generation=1, created=T1, deleted=None, **spec):
         *("forebay.dev/v1alpha1", "FlowControlPolicy", name),
         created=created,
         deleted=deleted,
-        spec={"targetRefs": [{"name": "chat"}], **spec},
+        spec={"targetRefs": [pool_ref("chat")], **spec},
     )
     return found.model_copy(
         update={"metadata": found.metadata.model_copy(update={"generation": generation})}

@@ -20,6 +20,7 @@ NO_REASONS = {
         "Unknown",
         "Degraded",
         "Unsupported",
+        "Objective",
     ),  # statuses, a type, a code's beginning
     *("Concurrency", "Reject", "Queue", "Adaptive"),
     *planning.__all__,

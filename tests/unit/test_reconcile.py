@@ -7,6 +7,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+from manifest_reading import pool_ref
 from prometheus_client import REGISTRY
 
 from forebay_control.v1 import control_pb2 as pb
@@ -94,7 +95,7 @@ def manifest(kind, name, spec, generation=1, version="1", **metadata):
 
 
 def policy(name="p", generation=1, version="1", metadata=None, status=None, **spec):
-    spec = {"targetRefs": [{"name": "chat"}], **spec}
+    spec = {"targetRefs": [pool_ref("chat")], **spec}
     found = manifest(POLICY, name, spec, generation, version, **(metadata or {}))
     return {**found, "status": status or {}}
 
@@ -226,7 +227,7 @@ async def test_numbers_of_many_objects_are_spread(world):
     for number in range(40):
         spec = {"selector": {"matchLabels": {"a": "b"}}, "targetPorts": [{"number": 1}]}
         world.put(POOL, manifest(POOL, f"pool-{number}", spec))
-        world.put(POLICY, policy(f"p-{number}", targetRefs=[{"name": f"pool-{number}"}]))
+        world.put(POLICY, policy(f"p-{number}", targetRefs=[pool_ref(f"pool-{number}")]))
     assert len(await world.after(1)) == 40
     world.control.stats = pb.Stats(bands=[pb.BandStats(band="B", requests=1)])
     assert await world.after(28) == []
@@ -243,7 +244,7 @@ async def test_a_pool_named_under_both_groups_is_one(world):
     """Counted, queued and listed once; the API server refuses a list with it twice."""
     groups = ("inference.networking.k8s.io", "inference.networking.x-k8s.io")
     world.control.stats = pb.Stats(bands=[pb.BandStats(band="Standard", requests=7)])
-    world.put(POLICY, policy(targetRefs=[{"group": group, "name": "chat"} for group in groups]))
+    world.put(POLICY, policy(targetRefs=[pool_ref("chat", group) for group in groups]))
     ((_, status),) = await world.after(1)
 
     assert status["endpointPickers"]["ready"] == "1/1"
@@ -293,11 +294,11 @@ async def test_a_model_that_refers_to_something_else_than_a_pool_is_told(world):
 
 async def test_a_policy_says_what_is_surely_not_meant(world):
     """In the message of Accepted, so without an Event; it goes when that is corrected."""
-    world.put(POLICY, policy(saturation={"maxConcurrency": 8}))
+    world.put(POLICY, policy(unmatched={"action": "Reject"}))
     ((_, status),) = await world.after(1)
     accepted = next(c for c in status["conditions"] if c["type"] == "Accepted")
     assert (accepted["status"], accepted["reason"]) == ("True", "Accepted")
-    assert "FieldWithoutEffect: spec.saturation.maxConcurrency" in accepted["message"]
+    assert "EverythingRejected: spec.unmatched.action" in accepted["message"]
     world.written.announced.clear()
 
     world.put(POLICY, policy(generation=2, version="2", status=status))
@@ -398,7 +399,7 @@ async def test_too_many_requests_pause_all_writes(world):
     # The others of this tick have been asked already.
     early = await world.after(15)
     assert len(early) == 4
-    world.put(POLICY, policy("late", targetRefs=[{"name": "absent"}]))
+    world.put(POLICY, policy("late", targetRefs=[pool_ref("absent")]))
     assert await world.after(4) == []
     assert sorted(name for name, _ in await world.after(10)) == ["late", "p-0"]
 
@@ -482,6 +483,37 @@ async def test_a_plan_is_held_for_what_may_be_in_force(world, generation, status
     ((_, told),) = await world.after(1)
     assert reason(told, "Degraded") == ("PlanHeld" if held else "PoolDegraded")
     assert comparing.was_in_force(told) is held
+
+
+async def test_a_policy_of_an_earlier_shape_says_what_its_fields_are_called_now(world):
+    """As it may still be stored: it is invalid, EPPs keep their plan, and all else is served."""
+    reference = {"name": "chat"}
+    old = {
+        "targetRefs": [reference],
+        "bands": [{"criticality": "Critical", "ordering": "FCFS"}],
+        "saturation": {"mode": "Concurrency", "maxConcurrency": 8},
+        "trust": {"objectiveHeader": True},
+    }
+    stored = manifest(POLICY, "old", old) | {"status": {"programmedGeneration": 1}}
+    world.put(POLICY, stored)
+    world.put(MODEL, manifest(MODEL, "m", {"modelName": "m", "poolRef": reference}))
+
+    told = dict(await world.after(3))
+
+    accepted = next(c for c in told["old"]["conditions"] if c["type"] == "Accepted")
+    assert (accepted["status"], accepted["reason"]) == ("False", "Invalid")
+    for says in (
+        "spec.targetRefs[0].group: is required",
+        "spec.targetRefs[0].kind: is required",
+        "spec.bands[0].criticality: is spec.bands[0].name now",
+        "spec.bands[0].ordering: is spec.bands[0].ordering.policy now",
+        "spec.saturation.mode: is spec.saturation.type now",
+        "spec.saturation.maxConcurrency: is spec.saturation.concurrency.maxRequestsPerEndpoint now",
+        "spec.trust: is spec.trustedHeaders now",
+    ):
+        assert says in accepted["message"]
+    assert reason(told["old"], "Degraded") == "PlanHeld"
+    assert reason(told["m"], "Accepted") == "Accepted"
 
 
 async def test_a_model_that_was_never_valid_is_told(world):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from manifest_reading import resource_of
+from manifest_reading import pool_ref, resource_of
 
 from forebay_control.plan import DEFAULT_BANDS
 from forebay_operator import planning, resources
@@ -20,7 +20,8 @@ KEYS = st.sampled_from(
     [
         *("apiVersion", "kind", "metadata", "name", "namespace", "labels", "creationTimestamp"),
         *("spec", "targetRefs", "bands", "criticality", "fairness", "policy", "queue", "ttl"),
-        *("maxBytes", "models", "limits", "saturation", "mode", "selector", "matchLabels"),
+        *("band", "priority", "between", "ordering", "adaptive", "trustedHeaders"),
+        *("maxBytes", "models", "limits", "saturation", "type", "selector", "matchLabels"),
         *("targetPorts", "number", "poolRef", "modelName", "targetModels", "endpoints"),
         *("addresses", "conditions", "ready", "targetRef", "ports", "port", "zzz"),
     ]
@@ -56,7 +57,7 @@ def manifest(kind: type, **fields) -> dict:
 
 
 def policy(**spec) -> dict:
-    spec = {"targetRefs": [{"name": "chat"}], **spec}
+    spec = {"targetRefs": [pool_ref("chat")], **spec}
     return manifest(resources.FlowControlPolicy, spec=spec)
 
 
@@ -91,22 +92,22 @@ def test_whatever_is_in_a_manifest_it_is_read_or_refused(kind, metadata, spec):
 def test_null_counts_as_unset():
     """A key whose lines below are all commented out is null in YAML."""
     text = """
-    targetRefs: [{name: chat}]
+    targetRefs: [{group: inference.networking.k8s.io, kind: InferencePool, name: chat}]
     saturation:
     bands:
-    - criticality: Critical
+    - name: Critical
       queue:
     """
 
     parsed = resource_of(policy(**yaml.safe_load(text)))
 
-    assert parsed == resource_of(policy(bands=[{"criticality": "Critical"}]))
+    assert parsed == resource_of(policy(bands=[{"name": "Critical"}]))
 
 
 def test_null_is_no_name():
     """What is required is missed."""
     with pytest.raises(resources.ResourceError) as error:
-        resource_of(policy(targetRefs=[{"name": None}]))
+        resource_of(policy(targetRefs=[pool_ref(None)]))
 
     assert error.value.problems == [("spec.targetRefs[0].name", "is required")]
 
@@ -141,7 +142,7 @@ def test_a_wrong_value_is_shown_in_short(value, shown):
 
 def test_the_first_problems_are_told_and_how_many_more_there_are():
     """A thousand times the same mistake is not a thousand lines."""
-    models = [{"name": f"m{number}", "criticality": "No"} for number in range(1000)]
+    models = [{"name": f"m{number}", "band": ""} for number in range(1000)]
 
     with pytest.raises(resources.ResourceError) as error:
         resource_of(policy(models=models))
@@ -176,13 +177,19 @@ def test_a_time_without_a_zone_is_refused(created):
 @pytest.mark.parametrize(
     ("spec", "path"),
     [
-        ({"bands": [{"criticality": "Critical"}] * 4}, "spec.bands"),
-        ({"targetRefs": [{"name": "a"}] * 17}, "spec.targetRefs"),
-        ({"targetRefs": [{"name": "a" * 254}]}, "spec.targetRefs[0].name"),
-        ({"models": [{"name": "a" * 257, "criticality": "Critical"}]}, "spec.models[0].name"),
+        ({"bands": [{"name": "Critical"}] * 17}, "spec.bands"),
+        ({"targetRefs": [pool_ref("a")] * 17}, "spec.targetRefs"),
+        ({"targetRefs": [pool_ref("a" * 254)]}, "spec.targetRefs[0].name"),
+        ({"models": [{"name": "a" * 257, "band": "Critical"}]}, "spec.models[0].name"),
         ({"limits": {"maxRequests": 10**7}}, "spec.limits.maxRequests"),
         ({"limits": {"maxBytes": "2Ti"}}, "spec.limits.maxBytes"),
-        ({"saturation": {"maxConcurrency": 10**7}}, "spec.saturation.maxConcurrency"),
+        (
+            {"saturation": {"concurrency": {"maxRequestsPerEndpoint": 10**7}}},
+            "spec.saturation.concurrency.maxRequestsPerEndpoint",
+        ),
+        ({"bands": [{"name": "a" * 64}]}, "spec.bands[0].name"),
+        ({"bands": [{"name": "a", "priority": 2**31}]}, "spec.bands[0].priority"),
+        ({"trustedHeaders": ["Objective"] * 9}, "spec.trustedHeaders"),
     ],
 )
 def test_everything_is_bounded(spec, path):

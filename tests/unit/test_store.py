@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from manifest_reading import pool_ref
 
 from forebay_operator.cluster.store import EMPTY_SECONDS, MAX_REMEMBERED, Store
 from forebay_operator.resources import BY_NAME
@@ -25,7 +26,7 @@ def policy(name="a", uid=None, version=1, generation=1, namespace="default", sta
         "apiVersion": "forebay.dev/v1alpha1",
         "kind": "FlowControlPolicy",
         "metadata": metadata,
-        "spec": {"targetRefs": [{"name": "chat"}], **spec},
+        "spec": {"targetRefs": [pool_ref("chat")], **spec},
         **({"status": status} if status else {}),
     }
 

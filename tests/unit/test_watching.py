@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import kopf
 import pytest
 from aiohttp import web
+from manifest_reading import pool_ref
 
 from forebay_operator.cluster.api import Cluster
 from forebay_operator.cluster.denials import Denials
@@ -24,7 +25,7 @@ POLICIES = "flowcontrolpolicies"
 
 def policy(namespace, name):
     metadata = {"name": name, "namespace": namespace, "uid": f"{namespace}/{name}"}
-    return {"metadata": metadata, "spec": {"targetRefs": [{"name": "chat"}]}}
+    return {"metadata": metadata, "spec": {"targetRefs": [pool_ref("chat")]}}
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from control_plane import EPPProcess
 from envoy_process import Envoy
 from ext_proc_peer import until
 from loop_thread import LoopThread
+from manifest_reading import pool_ref
 
 from forebay_control import mapping
 from forebay_epp.core.limits.adaptive import FIRST_WINDOW
@@ -94,7 +95,7 @@ def driver():
 def program(load: Load, metrics: dict | None = None) -> pb.Snapshot:
     """The default plan with these model server metrics, as the operator plans them."""
     made = snapshot(30.0, POOL, *load.addresses.values())
-    spec = {"targetRefs": [{"name": "chat"}]} | ({"modelServerMetrics": metrics} if metrics else {})
+    spec = {"targetRefs": [pool_ref("chat")]} | ({"modelServerMetrics": metrics} if metrics else {})
     policy = read(POLICY, {"metadata": {"name": "a"}, "spec": spec})
     assert isinstance(policy, FlowControlPolicy)
     plan = topology._metrics(policy.spec.model_server_metrics)

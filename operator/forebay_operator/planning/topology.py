@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from forebay_control.plan import (
-    DEFAULT_BANDS,
     MAX_MODELS,
     MAX_OBJECTIVES,
     BandPlan,
@@ -18,6 +17,7 @@ from forebay_control.plan import (
     ModelPlan,
     ObjectivePlan,
     Plan,
+    SaturationPlan,
     SeriesLabelPlan,
     SeriesPlan,
     TargetPlan,
@@ -35,13 +35,25 @@ from forebay_operator.resources import (
     PolicySpec,
 )
 from forebay_operator.resources.fields import series
+from forebay_operator.resources.policy import (
+    BAND,
+    BUILT_IN,
+    AdaptiveLimit,
+    ConcurrencyLimit,
+)
 
 if TYPE_CHECKING:
     from forebay_operator.planning.problem import Problem
     from forebay_operator.resources import Resource
-    from forebay_operator.resources.policy import ModelServerMetrics
+    from forebay_operator.resources.policy import ModelServerMetrics, Saturation
 
-_NO_POLICY = PolicySpec.model_validate({"targetRefs": [{"name": "none"}]})
+_NO_POLICY = PolicySpec.model_validate(
+    {
+        "targetRefs": [
+            {"group": "inference.networking.k8s.io", "kind": "InferencePool", "name": "none"}
+        ]
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +94,13 @@ def topology_of(pool: AnyPool, resources: list[Resource], problems: list[Problem
             UnmatchedPlan,
             spec.unmatched,
             band=min(
-                (spec.unmatched.criticality, *(model.band for model in left_out)),
+                (spec.unmatched.band, *(model.band for model in left_out)),
                 key=priorities.__getitem__,
             ),
         ),
+        saturation=_saturation(spec.saturation),
         objectives=_objectives(pool, bands, resources, problems),
+        trust_objective_header="Objective" in spec.trusted_headers,
         metrics=_metrics(spec.model_server_metrics),
     )
     return Topology(plan, policy, sources)
@@ -113,24 +127,36 @@ def _policy(
 
 
 def _bands(spec: PolicySpec) -> tuple[BandPlan, ...]:
-    given: dict[str, Band] = {band.criticality: band for band in spec.bands}
-    bands = []
-    for default in DEFAULT_BANDS:
-        band = given.get(default.name) or Band.model_validate({"criticality": default.name})
-        queue, per_flow = band.queue, band.queue.per_flow
-        bands.append(
-            drawn(
-                BandPlan,
-                band.queue,
-                band,
-                name=default.name,
-                priority=default.priority,
-                fairness=band.fairness.policy,
-                flow_max_requests=per_flow.max_requests or queue.max_requests,
-                flow_max_bytes=per_flow.max_bytes or queue.max_bytes,
-            )
+    """Return the policy's bands and the built-in ones, the highest priority first."""
+    given = {name: Band(name=name) for name in BUILT_IN} | {band.name: band for band in spec.bands}
+    bands = (
+        drawn(
+            BandPlan,
+            band.queue,
+            band,
+            name=band.name,
+            priority=BUILT_IN.get(band.name, band.priority),
+            fairness=band.fairness[0].policy if band.fairness else BAND.fairness,
+            ordering=band.ordering.policy,
+            flow_max_requests=band.queue.per_flow.max_requests or band.queue.max_requests,
+            flow_max_bytes=band.queue.per_flow.max_bytes or band.queue.max_bytes,
         )
-    return tuple(bands)
+        for band in given.values()
+    )
+    return tuple(sorted(bands, key=lambda band: -band.priority))
+
+
+def _saturation(given: Saturation) -> SaturationPlan:
+    adaptive = given.adaptive or AdaptiveLimit()
+    concurrency = given.concurrency or ConcurrencyLimit()
+    return drawn(
+        SaturationPlan,
+        adaptive,
+        concurrency,
+        mode=given.type,
+        kv_cache_usage_threshold=adaptive.max_kv_cache_usage_percent / 100,
+        max_concurrency=concurrency.max_requests_per_endpoint,
+    )
 
 
 def _metrics(given: ModelServerMetrics | None) -> MetricsPlan | None:
@@ -180,18 +206,17 @@ def _models(
     models = {}
     for name, model in taken.items():
         override = overrides.get(name)
-        criticality = override.criticality if override else model.spec.criticality
         models[name] = drawn(
             ModelPlan,
             override,
             model.spec,
             name=name,
-            band=criticality or "Standard",
+            band=override.band if override else model.spec.criticality or "Standard",
             targets=tuple(drawn(TargetPlan, target) for target in model.spec.target_models),
         )
     for name, override in overrides.items():
         if name not in models:
-            models[name] = drawn(ModelPlan, override, name=name, band=override.criticality)
+            models[name] = drawn(ModelPlan, override, name=name, band=override.band)
     others = [name for name in taken if name not in overrides]
     late = others[MAX_MODELS - len(overrides) :]
     if late:

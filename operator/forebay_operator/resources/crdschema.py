@@ -14,7 +14,6 @@ import yaml
 from pydantic.json_schema import GenerateJsonSchema
 
 from forebay_operator import resources
-from forebay_operator.resources import fields
 
 if TYPE_CHECKING:
     from pydantic_core import core_schema
@@ -177,32 +176,11 @@ def _structural(node: dict[str, Any], definitions: dict[str, Any]) -> dict[str, 
                 found[key] = _structural(value, definitions)
             case "exclusiveMinimum":
                 found |= {"minimum": value, "exclusiveMinimum": True}
-            case "default":
-                found |= _default(node, value)
+            case "default" if value is None or value == []:
+                pass
             case _ if key not in _LEFT_OUT:
                 found[key] = value
     return found
-
-
-def _default(node: dict[str, Any], value: Any) -> dict[str, Any]:
-    """Return the default as written in YAML; an object's is empty, so that its fields' apply."""
-    if value is None or value == []:
-        return {}
-    if "properties" in node:
-        return {"default": {}}
-    if "x-kubernetes-int-or-string" in node:
-        return {"default": _quantity(value)}
-    if isinstance(value, float) and node["type"] == "string":
-        return {"default": f"{value:g}s"}
-    return {"default": value}
-
-
-def _quantity(size_bytes: int) -> str:
-    units = [(unit, factor) for unit, factor in fields.FACTORS.items() if unit.endswith("i")]
-    for unit, factor in reversed(units):
-        if size_bytes % factor == 0:
-            return f"{size_bytes // factor}{unit}"
-    return str(size_bytes)
 
 
 class _Dumper(yaml.SafeDumper):

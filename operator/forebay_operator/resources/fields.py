@@ -53,7 +53,7 @@ _NUMBER = r"[0-9]{1,6}(?:\.[0-9]{1,3})?"
 _DURATION = re.compile("".join(f"(?:({_NUMBER}){unit})?" for unit in ("h", "m", "s", "ms")))
 _UNIT_SECONDS = (Decimal(3600), Decimal(60), Decimal(1), Decimal("0.001"))
 _QUANTITY = re.compile(r"([0-9]{1,15})(Ki|Mi|Gi|Ti|k|M|G|T)?")
-FACTORS = {
+_FACTORS = {
     "": 1,
     "k": 10**3,
     "M": 10**6,
@@ -64,9 +64,15 @@ FACTORS = {
     "Gi": 1 << 30,
     "Ti": 1 << 40,
 }
+_RULES = "x-kubernetes-validations"
 
 
-class _Check:
+def misplaced(message: str, *place: int | str) -> PydanticCustomError:
+    """Return an error of a field at a path below the value that is checked."""
+    return PydanticCustomError("misplaced", "{message}", {"message": message, "place": place})
+
+
+class Check:
     """A check beyond types and bounds, for the API server and for Python."""
 
     __slots__ = ()
@@ -93,12 +99,14 @@ class _Check:
     def __get_pydantic_json_schema__(
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        """Add the check to the field's schema."""
-        return {**handler(schema), **self.schema}
+        """Add the check to the field's schema, and its rules to those of earlier checks."""
+        earlier, mine = handler(schema), self.schema
+        rules = [*earlier.get(_RULES, ()), *mine.get(_RULES, ())]
+        return {**earlier, **mine, **({_RULES: rules} if rules else {})}
 
 
 @dataclass(frozen=True, slots=True)
-class Rule(_Check):
+class Rule(Check):
     """A rule, once in CEL and once in Python.
 
     Attributes:
@@ -106,45 +114,50 @@ class Rule(_Check):
         cel: for the API server, over `self`.
         holds: the same in Python; None if reading the field checks it, or if only the API
             server can check it, because it compares with the previous object.
+        at: the field of `self` that the error names, if not `self`.
     """
 
     message: str
     cel: str
     holds: Callable[[Any], object] | None = None
+    at: str = ""
 
     @property
     def schema(self) -> dict[str, Any]:
         """A rule of the CRD."""
-        return {"x-kubernetes-validations": [{"rule": self.cel, "message": self.message}]}
+        place = {"fieldPath": f".{self.at}"} if self.at else {}
+        return {_RULES: [{"rule": self.cel, "message": self.message, **place}]}
 
     def checked(self, value: Any) -> Any:
         """Return the value if the rule holds."""
         if self.holds is not None and not self.holds(value):
-            raise ValueError(self.message)
+            raise misplaced(self.message, *([self.at] if self.at else []))
         return value
 
 
 @dataclass(frozen=True, slots=True)
-class Unique(_Check):
-    """No two entries of a list have the same values in these fields: they are its keys."""
+class Unique(Check):
+    """No two entries of a list have the same values in these fields: they are its keys.
 
-    keys: tuple[str, ...]
+    Without fields the entries themselves are unique.
+    """
+
+    keys: tuple[str, ...] = ()
 
     @property
     def schema(self) -> dict[str, Any]:
-        """A map by these keys, which the API server holds unique."""
+        """A map by these keys, or a set, which the API server holds unique."""
+        if not self.keys:
+            return {"x-kubernetes-list-type": "set"}
         return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": list(self.keys)}
 
     def checked(self, value: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the entries; the error names the first duplicate."""
         seen = set()
         for index, entry in enumerate(value):
-            key = tuple(getattr(entry, name) for name in self.keys)
+            key = tuple(getattr(entry, name) for name in self.keys) or (entry,)
             if key in seen:
-                what = " ".join(map(str, key))
-                raise PydanticCustomError(
-                    "duplicate", "{what} is duplicated", {"what": what, "index": index}
-                )
+                raise misplaced(f"{' '.join(map(str, key))} is duplicated", index)
             seen.add(key)
         return value
 
@@ -186,7 +199,7 @@ def _bytes(value: object) -> object:
     size = value if isinstance(value, int) and not isinstance(value, bool) else 0
     match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
     if match:
-        size = int(match[1]) * FACTORS[match[2] or ""]
+        size = int(match[1]) * _FACTORS[match[2] or ""]
     if not 1 <= size <= MAX_BYTES:
         raise ValueError(f"{SIZE.message}, not {messages.shown(value)}")
     return size
@@ -231,7 +244,6 @@ Bytes = Annotated[
 ]
 WHOLE = BeforeValidator(_whole)
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT, strict=True), WHOLE]
-Flag = Annotated[bool, Field(strict=True)]
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH)]
 Label = Annotated[
     str, Field(max_length=63, pattern="^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$")
@@ -310,10 +322,18 @@ class Foreign(Part):
     model_config = ConfigDict(extra="ignore")
 
 
-class Own(Part):
-    """A part of forebay's own kind; unknown fields are errors."""
+def _without_defaults(schema: dict[str, Any]) -> None:
+    for field in schema["properties"].values():
+        field.pop("default", None)
 
-    model_config = ConfigDict(extra="forbid")
+
+class Own(Part):
+    """A part of forebay's own kind; unknown fields are errors.
+
+    The API server writes no defaults into objects: what is unset follows a later default.
+    """
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra=_without_defaults)
 
 
 class Metadata(Foreign):

@@ -10,6 +10,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from pydantic import BaseModel, ValidationError
 
 MAX_PROBLEMS = 10
@@ -26,27 +28,46 @@ _WANTED = {
     "bool_type": "must be true or false",
     "invalid_key": "the name of a field must be a string",
 }
+_OF_ANOTHER_SHAPE = {"extra_forbidden", "tuple_type", "model_type"}
 
 
 def problems(kind: type[BaseModel], error: ValidationError) -> list[tuple[str, str]]:
     """Return (field path, what is wrong) pairs, the first ten and how many more there are."""
     details = error.errors(include_url=False)
+    renamed = {path: now for detail in details for path, now in _renamed(kind, detail)}
     details = [
         detail
         for detail in details
         # A list is not empty because all its entries were refused.
-        if detail["type"] != "too_short" or not _entries_refused(detail["loc"], details)
+        if not (detail["type"] == "too_short" and _entries_refused(detail["loc"], details))
+        # What has the name of earlier is not missing.
+        and not (detail["type"] == "missing" and _path(detail["loc"]) in renamed.values())
     ]
-    found = [(_path(_place(detail)), _problem(kind, detail)) for detail in details[:MAX_PROBLEMS]]
+    found = []
+    for detail in details[:MAX_PROBLEMS]:
+        path, what = _path(_place(detail)), _problem(kind, detail)
+        found.append((path, f"is {renamed[path]} now" if path in renamed else what))
     if more := details[MAX_PROBLEMS:]:
         found.append(("...", f"and {len(more)} more problems"))
     return found
 
 
+def _renamed(kind: type[BaseModel], detail: Any) -> Iterator[tuple[str, str]]:
+    """Yield the path of a field that is written as in an earlier shape, and its path of today."""
+    if detail["type"] not in _OF_ANOTHER_SHAPE:
+        return
+    path = _path(detail["loc"])
+    now = getattr(kind, "renamed", {}).get(re.sub(r"\[\d+\]", "[]", path))
+    if now is not None:
+        for index in re.findall(r"\[\d+\]", path):
+            now = now.replace("[]", index, 1)
+        yield path, now
+
+
 def _place(detail: Any) -> tuple[int | str, ...]:
-    """Return the path to the invalid value; for a list with duplicates, to the duplicate."""
+    """Return the path to the invalid value, which a check of what is around it may have found."""
     location: tuple[int | str, ...] = detail["loc"]
-    return (*location, detail["ctx"]["index"]) if detail["type"] == "duplicate" else location
+    return (*location, *detail["ctx"]["place"]) if detail["type"] == "misplaced" else location
 
 
 def _entries_refused(location: tuple[int | str, ...], details: list[Any]) -> bool:
@@ -95,7 +116,7 @@ def _problem(kind: type[BaseModel], detail: Any) -> str:
             return "is required"
         case "value_error":
             return str(context["error"])
-        case "duplicate":
+        case "misplaced":
             return str(detail["msg"])
         case "too_long":
             return f"must have at most {context['max_length']} entries"

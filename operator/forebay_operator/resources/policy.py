@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from forebay_control.plan import (
     DEFAULT_BANDS,
+    MAX_PRIORITY,
+    MIN_PRIORITY,
     FairnessName,
     OrderingName,
     Plan,
@@ -15,10 +18,11 @@ from forebay_control.plan import (
     UnmatchedAction,
 )
 from forebay_operator.resources.fields import (
+    ATOMIC,
+    WHOLE,
     Bytes,
+    Check,
     Count,
-    Criticality,
-    Flag,
     Metadata,
     ModelName,
     Name,
@@ -30,33 +34,52 @@ from forebay_operator.resources.fields import (
     Unique,
     Unread,
     UrlPath,
+    misplaced,
 )
 from forebay_operator.resources.status import (
     PolicyStatus,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
 PLAN = Plan()  # its defaults
 BAND = DEFAULT_BANDS[0]
+# The bands that every pool has: a criticality is the name of one of them.
+BUILT_IN = {band.name: band.priority for band in DEFAULT_BANDS}
+_NAMES, _PRIORITIES = list(BUILT_IN), list(BUILT_IN.values())
+
+TrustedHeader = Literal["Objective"]
+BandName = Annotated[
+    str, Field(min_length=1, max_length=63, pattern="^[A-Za-z]([-A-Za-z0-9]*[A-Za-z0-9])?$")
+]
 
 
 class TargetRef(Own):
     """A pool that the policy applies to, in the policy's own namespace."""
 
-    group: Literal["inference.networking.k8s.io", "inference.networking.x-k8s.io"] = (
-        "inference.networking.k8s.io"
-    )
+    group: Literal["inference.networking.k8s.io", "inference.networking.x-k8s.io"]
     """The pool's API group."""
-    kind: Literal["InferencePool"] = "InferencePool"
+    kind: Literal["InferencePool"]
     """The pool's kind."""
     name: Name
     """The pool's name."""
 
 
-class Fairness(Own):
-    """How the models of a band share it."""
+class FairnessLevel(Own):
+    """Between what a band is shared, and how."""
 
-    policy: FairnessName = BAND.fairness
-    """FCFS serves in order of arrival; RoundRobin lets the models take turns. FCFS by default."""
+    between: Literal["Models"]
+    """What takes part: Models."""
+    policy: FairnessName
+    """FCFS serves in order of arrival; RoundRobin lets the models take turns."""
+
+
+class Ordering(Own):
+    """Which request of a model is next."""
+
+    policy: OrderingName
+    """The order of one model's requests: FCFS, the default, is first come, first served."""
 
 
 class FlowLimits(Own):
@@ -81,13 +104,20 @@ class Queue(Own):
 
 
 class Band(Own):
-    """The queue of one criticality."""
+    """A queue and its priority; a band is served before those of lower priority."""
 
-    criticality: Criticality
-    """The criticality of the requests that wait here; Critical is served first, Sheddable last."""
-    fairness: Fairness = Fairness()
-    ordering: OrderingName = BAND.ordering
-    """The order of one model's requests: FCFS, first come, first served."""
+    name: BandName
+    """The band's name; InferenceModels join Critical, Standard or Sheddable by criticality."""
+    priority: Annotated[int, Field(ge=MIN_PRIORITY, le=MAX_PRIORITY, strict=True)] | None = None
+    """The priority, not set for Critical (100), Standard (0) and Sheddable (-100).
+
+    InferenceObjectives join the nearest band at or below their priority.
+    """
+    fairness: Annotated[
+        tuple[FairnessLevel, ...], Field(max_length=1, json_schema_extra=ATOMIC)
+    ] = ()
+    """How the band is shared. FCFS between models by default."""
+    ordering: Ordering = Ordering(policy=BAND.ordering)
     queue: Queue = Queue()
 
 
@@ -96,8 +126,8 @@ class ModelPolicy(Own):
 
     name: ModelName
     """The model that requests name."""
-    criticality: Criticality
-    """The band that its requests join."""
+    band: BandName
+    """The band that its requests join: one of the policy's, or Critical, Standard or Sheddable."""
 
 
 class Limits(Own):
@@ -111,21 +141,38 @@ class Limits(Own):
     """The largest request body, such as 8Mi, which is the default; larger ones get 413."""
 
 
-class Saturation(Own):
-    """How each endpoint's limit, the number of requests it runs at once, is determined."""
+class AdaptiveLimit(Own):
+    """Limits that are learned from the servers' metrics."""
 
-    mode: SaturationMode = PLAN.saturation.mode
-    """Adaptive, the default, learns from the servers' metrics; Concurrency uses maxConcurrency."""
-    max_concurrency: Count = PLAN.saturation.max_concurrency
-    """The limit of each server in mode Concurrency. 100 by default."""
-    kv_cache_usage_threshold: Annotated[float, Field(gt=0, le=1, strict=True)] = (
-        PLAN.saturation.kv_cache_usage_threshold
-    )
-    """The share of its KV cache in use above which a server gets no requests. 0.95 by default."""
+    max_kv_cache_usage_percent: Annotated[
+        int, Field(alias="maxKVCacheUsagePercent", ge=1, le=100, strict=True), WHOLE
+    ] = round(PLAN.saturation.kv_cache_usage_threshold * 100)
+    """The percentage of its KV cache in use above which a server gets nothing. 95 by default."""
+
+
+class ConcurrencyLimit(Own):
+    """The same fixed limit for every server."""
+
+    max_requests_per_endpoint: Count = PLAN.saturation.max_concurrency
+    """The number of requests that each server runs at once. 100 by default."""
+
+
+class Saturation(Own):
+    """How each endpoint's limit, the number of requests it runs at once, is determined.
+
+    By default it is learned (Adaptive).
+    """
+
+    type: SaturationMode
+    """Adaptive learns limits from the servers' metrics; Concurrency takes a fixed one."""
+    adaptive: AdaptiveLimit | None = None
+    """Settings of type Adaptive; refused with another type."""
+    concurrency: ConcurrencyLimit | None = None
+    """Settings of type Concurrency; refused with another type."""
 
 
 class ModelServerMetrics(Own):
-    """Where the servers publish their load as Prometheus or OpenMetrics text, for mode Adaptive.
+    """Where the servers publish their load as Prometheus or OpenMetrics text, for type Adaptive.
 
     By default the series of vLLM, SGLang, trtllm-serve, Triton with TensorRT-LLM and
     text-generation-inference are recognized.
@@ -148,7 +195,7 @@ class Unmatched(Own):
 
     action: UnmatchedAction = PLAN.unmatched.action
     """Queue, the default, lets them wait; Reject refuses them with 404."""
-    criticality: Criticality = "Standard"
+    band: BandName = PLAN.unmatched.band
     """The band that they join. Standard by default."""
 
 
@@ -159,11 +206,77 @@ class NoEndpoints(Own):
     """How long a request may wait before it gets 503, such as 120s. 60s by default."""
 
 
-class Trust(Own):
-    """Which headers from callers are trusted. None by default."""
+@dataclass(frozen=True, slots=True)
+class BandsExist(Check):
+    """Every band that a field of the spec names exists.
 
-    objective_header: Flag = PLAN.trust_objective_header
-    """Whether the header x-gateway-inference-objective may choose an InferenceObjective."""
+    Attributes:
+        field: the path of the field below the spec.
+        cel: the names in it, as a list in CEL.
+        names: the same in Python.
+    """
+
+    field: str
+    cel: str
+    names: Callable[[PolicySpec], Iterable[str]]
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """A rule whose message has the first name that no band has."""
+        bands = f"({_NAMES} + (has(self.bands) ? self.bands.map(band, band.name) : []))"
+        rule = {
+            "rule": f"{self.cel}.all(name, name in {bands})",
+            "message": _NO_BAND.format("that name"),
+            "messageExpression": "'"
+            + _NO_BAND.format(f"' + {self.cel}.filter(name, !(name in {bands}))[0] + '")
+            + "'",
+            "fieldPath": f".{self.field}",
+        }
+        return {"x-kubernetes-validations": [rule]}
+
+    def checked(self, value: PolicySpec) -> PolicySpec:
+        """Return the spec; the error has the first name that no band has."""
+        bands = BUILT_IN.keys() | {band.name for band in value.bands}
+        for name in self.names(value):
+            if name not in bands:
+                raise misplaced(_NO_BAND.format(name), *self.field.split("."))
+        return value
+
+
+def _different(priorities: list[int | None]) -> bool:
+    given = [priority for priority in priorities if priority is not None]
+    return len(set(given)) == len(given)
+
+
+_NO_BAND = f"no band is named {{}}: write {', '.join(_NAMES)} or the name of one in spec.bands"
+_BUILT_IN_PRIORITY = Rule(
+    "must not be set for Critical, Standard and Sheddable: they have 100, 0 and -100",
+    f"!(self.name in {_NAMES}) || !has(self.priority)",
+    lambda band: band.name not in BUILT_IN or band.priority is None,
+    at="priority",
+)
+_OWN_PRIORITY = Rule(
+    f"is required for a band with another name than {', '.join(_NAMES)}",
+    f"self.name in {_NAMES} || has(self.priority)",
+    lambda band: band.name in BUILT_IN or band.priority is not None,
+    at="priority",
+)
+_DIFFERENT_PRIORITIES = Rule(
+    "priorities must be unique; Critical, Standard and Sheddable have 100, 0 and -100",
+    f"self.all(band, band.name in {_NAMES} || !has(band.priority) "
+    f"|| !(band.priority in {_PRIORITIES}) "
+    "&& self.exists_one(other, has(other.priority) && other.priority == band.priority))",
+    lambda bands: _different([*_PRIORITIES, *(band.priority for band in bands)]),
+)
+_MEMBERS_OF_TYPE = Rule(
+    "must not set adaptive with type Concurrency, nor concurrency with type Adaptive",
+    "self.type == 'Adaptive' ? !has(self.concurrency) : !has(self.adaptive)",
+    lambda saturation: (
+        saturation.concurrency is None
+        if saturation.type == "Adaptive"
+        else saturation.adaptive is None
+    ),
+)
 
 
 class PolicySpec(Own):
@@ -175,12 +288,17 @@ class PolicySpec(Own):
         Unique(("group", "kind", "name")),
     ]
     """The pools that the policy applies to."""
-    bands: Annotated[tuple[Band, ...], Field(max_length=3), Unique(("criticality",))] = ()
-    """The queues by criticality. One that is not listed has a queue with the defaults."""
+    bands: Annotated[
+        tuple[Annotated[Band, _BUILT_IN_PRIORITY, _OWN_PRIORITY], ...],
+        Field(max_length=16),
+        Unique(("name",)),
+        _DIFFERENT_PRIORITIES,
+    ] = ()
+    """The queues. Critical, Standard and Sheddable always exist, by default with the defaults."""
     models: Annotated[tuple[ModelPolicy, ...], Field(max_length=1024), Unique(("name",))] = ()
-    """Models whose criticality differs from their InferenceModel's."""
+    """Models whose band differs from their InferenceModel's."""
     limits: Limits = Limits()
-    saturation: Saturation = Saturation()
+    saturation: Annotated[Saturation, _MEMBERS_OF_TYPE] = Saturation(type=PLAN.saturation.mode)
     model_server_metrics: (
         Annotated[
             ModelServerMetrics,
@@ -198,7 +316,11 @@ class PolicySpec(Own):
     ) = None
     unmatched: Unmatched = Unmatched()
     no_endpoints: NoEndpoints = NoEndpoints()
-    trust: Trust = Trust()
+    trusted_headers: Annotated[tuple[TrustedHeader, ...], Field(max_length=8), Unique()] = ()
+    """The headers of callers that count, none by default.
+
+    Objective lets x-gateway-inference-objective choose an InferenceObjective.
+    """
 
 
 class FlowControlPolicy(Own):
@@ -207,5 +329,30 @@ class FlowControlPolicy(Own):
     api_version: str = "forebay.dev/v1alpha1"
     kind: str = "FlowControlPolicy"
     metadata: Metadata
-    spec: PolicySpec
+    spec: Annotated[
+        PolicySpec,
+        BandsExist(
+            "models",
+            "(has(self.models) ? self.models.map(model, model.band) : [])",
+            lambda spec: (model.band for model in spec.models),
+        ),
+        BandsExist(
+            "unmatched.band",
+            "(has(self.unmatched) && has(self.unmatched.band) ? [self.unmatched.band] : [])",
+            lambda spec: (spec.unmatched.band,),
+        ),
+    ]
     status: Unread[PolicyStatus] = None
+
+    # What fields of an earlier shape are called now; [] is an entry of a list.
+    renamed: ClassVar[dict[str, str]] = {
+        "spec.bands[].criticality": "spec.bands[].name",
+        "spec.bands[].fairness": "spec.bands[].fairness[0].policy",
+        "spec.bands[].ordering": "spec.bands[].ordering.policy",
+        "spec.models[].criticality": "spec.models[].band",
+        "spec.saturation.mode": "spec.saturation.type",
+        "spec.saturation.maxConcurrency": "spec.saturation.concurrency.maxRequestsPerEndpoint",
+        "spec.saturation.kvCacheUsageThreshold": "spec.saturation.adaptive.maxKVCacheUsagePercent",
+        "spec.unmatched.criticality": "spec.unmatched.band",
+        "spec.trust": "spec.trustedHeaders",
+    }

@@ -86,16 +86,10 @@ def _of_policy(
         )
         yield problem("LimitOverLimit", message)
     yield from _overrides(policy, planned.plan, resources, problem)
-    unset = {"max_concurrency"} & spec.saturation.model_fields_set
-    if unset and spec.saturation.mode == "Adaptive":
+    if spec.model_server_metrics is not None and spec.saturation.type == "Concurrency":
         yield problem(
             "FieldWithoutEffect",
-            "spec.saturation.maxConcurrency counts with mode Concurrency only; mode is Adaptive",
-        )
-    if spec.model_server_metrics is not None and spec.saturation.mode == "Concurrency":
-        yield problem(
-            "FieldWithoutEffect",
-            "spec.modelServerMetrics counts with mode Adaptive only; mode is Concurrency",
+            "spec.modelServerMetrics counts with saturation.type Adaptive only; it is Concurrency",
         )
     if spec.unmatched.action == "Reject" and planned.plan and not planned.plan.models:
         yield problem(
@@ -179,8 +173,8 @@ def _of_objectives(pool: AnyPool, planned: Planned, resources: list[Resource]) -
     if not plan.trust_objective_header:
         names = ", ".join(objective.name for objective in plan.objectives[:5])
         message = (
-            f"its InferenceObjectives ({names}) have no effect: set trust.objectiveHeader in a "
-            "FlowControlPolicy, if only callers that you trust can set the header"
+            f"its InferenceObjectives ({names}) have no effect: set trustedHeaders: [Objective] "
+            "in a FlowControlPolicy, if only callers that you trust can set the header"
         )
         key = f"{pool.metadata.namespace}/{pool.metadata.name}"
         yield Problem("InferencePool", key, "ObjectivesNotTrusted", message)
@@ -198,8 +192,8 @@ def _of_objectives(pool: AnyPool, planned: Planned, resources: list[Resource]) -
             if priorities[higher] != priorities[lower]:
                 message = (
                     f"priorities {priorities[higher]} and {priorities[lower]} ({lower}) both join "
-                    f"band {band}, so neither is served before the other: bands are Critical from "
-                    "100, Standard from 0, Sheddable below"
+                    f"band {band}, so neither is served before the other: give a policy of the "
+                    f"pool a band with the priority {priorities[higher]}, if one is to be"
                 )
                 key = f"{pool.metadata.namespace}/{higher}"
                 yield Problem("InferenceObjective", key, "SameBand", message)

@@ -109,7 +109,7 @@ def objective_status(
         accepted = _condition("Accepted", "True", "Accepted", message)
     else:
         message = (
-            "no request may name it: set trust.objectiveHeader in a FlowControlPolicy of "
+            "no request may name it: set trustedHeaders: [Objective] in a FlowControlPolicy of "
             f"InferencePool {attachment.pool}, if only callers that you trust can set the header"
         )
         accepted = _condition("Accepted", "True", "Accepted", message)

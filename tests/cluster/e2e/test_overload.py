@@ -7,14 +7,17 @@ from installation import CRITICAL, MODEL_SERVERS, PATIENCE_SECONDS, SHEDDABLE, S
 
 EACH = 20
 BANDS = [
-    {"criticality": criticality, "queue": {"ttl": "10m"}}
+    {"name": criticality, "queue": {"ttl": "10m"}}
     for criticality in ("Critical", "Standard", "Sheddable")
 ]
 
 
 def test_the_critical_go_first(forebay, clients, figure):
     """Of three models that wait, the status shows the queues and answers come by criticality."""
-    forebay.set_policy(saturation={"mode": "Concurrency", "maxConcurrency": 1}, bands=BANDS)
+    forebay.set_policy(
+        saturation={"type": "Concurrency", "concurrency": {"maxRequestsPerEndpoint": 1}},
+        bands=BANDS,
+    )
     with clients.holding(STANDARD, MODEL_SERVERS):
         # The least important come first.
         sent = {

@@ -9,11 +9,11 @@ import yaml
 from ext_proc_peer import until
 from installation import MODEL_SERVERS, PATIENCE_SECONDS, POLICY, STANDARD
 
-ONE_EACH = {"mode": "Concurrency", "maxConcurrency": 1}
+ONE_EACH = {"type": "Concurrency", "concurrency": {"maxRequestsPerEndpoint": 1}}
 
 
 def _standard(**queue) -> list[dict]:
-    return [{"criticality": "Standard", "queue": queue}]
+    return [{"name": "Standard", "queue": queue}]
 
 
 def test_an_edited_policy_takes_effect_in_the_running_epp(forebay, clients):
