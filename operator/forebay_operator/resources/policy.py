@@ -223,7 +223,7 @@ class BandsExist(Check):
     @property
     def schema(self) -> dict[str, Any]:
         """A rule whose message has the first name that no band has."""
-        bands = f"({_NAMES} + (has(self.bands) ? self.bands.map(band, band.name) : []))"
+        bands = f"({_NAMES} + (has(self.bands) ? self.bands.map(b, has(b.name), b.name) : []))"
         rule = {
             "rule": f"{self.cel}.all(name, name in {bands})",
             "message": _NO_BAND.format("that name"),
@@ -248,6 +248,7 @@ def _different(priorities: list[int | None]) -> bool:
     return len(set(given)) == len(given)
 
 
+# Rules hold where a required field is missing: a stored policy of an earlier shape gets a status.
 _NO_BAND = f"no band is named {{}}: write {', '.join(_NAMES)} or the name of one in spec.bands"
 _BUILT_IN_PRIORITY = Rule(
     "must not be set for Critical, Standard and Sheddable: they have 100, 0 and -100",
@@ -257,7 +258,7 @@ _BUILT_IN_PRIORITY = Rule(
 )
 _OWN_PRIORITY = Rule(
     f"is required for a band with another name than {', '.join(_NAMES)}",
-    f"self.name in {_NAMES} || has(self.priority)",
+    f"!has(self.name) || self.name in {_NAMES} || has(self.priority)",
     lambda band: band.name in BUILT_IN or band.priority is not None,
     at="priority",
 )
@@ -270,7 +271,8 @@ _DIFFERENT_PRIORITIES = Rule(
 )
 _MEMBERS_OF_TYPE = Rule(
     "must not set adaptive with type Concurrency, nor concurrency with type Adaptive",
-    "self.type == 'Adaptive' ? !has(self.concurrency) : !has(self.adaptive)",
+    "(self.type == 'Adaptive' || !has(self.adaptive)) "
+    "&& (self.type == 'Concurrency' || !has(self.concurrency))",
     lambda saturation: (
         saturation.concurrency is None
         if saturation.type == "Adaptive"
@@ -333,7 +335,7 @@ class FlowControlPolicy(Own):
         PolicySpec,
         BandsExist(
             "models",
-            "(has(self.models) ? self.models.map(model, model.band) : [])",
+            "(has(self.models) ? self.models.map(m, has(m.band), m.band) : [])",
             lambda spec: (model.band for model in spec.models),
         ),
         BandsExist(
