@@ -237,7 +237,7 @@ def test_an_edit_that_is_wrong_leaves_the_last_good_plan(start, folder):
 
     until(lambda: program.says("LastValidInForce: generation 1 is in force, not the latest"))
     assert (
-        f"{policy} (document 1, FlowControlPolicy chat): spec.bands[0].fairness.policy: "
+        f"{policy} (document 1, FlowControlPolicy chat): spec.bands[0].fairness[0].policy: "
         '"Best" is not one of FCFS, RoundRobin'
     ) in program.output
     assert program.request("llama-chat")[0] == 200

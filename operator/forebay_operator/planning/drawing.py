@@ -23,7 +23,7 @@ T = TypeVar("T", bound="DataclassInstance")
 def drawn(kind: type[T], *parts: BaseModel | None, **given: Any) -> T:
     """Return a part of the Plan, each field of which comes from the resources' field of its name.
 
-    Of a field inside an object the Plan's name is both together, such as trust_objective_header.
+    Of a field inside an object the Plan's name is both together, such as no_endpoints_ttl.
     Of a duration it ends in _seconds besides.
 
     Args:

@@ -53,7 +53,7 @@ _NUMBER = r"[0-9]{1,6}(?:\.[0-9]{1,3})?"
 _DURATION = re.compile("".join(f"(?:({_NUMBER}){unit})?" for unit in ("h", "m", "s", "ms")))
 _UNIT_SECONDS = (Decimal(3600), Decimal(60), Decimal(1), Decimal("0.001"))
 _QUANTITY = re.compile(r"([0-9]{1,15})(Ki|Mi|Gi|Ti|k|M|G|T)?")
-_FACTORS = {
+FACTORS = {
     "": 1,
     "k": 10**3,
     "M": 10**6,
@@ -199,7 +199,7 @@ def _bytes(value: object) -> object:
     size = value if isinstance(value, int) and not isinstance(value, bool) else 0
     match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
     if match:
-        size = int(match[1]) * _FACTORS[match[2] or ""]
+        size = int(match[1]) * FACTORS[match[2] or ""]
     if not 1 <= size <= MAX_BYTES:
         raise ValueError(f"{SIZE.message}, not {messages.shown(value)}")
     return size

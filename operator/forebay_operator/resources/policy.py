@@ -296,7 +296,7 @@ class PolicySpec(Own):
         Unique(("name",)),
         _DIFFERENT_PRIORITIES,
     ] = ()
-    """The queues. Critical, Standard and Sheddable always exist, by default with the defaults."""
+    """The queues. Critical, Standard and Sheddable exist even if not listed, with the defaults."""
     models: Annotated[tuple[ModelPolicy, ...], Field(max_length=1024), Unique(("name",))] = ()
     """Models whose band differs from their InferenceModel's."""
     limits: Limits = Limits()
