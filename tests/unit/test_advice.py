@@ -96,6 +96,18 @@ def objectives(*priorities):
             ),
         ),
         (
+            "bands: [{name: Critical, fairness: [{between: Tenants, policy: TokenFair}]}]",
+            *("", "FieldWithoutEffect", "spec.bands[0].fairness[0] is between Tenants"),
+        ),
+        (
+            "models: [{name: llama-chat, weight: 3}]",
+            *("", "FieldWithoutEffect", "spec.models[].weight counts where a band is shared"),
+        ),
+        (
+            "tenants: {weights: [{name: a, weight: 3}]}, trustedHeaders: [Tenant]",
+            *("", "FieldWithoutEffect", "spec.tenants.weights counts where a band is shared"),
+        ),
+        (
             *("limits: {}", TWICE),
             *("TargetTwice", "spec.targetModels names a more than once"),
         ),

@@ -545,3 +545,55 @@ def test_an_endpoint_picker_refuses_metrics_that_it_cannot_read(metrics, path):
         plan_codec.parse_snapshot(snapshot)
 
     assert [problem for problem, _ in error.value.problems] == [path]
+
+
+def test_levels_of_fairness_and_bounds_reach_the_plan():
+    """The outer level is the band's, and estimated tokens are a policy of their own there."""
+    levels = [
+        {"between": "Models", "policy": "WeightedFair", "weightedFair": {"cost": "Tokens"}},
+        {"between": "Tenants", "policy": "TokenFair"},
+    ]
+    band = {
+        "name": "Standard",
+        "fairness": levels,
+        "ordering": {"policy": "EarliestDeadline"},
+        "queue": {"whenFull": "DisplaceLower"},
+        "maxSaturationPercent": 90,
+        "reservedPercent": 10,
+    }
+
+    planned = planning.plan(pool(), [policy(bands=[band])]).plan
+
+    found = next(band for band in planned.bands if band.name == "Standard")
+    assert (found.between, found.fairness) == ("Models", "WeightedFairTokens")
+    assert found.inner == core.InnerPlan(core.FairnessName.TOKEN_FAIR)
+    assert (found.ordering, found.when_full) == ("EarliestDeadline", "DisplaceLower")
+    assert (found.max_saturation_percent, found.reserved_percent) == (90, 10)
+
+
+def test_settings_of_models_and_tenants_reach_the_plan():
+    """A model that is only weighted keeps the band of its InferenceModel."""
+    spec = {
+        "models": [{"name": "a", "weight": 3, "timeToFirstToken": "2s"}, {"name": "new"}],
+        "tenants": {"header": "x-team", "weights": [{"name": "acme", "weight": 2}]},
+        "trustedHeaders": ["Tenant", "Deadline"],
+    }
+
+    planned = planning.plan(pool(), [policy(**spec), model("a", criticality="Critical")]).plan
+
+    assert planned.models == (
+        core.ModelPlan("a", "Critical", (), 3, 2.0),
+        core.ModelPlan("new", "Standard"),
+    )
+    assert (planned.tenant_header, planned.trust_deadline_headers) == ("x-team", True)
+    assert planned.tenants == (core.TenantPlan("acme", 2),)
+    assert planned.trust_objective_header is False
+
+
+def test_the_header_of_tenants_counts_only_where_it_is_trusted():
+    """Its name has a default."""
+    trusted = planning.plan(pool(), [policy(trustedHeaders=["Tenant"])]).plan
+    untrusted = planning.plan(pool(), [policy(tenants={"header": "x-team"})]).plan
+
+    assert trusted.tenant_header == "x-llm-d-inference-fairness-id"
+    assert untrusted.tenant_header == ""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from forebay_control.plan import DEFAULT_BANDS
+from forebay_control.plan import DEFAULT_BANDS, Between, FairnessName
 from forebay_operator import planning, resources
+from forebay_operator.resources.policy import FairnessCost, TrustedHeader
 from forebay_operator.status import advice, conditions
 
 ROOT = Path(__file__).parents[2]
@@ -20,8 +22,10 @@ NO_REASONS = {
         "Unknown",
         "Degraded",
         "Unsupported",
-        "Objective",
     ),  # statuses, a type, a code's beginning
+    *(str(word) for word in get_args(TrustedHeader) + get_args(FairnessCost)),
+    *FairnessName,
+    *Between,
     *("Concurrency", "Reject", "Queue", "Adaptive"),
     *planning.__all__,
     "DataclassInstance",  # a type that is known to the type checker only

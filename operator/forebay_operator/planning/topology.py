@@ -7,12 +7,14 @@ what has another shape or is derived.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from forebay_control.plan import (
     MAX_MODELS,
     MAX_OBJECTIVES,
     BandPlan,
+    FairnessName,
+    InnerPlan,
     MetricsPlan,
     ModelPlan,
     ObjectivePlan,
@@ -21,6 +23,7 @@ from forebay_control.plan import (
     SeriesLabelPlan,
     SeriesPlan,
     TargetPlan,
+    TenantPlan,
     UnmatchedPlan,
 )
 from forebay_operator.planning.drawing import drawn
@@ -45,7 +48,7 @@ from forebay_operator.resources.policy import (
 if TYPE_CHECKING:
     from forebay_operator.planning.problem import Problem
     from forebay_operator.resources import Resource
-    from forebay_operator.resources.policy import ModelServerMetrics, Saturation
+    from forebay_operator.resources.policy import FairnessLevel, ModelServerMetrics, Saturation
 
 _NO_POLICY = PolicySpec.model_validate(
     {
@@ -101,6 +104,9 @@ def topology_of(pool: AnyPool, resources: list[Resource], problems: list[Problem
         saturation=_saturation(spec.saturation),
         objectives=_objectives(pool, bands, resources, problems),
         trust_objective_header="Objective" in spec.trusted_headers,
+        tenant_header=spec.tenants.header if "Tenant" in spec.trusted_headers else "",
+        tenants=tuple(drawn(TenantPlan, tenant) for tenant in spec.tenants.weights),
+        trust_deadline_headers="Deadline" in spec.trusted_headers,
         metrics=_metrics(spec.model_server_metrics),
     )
     return Topology(plan, policy, sources)
@@ -136,7 +142,7 @@ def _bands(spec: PolicySpec) -> tuple[BandPlan, ...]:
             band,
             name=band.name,
             priority=BUILT_IN.get(band.name, band.priority),
-            fairness=band.fairness[0].policy if band.fairness else BAND.fairness,
+            **_levels(band),
             ordering=band.ordering.policy,
             flow_max_requests=band.queue.per_flow.max_requests or band.queue.max_requests,
             flow_max_bytes=band.queue.per_flow.max_bytes or band.queue.max_bytes,
@@ -144,6 +150,23 @@ def _bands(spec: PolicySpec) -> tuple[BandPlan, ...]:
         for band in given.values()
     )
     return tuple(sorted(bands, key=lambda band: -band.priority))
+
+
+def _levels(band: Band) -> dict[str, Any]:
+    """Return the levels of fairness as fields of a BandPlan."""
+    if not band.fairness:
+        return {"fairness": BAND.fairness}
+    outer, *inner = band.fairness
+    return {
+        "between": outer.between,
+        "fairness": _fairness(outer),
+        "inner": InnerPlan(_fairness(inner[0])) if inner else None,
+    }
+
+
+def _fairness(level: FairnessLevel) -> FairnessName:
+    by_tokens = level.weighted_fair is not None and level.weighted_fair.cost == "Tokens"
+    return FairnessName.WEIGHTED_FAIR_TOKENS if by_tokens else FairnessName(level.policy)
 
 
 def _saturation(given: Saturation) -> SaturationPlan:
@@ -211,12 +234,12 @@ def _models(
             override,
             model.spec,
             name=name,
-            band=override.band if override else model.spec.criticality or "Standard",
+            band=(override and override.band) or model.spec.criticality or "Standard",
             targets=tuple(drawn(TargetPlan, target) for target in model.spec.target_models),
         )
     for name, override in overrides.items():
         if name not in models:
-            models[name] = drawn(ModelPlan, override, name=name, band=override.band)
+            models[name] = drawn(ModelPlan, override, name=name, band=override.band or "Standard")
     others = [name for name in taken if name not in overrides]
     late = others[MAX_MODELS - len(overrides) :]
     if late:

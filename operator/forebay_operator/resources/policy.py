@@ -9,13 +9,19 @@ from pydantic import Field
 
 from forebay_control.plan import (
     DEFAULT_BANDS,
+    HEADER_NAME,
+    MAX_HEADER_LENGTH,
     MAX_PRIORITY,
+    MAX_TENANT_LENGTH,
+    MAX_TENANTS,
+    MAX_WEIGHT,
     MIN_PRIORITY,
-    FairnessName,
+    Between,
     OrderingName,
     Plan,
     SaturationMode,
     UnmatchedAction,
+    WhenFull,
 )
 from forebay_operator.resources.fields import (
     ATOMIC,
@@ -49,7 +55,12 @@ BAND = DEFAULT_BANDS[0]
 BUILT_IN = {band.name: band.priority for band in DEFAULT_BANDS}
 _NAMES, _PRIORITIES = list(BUILT_IN), list(BUILT_IN.values())
 
-TrustedHeader = Literal["Objective"]
+TENANT_HEADER = "x-llm-d-inference-fairness-id"
+
+TrustedHeader = Literal["Objective", "Tenant", "Deadline"]
+FairnessPolicy = Literal["FCFS", "RoundRobin", "WeightedFair", "TokenFair"]
+FairnessCost = Literal["Requests", "Tokens"]
+Weight = Annotated[int, Field(ge=1, le=MAX_WEIGHT, strict=True), WHOLE]
 BandName = Annotated[
     str, Field(min_length=1, max_length=63, pattern="^[A-Za-z]([-A-Za-z0-9]*[A-Za-z0-9])?$")
 ]
@@ -66,29 +77,47 @@ class TargetRef(Own):
     """The pool's name."""
 
 
+class WeightedFair(Own):
+    """What WeightedFair counts."""
+
+    cost: FairnessCost = "Requests"
+    """Requests, the default, or Tokens, estimated from earlier answers of the model."""
+
+
 class FairnessLevel(Own):
     """Between what a band is shared, and how."""
 
-    between: Literal["Models"]
-    """What takes part: Models."""
-    policy: FairnessName
-    """FCFS serves in order of arrival; RoundRobin lets the models take turns."""
+    between: Between
+    """What takes part: Models, or Tenants, which takes the trusted header Tenant."""
+    policy: FairnessPolicy
+    """FCFS serves in order of arrival.
+
+    RoundRobin lets all take turns, WeightedFair serves in proportion to weights, and TokenFair
+    shares the tokens of prompts and answers in proportion to weights.
+    """
+    weighted_fair: WeightedFair | None = None
+    """Settings of policy WeightedFair; refused with another policy."""
 
 
 class Ordering(Own):
-    """Which request of a model is next."""
+    """Which request of a flow is next: of a model, or of a tenant where tenants share the band."""
 
     policy: OrderingName
-    """The order of one model's requests: FCFS, the default, is first come, first served."""
+    """FCFS, the default, serves in order of arrival.
+
+    EarliestDeadline serves what is due first: by a trusted header, the model's timeToFirstToken,
+    or the TTL. ShortestPrompt serves short prompts before longer ones, which wait about a
+    millisecond longer for each token.
+    """
 
 
 class FlowLimits(Own):
-    """Caps on what one model may have waiting in a band; the band's own caps by default."""
+    """Caps on what one flow, a model or a tenant, may have waiting; the band's caps by default."""
 
     max_requests: Count | None = None
-    """The number of requests of one model that may wait."""
+    """The number of requests of one flow that may wait."""
     max_bytes: Bytes | None = None
-    """The total size of one model's waiting requests, such as 64Mi."""
+    """The total size of one flow's waiting requests, such as 64Mi."""
 
 
 class Queue(Own):
@@ -100,7 +129,26 @@ class Queue(Own):
     """The total size of waiting requests, such as 512Mi, which is the default; more get 429."""
     ttl: Seconds = BAND.ttl_seconds
     """How long a request may wait before it gets 429, such as 30s. 60s by default."""
+    when_full: WhenFull = BAND.when_full
+    """What happens when spec.limits are reached: Reject, the default, refuses the new request.
+
+    DisplaceLower takes the place of a request that waits in a band of lower priority.
+    """
     per_flow: FlowLimits = FlowLimits()
+
+
+_DIFFERENT_LEVELS = Rule(
+    "the levels must be between different things: one between Models, one between Tenants",
+    "self.size() < 2 || !has(self[0].between) || !has(self[1].between) "
+    "|| self[0].between != self[1].between",
+    lambda levels: len({level.between for level in levels}) == len(levels),
+)
+_OWN_SETTINGS = Rule(
+    "must not be set with another policy than WeightedFair",
+    "!has(self.policy) || self.policy == 'WeightedFair' || !has(self.weightedFair)",
+    lambda level: level.policy == "WeightedFair" or level.weighted_fair is None,
+    at="weightedFair",
+)
 
 
 class Band(Own):
@@ -114,20 +162,62 @@ class Band(Own):
     InferenceObjectives join the nearest band at or below their priority.
     """
     fairness: Annotated[
-        tuple[FairnessLevel, ...], Field(max_length=1, json_schema_extra=ATOMIC)
+        tuple[Annotated[FairnessLevel, _OWN_SETTINGS], ...],
+        Field(max_length=2, json_schema_extra=ATOMIC),
+        _DIFFERENT_LEVELS,
     ] = ()
-    """How the band is shared. FCFS between models by default."""
+    """How the band is shared, the outer level first. FCFS between models by default."""
     ordering: Ordering = Ordering(policy=BAND.ordering)
     queue: Queue = Queue()
+    max_saturation_percent: Annotated[int, Field(ge=1, le=100, strict=True), WHOLE] = (
+        BAND.max_saturation_percent
+    )
+    """The percentage of the pool's slots up to which the band may fill it. 100 by default."""
+    reserved_percent: Annotated[int, Field(ge=0, le=100, strict=True), WHOLE] = (
+        BAND.reserved_percent
+    )
+    """The least percentage of dispatches while the band waits, against starvation. 0 by default."""
 
 
 class ModelPolicy(Own):
-    """A policy's setting for one model, overriding its InferenceModel."""
+    """A policy's settings for one model, above what its InferenceModel says."""
 
     name: ModelName
     """The model that requests name."""
-    band: BandName
-    """The band that its requests join: one of the policy's, or Critical, Standard or Sheddable."""
+    band: BandName | None = None
+    """The band that its requests join: one of the policy's, or Critical, Standard or Sheddable.
+
+    By default that of the InferenceModel's criticality, or Standard.
+    """
+    weight: Weight = 1
+    """Its share relative to other models' where WeightedFair or TokenFair is. 1 by default."""
+    time_to_first_token: Seconds | None = None
+    """How soon its answers should begin, such as 2s, for EarliestDeadline. The TTL by default."""
+
+
+class TenantWeight(Own):
+    """A tenant's weight."""
+
+    name: Annotated[str, Field(min_length=1, max_length=MAX_TENANT_LENGTH)]
+    """The tenant, as in the header."""
+    weight: Weight
+    """Its share relative to other tenants' where WeightedFair or TokenFair is; they have 1."""
+
+
+class Tenants(Own):
+    """Who sends requests, for fairness between tenants."""
+
+    header: Annotated[
+        str, Field(min_length=1, max_length=MAX_HEADER_LENGTH, pattern=f"^{HEADER_NAME}$")
+    ] = TENANT_HEADER
+    """The header that names the tenant, in lower case, where the header Tenant is trusted.
+
+    x-llm-d-inference-fairness-id by default, with its alias x-gateway-inference-fairness-id.
+    """
+    weights: Annotated[
+        tuple[TenantWeight, ...], Field(max_length=MAX_TENANTS), Unique(("name",))
+    ] = ()
+    """Tenants whose weight is not 1."""
 
 
 class Limits(Own):
@@ -269,6 +359,11 @@ _DIFFERENT_PRIORITIES = Rule(
     "&& self.exists_one(other, has(other.priority) && other.priority == band.priority))",
     lambda bands: _different([*_PRIORITIES, *(band.priority for band in bands)]),
 )
+_RESERVED_IN_SUM = Rule(
+    "reservedPercent must be at most 100 in sum",
+    "self.map(band, has(band.reservedPercent) ? band.reservedPercent : 0).sum() <= 100",
+    lambda bands: sum(band.reserved_percent for band in bands) <= 100,
+)
 _MEMBERS_OF_TYPE = Rule(
     "must not set adaptive with type Concurrency, nor concurrency with type Adaptive",
     "(self.type == 'Adaptive' || !has(self.adaptive)) "
@@ -295,10 +390,12 @@ class PolicySpec(Own):
         Field(max_length=16),
         Unique(("name",)),
         _DIFFERENT_PRIORITIES,
+        _RESERVED_IN_SUM,
     ] = ()
     """The queues. Critical, Standard and Sheddable exist even if not listed, with the defaults."""
     models: Annotated[tuple[ModelPolicy, ...], Field(max_length=1024), Unique(("name",))] = ()
-    """Models whose band differs from their InferenceModel's."""
+    """Settings of single models."""
+    tenants: Tenants = Tenants()
     limits: Limits = Limits()
     saturation: Annotated[Saturation, _MEMBERS_OF_TYPE] = Saturation(type=PLAN.saturation.mode)
     model_server_metrics: (
@@ -321,7 +418,9 @@ class PolicySpec(Own):
     trusted_headers: Annotated[tuple[TrustedHeader, ...], Field(max_length=8), Unique()] = ()
     """The headers of callers that count, none by default.
 
-    Objective lets x-gateway-inference-objective choose an InferenceObjective.
+    Objective: x-llm-d-inference-objective chooses an InferenceObjective. Tenant: the header of
+    spec.tenants names the tenant. Deadline: x-llm-d-slo-ttft-ms says when the answer should begin,
+    and x-forebay-ttl-ms how long the request may wait.
     """
 
 
@@ -336,7 +435,7 @@ class FlowControlPolicy(Own):
         BandsExist(
             "models",
             "(has(self.models) ? self.models.map(m, has(m.band), m.band) : [])",
-            lambda spec: (model.band for model in spec.models),
+            lambda spec: (model.band for model in spec.models if model.band is not None),
         ),
         BandsExist(
             "unmatched.band",

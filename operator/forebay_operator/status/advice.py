@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
     from forebay_control.plan import Plan
     from forebay_operator.planning import Planned
-    from forebay_operator.resources import AnyPool, Resource
+    from forebay_operator.resources import AnyPool, PolicySpec, Resource
 
+WEIGHING = ("WeightedFair", "TokenFair")
 MAX_COMPARISONS = 100  # of names that are alike; one takes up to a millisecond
 
 
@@ -86,6 +87,7 @@ def _of_policy(
         )
         yield problem("LimitOverLimit", message)
     yield from _overrides(policy, planned.plan, resources, problem)
+    yield from _fairness(spec, problem)
     if spec.model_server_metrics is not None and spec.saturation.type == "Concurrency":
         yield problem(
             "FieldWithoutEffect",
@@ -97,6 +99,33 @@ def _of_policy(
             "spec.unmatched.action is Reject and the pool has no InferenceModel: every request is "
             "refused with 404",
         )
+
+
+def _fairness(spec: PolicySpec, problem: Callable[[str, str], Problem]) -> Iterator[Problem]:
+    """Report levels between tenants that no one tells apart, and weights that no level knows."""
+    levels = [
+        (f"spec.bands[{number}].fairness[{index}]", level)
+        for number, band in enumerate(spec.bands)
+        for index, level in enumerate(band.fairness)
+    ]
+    for path, level in levels:
+        if level.between == "Tenants" and "Tenant" not in spec.trusted_headers:
+            yield problem(
+                "FieldWithoutEffect",
+                f"{path} is between Tenants, and without Tenant in spec.trustedHeaders all "
+                "requests are of one tenant",
+            )
+    weighing = {level.between for _, level in levels if level.policy in WEIGHING}
+    for path, between, weighted in (
+        ("spec.models[].weight", "Models", any(model.weight != 1 for model in spec.models)),
+        ("spec.tenants.weights", "Tenants", bool(spec.tenants.weights)),
+    ):
+        if weighted and between not in weighing:
+            yield problem(
+                "FieldWithoutEffect",
+                f"{path} counts where a band is shared between {between} by "
+                f"{' or '.join(WEIGHING)} only, and none is",
+            )
 
 
 def _overrides(
