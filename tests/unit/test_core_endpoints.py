@@ -8,8 +8,8 @@ import pytest
 
 from forebay_control.plan import BandPlan, ModelPlan, Plan, SaturationMode, SaturationPlan
 from forebay_epp.core.controller import FlowController
-from forebay_epp.core.endpoints import STALE_SECONDS
 from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Request
+from forebay_epp.core.tracked import STALE_SECONDS
 
 A = "10.0.0.1:8000"
 ONE_SLOT = SaturationPlan(SaturationMode.CONCURRENCY, 1)

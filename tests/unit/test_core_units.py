@@ -19,9 +19,10 @@ from forebay_control.plan import (
 )
 from forebay_epp.core.classification import UNMATCHED_FLOW
 from forebay_epp.core.controller import MAX_RETRY_AFTER_SECONDS, FlowController
-from forebay_epp.core.endpoints import EndpointSet, TrackedEndpoint
+from forebay_epp.core.endpoints import EndpointSet
 from forebay_epp.core.selection import Miss, Selection
 from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Request, Verdict
+from forebay_epp.core.tracked import TrackedEndpoint
 
 A = "10.0.0.1:8000"
 B = "10.0.0.2:8000"

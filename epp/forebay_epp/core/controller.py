@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     from forebay_control.plan import Plan
     from forebay_epp.core.bands import Band
-    from forebay_epp.core.endpoints import TrackedEndpoint
     from forebay_epp.core.terms import (
         Endpoint,
         EndpointMetrics,
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
         Request,
         Usage,
     )
+    from forebay_epp.core.tracked import TrackedEndpoint
 
 MAX_RETRY_AFTER_SECONDS = 60
 DELETED_POOL_SECONDS = 30.0  # for what waits when the pool is deleted

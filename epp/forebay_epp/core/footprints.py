@@ -1,6 +1,6 @@
 """Predicts how many tokens a request brings, from what earlier ones of its flow came to.
 
-Which endpoint has room for them does not belong here (endpoints.py).
+Which endpoint has room for them does not belong here (tracked.py).
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from forebay_epp.core.bands import Band
-    from forebay_epp.core.endpoints import TrackedEndpoint
     from forebay_epp.core.terms import Request
+    from forebay_epp.core.tracked import TrackedEndpoint
 
     InFlight = tuple[Request, TrackedEndpoint]
 

@@ -1,6 +1,6 @@
 """How many slots an endpoint has: a limit that the plan gives, or one that is learned.
 
-A limit estimates a number from what scrapes show. Spending it does not belong here (endpoints.py).
+A limit estimates a number from what scrapes show. Spending it does not belong here (tracked.py).
 To add a strategy, write a class with the methods of `Limit` in a file of its own, name it in
 `forebay_control.plan.SaturationMode` and enter it in `LIMITS`.
 """

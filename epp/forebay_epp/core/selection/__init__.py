@@ -30,8 +30,9 @@ from forebay_epp.core.selection.scorers import Load
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from forebay_epp.core.endpoints import EndpointSet, TrackedEndpoint
+    from forebay_epp.core.endpoints import EndpointSet
     from forebay_epp.core.terms import RandomSource, Request
+    from forebay_epp.core.tracked import TrackedEndpoint
 
 
 class Miss(Enum):

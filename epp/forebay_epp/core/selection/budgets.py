@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from forebay_epp.core.endpoints import TrackedEndpoint
     from forebay_epp.core.terms import Request
+    from forebay_epp.core.tracked import TrackedEndpoint
 
 
 class KVRoom:

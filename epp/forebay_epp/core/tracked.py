@@ -1,0 +1,321 @@
+"""One endpoint: what it holds, how many slots are free, and what time changes.
+
+How many slots an endpoint has does not belong here (limits/), nor whether it can be trusted with
+requests (health.py), nor what a pool's endpoints are together (endpoints.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import TYPE_CHECKING
+
+from forebay_epp.core.health import Health
+from forebay_epp.core.limits import LIMITS
+from forebay_epp.core.terms import NEVER, EndpointState
+
+if TYPE_CHECKING:
+    from forebay_control.plan import SaturationPlan
+    from forebay_epp.core.terms import Endpoint, EndpointMetrics, Request, Verdict
+
+STALE_SECONDS = 2.0
+SCRAPE_SECONDS = 1.0
+PROBE_SECONDS = 10.0
+FOREIGN_HALF_LIFE_SECONDS = 300.0
+STUCK_TTFTS = 3.0  # after so many usual times to the first token a request that was sent is stuck
+KV_PART = 0.93  # of the KV cache, for what is expected of requests; the rest is for surprises
+EPSILON = 1e-9
+
+
+class TrackedEndpoint:
+    """One endpoint: what it holds and how much more it takes.
+
+    Three things are in its slots: requests in flight, which this EPP has sent and whose end it
+    will see; blind ones, whose end it will not see because the proxy closed its stream after the
+    request phase (each holds its slot until a scrape that was started after it was sent); and
+    foreign ones, which the server reports beyond these.
+
+    A scrape is believed until two more are overdue, and for `STALE_SECONDS` at least. After that
+    the foreign load is not known: it is taken to be as it was, and to halve every
+    `FOREIGN_HALF_LIFE_SECONDS`. A server's page can be wrong for longer, because vLLM publishes its
+    gauges at the end of a step and takes none while it idles. An endpoint that is closed by its
+    page alone and has had nothing of ours for `PROBE_SECONDS` therefore gets one request.
+
+    Attributes:
+        free: slots that can be given away now; negative when a limit has shrunk.
+        counted: those of them that are in the sum of `EndpointSet`.
+        counted_limit: its limit as `EndpointSet` knows it; 0 for none.
+        open_index: where it stands among the open ones; -1 for not there.
+        kv_room_tokens: how many more tokens its KV cache has room for, by all that is known of it;
+            an endpoint that holds nothing has room for any request.
+        occupancy: slots taken, by this EPP or others.
+        settled: whether the limit says how large the server is.
+        spared: used although it is out, because the whole pool is.
+        wake_at: when `free` or `settled` may change by time alone, in monotonic seconds.
+        scheduled_at: when `EndpointSet` will look at it.
+    """
+
+    __slots__ = (
+        "_arrivals",
+        "_blind",
+        "_ended",
+        "_foreign_then",
+        "_idle_since",
+        "_mode",
+        "_observed_at",
+        "_peak",
+        "_probing",
+        "_stale_at",
+        "_started",
+        "_ttft_seconds",
+        "_unstarted_since",
+        "address",
+        "counted",
+        "counted_limit",
+        "foreign",
+        "free",
+        "fresh",
+        "health",
+        "in_flight",
+        "kv_capacity_tokens",
+        "kv_room_tokens",
+        "kv_tokens",
+        "kv_usage",
+        "limit",
+        "name",
+        "occupancy",
+        "open_index",
+        "present",
+        "running",
+        "scheduled_at",
+        "settled",
+        "spared",
+        "uid",
+        "waiting",
+        "wake_at",
+    )
+
+    def __init__(self, endpoint: Endpoint, plan: SaturationPlan, now: float) -> None:
+        self.address = endpoint.address
+        self.uid = endpoint.uid
+        self.name = endpoint.name or endpoint.address
+        self.present = True
+        self.spared = False
+        self.health = Health()
+        self._mode = plan.mode
+        self.limit = LIMITS[plan.mode](plan)
+        self.settled = now < self.limit.settled_until
+        self.in_flight = 0
+        self.foreign = 0
+        self.running = 0
+        self.waiting = 0
+        self.kv_usage: float | None = None
+        self.kv_capacity_tokens: int | None = None
+        self.kv_room_tokens = NEVER
+        self.kv_tokens = 0  # that requests in flight are expected to take
+        self.fresh = False
+        self.free = 0
+        self.counted = self.counted_limit = 0
+        self.open_index = -1
+        self.occupancy = 0
+        self.wake_at = self.scheduled_at = NEVER
+        self._stale_at = NEVER
+        self._foreign_then = 0
+        self._idle_since = now
+        self._observed_at = now  # an earlier scrape is of the pod that had the address then
+        self._peak = 0
+        self._probing = False
+        self._arrivals = 0
+        self._ended = 0
+        self._started = 0  # requests in flight whose answers have begun
+        self._unstarted_since = now  # when one was sent, or another began, and did not yet begin
+        self._ttft_seconds = NEVER  # usual time from dispatch to the first token
+        self._blind: deque[float] = deque()
+        self.refresh()
+
+    def reconfigure(self, plan: SaturationPlan, now: float) -> None:
+        """Take a new plan; what has been learned stays when the mode does."""
+        if plan.mode is self._mode:
+            self.limit.reconfigure(plan)
+        else:
+            self._mode = plan.mode
+            self.limit = LIMITS[plan.mode](plan)
+        self.settled = now < self.limit.settled_until
+        if not self.limit.learned:
+            self.foreign = self._foreign_then = 0
+            self._blind.clear()
+        self.refresh()
+
+    def dispatched(self, request: Request, now: float) -> None:
+        """Count one more request in flight."""
+        self.kv_tokens += request.kv_tokens
+        if self.in_flight == self._started:
+            self._unstarted_since = now
+        self.in_flight += 1
+        self._arrivals += 1
+        self._peak = max(self._peak, self.in_flight)
+        self._probing = False
+        if self.health.out:
+            self.health.dispatched()
+        self.refresh()
+
+    def first_token(self, request: Request, now: float) -> None:
+        """An answer to a request in flight has begun."""
+        self._started += 1
+        self._unstarted_since = now
+        seconds = now - request.dispatched_at
+        if self._ttft_seconds == NEVER:
+            self._ttft_seconds = seconds
+        self._ttft_seconds += 0.1 * (seconds - self._ttft_seconds)
+        value = self.limit.value
+        self.limit.started(self._started)
+        if self.limit.value != value:
+            self.settled = now < self.limit.settled_until
+            self.refresh()
+
+    def completed(self, request: Request, verdict: Verdict, now: float, *, blind: bool) -> None:
+        """Count one request less, or go on holding its slot when its end is unknown.
+
+        Holding needs metrics that will show the truth later; without them the slot is free.
+        """
+        self.in_flight -= 1
+        self.kv_tokens -= request.kv_tokens
+        self._ended += 1
+        if request.first_token_at < NEVER:
+            self._started -= 1
+        unstarted = self.in_flight > self._started > 0
+        if unstarted and now > self._unstarted_since + STUCK_TTFTS * self._ttft_seconds:
+            self.limit.stuck()
+        self._idle_since = now
+        if blind and self.fresh and self.limit.learned:
+            self._blind.append(request.dispatched_at)
+            self._peak -= 1  # it may still run: the scrape that frees its slot counts it foreign
+        self.health.answered(verdict, request.dispatched_at, now)
+        self.refresh()
+
+    def observe(self, metrics: EndpointMetrics, now: float) -> None:
+        """Take a scrape; one that is stale, or was started before the last one, is ignored."""
+        believed_seconds = max(STALE_SECONDS, 2 * metrics.interval_seconds + SCRAPE_SECONDS)
+        stale_at = metrics.started_at + believed_seconds
+        if metrics.started_at < self._observed_at or now >= stale_at:
+            return
+        while self._blind and self._blind[0] <= metrics.started_at:
+            self._blind.popleft()
+        self.fresh = True
+        self._observed_at = metrics.started_at
+        self._stale_at = stale_at
+        self.running = metrics.running
+        self.waiting = metrics.waiting
+        self.kv_usage = metrics.kv_usage
+        self.kv_capacity_tokens = metrics.kv_capacity_tokens
+        self.health.scraped(now)
+        if self.limit.learned:
+            # The page may be older than the last completion: what was in flight at any moment
+            # since the scrape before is not foreign.
+            own = self._peak + len(self._blind)
+            self.foreign = max(0, metrics.running + metrics.waiting - own)
+            self.occupancy = self.in_flight + len(self._blind) + self.foreign
+            self.limit.observe(metrics, self.occupancy, self._arrivals, self._ended, now)
+            self.settled = now < self.limit.settled_until
+        self._peak = self.in_flight
+        self._arrivals = self._ended = 0
+        was_open = self.free > 0
+        self.refresh()
+        if was_open and self.free <= 0 and not self.in_flight:
+            self._idle_since = now  # closed by this page, so doubt begins with it
+            self.refresh()
+
+    def elapse(self, now: float) -> None:
+        """Let time change what it changes: belief in metrics, trials, probes."""
+        if self.fresh and now >= self._stale_at:
+            self.fresh = False
+            self._foreign_then = self.foreign
+            self._blind.clear()
+        if not self.fresh and self.foreign:
+            halvings = (now - self._stale_at) / FOREIGN_HALF_LIFE_SECONDS
+            left = self._foreign_then * 0.5**halvings
+            # A half is rounded down whatever its last bit, or the next step would be now again.
+            self.foreign = math.ceil(left * (1 - EPSILON) - 0.5)
+        self.health.elapse(now)
+        self.settled = now < self.limit.settled_until
+        self._probing = not self.in_flight and now >= self._idle_since + PROBE_SECONDS
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Count free slots again, and say when time alone may change them."""
+        occupancy = self.occupancy = self.in_flight + len(self._blind) + self.foreign
+        limit = self.limit
+        if not self.present:
+            self.free = 0
+            self.wake_at = NEVER
+            return
+        capacity = self.kv_capacity_tokens
+        if capacity is None or not self.in_flight:
+            self.kv_room_tokens = NEVER
+        else:
+            self.kv_room_tokens = KV_PART * capacity - self.kv_tokens
+        free = limit.value - occupancy
+        wake_at = limit.settled_until if self.settled else NEVER
+        if self.fresh:
+            wake_at = min(wake_at, self._stale_at)
+        elif self.foreign:
+            wake_at = min(wake_at, self._next_decay())
+        if (
+            free > 0
+            and self.fresh
+            and self.kv_usage is not None
+            and occupancy + self.running > 0
+            and self.kv_usage >= limit.closing_kv_usage
+        ):
+            free = 0  # an idle server takes a request whatever it says, or nothing would move
+        if free <= 0 and not self.in_flight:
+            if self._probing:
+                free = 1
+            else:
+                wake_at = min(wake_at, self._idle_since + PROBE_SECONDS)
+        health = self.health
+        if health.out and not self.spared:
+            free = min(free, 1) if health.trial_due else min(free, 0)
+            wake_at = min(wake_at, health.wake_at)
+        self.free = free
+        self.wake_at = wake_at
+
+    def _next_decay(self) -> float:
+        """Return when the unknown foreign load, of which there is some, is less by one."""
+        halvings = math.log2(self._foreign_then / (self.foreign - 0.5))
+        return self._stale_at + halvings * FOREIGN_HALF_LIFE_SECONDS
+
+    def leave(self) -> None:
+        """The endpoint left the pool; requests in flight may still complete."""
+        self.present = False
+        self.refresh()
+
+    def is_another(self, endpoint: Endpoint) -> bool:
+        """Whether a different pod has this address now."""
+        return bool(self.uid and endpoint.uid and self.uid != endpoint.uid)
+
+    def rejoin(self, endpoint: Endpoint) -> None:
+        """The endpoint is in the pool (again)."""
+        self.present = True
+        self.uid = endpoint.uid or self.uid
+        self.name = endpoint.name or endpoint.address
+        self.refresh()
+
+    def state(self, now: float) -> EndpointState:
+        """Copy what it is now."""
+        health = self.health
+        return EndpointState(
+            address=self.address,
+            name=self.name,
+            in_flight=self.in_flight,
+            foreign=self.foreign,
+            limit=self.limit.value,
+            free=max(0, self.free),
+            running=self.running,
+            waiting=self.waiting,
+            kv_usage=self.kv_usage,
+            fresh=self.fresh,
+            out=health.out,
+            cause=health.cause,
+            trial_seconds=max(0.0, health.trial_at - now) if health.out else None,
+        )
