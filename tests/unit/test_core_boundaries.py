@@ -16,7 +16,7 @@ from forebay_control.plan import (
     SaturationMode,
     SaturationPlan,
 )
-from forebay_epp.core import bands
+from forebay_epp.core import levels
 from forebay_epp.core.bands import SPARE_DEADLINES
 from forebay_epp.core.controller import FlowController
 from forebay_epp.core.terms import Dispatched, Endpoint, Outcome, Request
@@ -177,8 +177,8 @@ def test_hints_of_requests_that_have_gone_take_no_memory():
     controller.poll(0.0)
 
     (band,) = controller._bands.all
-    assert not band.sites
-    assert all(set(flow.lanes) <= {None} for flow in band.flows.values())
+    assert not band.lanes.sites
+    assert all(set(flow.lanes) <= {None} for flow in band.levels.flows.values())
 
 
 def test_flows_of_models_that_have_gone_take_no_memory():
@@ -192,7 +192,7 @@ def test_flows_of_models_that_have_gone_take_no_memory():
         controller.poll(0.0)
 
     (band,) = controller._bands.all
-    assert len(band.flows) <= 2
+    assert len(band.levels.flows) <= 2
 
 
 def test_a_slot_that_a_higher_band_took_hides_no_other():
@@ -248,7 +248,7 @@ def test_the_first_of_two_first_tokens_counts():
 
 def test_tenants_beyond_the_cap_share_flows(monkeypatch):
     """Invented names take no memory: who waits keeps a flow, and an idle one makes room."""
-    monkeypatch.setattr(bands, "MAX_TENANT_FLOWS", 10)
+    monkeypatch.setattr(levels, "MAX_TENANT_FLOWS", 10)
     plan = Plan(
         bands=(BandPlan("Standard", 0, FairnessName.ROUND_ROBIN, between=Between.TENANTS),),
         saturation=ONE_SLOT,
@@ -259,8 +259,8 @@ def test_tenants_beyond_the_cap_share_flows(monkeypatch):
         controller.submit(Request(number, "m", 1, tenant=f"t{number}"), 0.0)
     controller.poll(0.0)
     (band,) = controller._bands.all
-    assert len(band.flows) == 10 + bands.OVERFLOW_FLOWS
-    assert sum(flow.requests for flow in band.flows.values()) == 1999
+    assert len(band.levels.flows) == 10 + levels.OVERFLOW_FLOWS
+    assert sum(flow.requests for flow in band.levels.flows.values()) == 1999
 
     for number in range(1, 2000):
         controller.cancel(number, 0.0)
@@ -269,5 +269,5 @@ def test_tenants_beyond_the_cap_share_flows(monkeypatch):
         controller.cancel(number, 0.0)
         controller.poll(0.0)
 
-    assert len(band.flows) <= 10 + bands.OVERFLOW_FLOWS
-    assert len(band._idle) == len(band.flows)
+    assert len(band.levels.flows) <= 10 + levels.OVERFLOW_FLOWS
+    assert len(band.levels._idle) == len(band.levels.flows)

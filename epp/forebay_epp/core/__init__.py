@@ -36,7 +36,7 @@ The proxy may restrict a request to a subset of endpoints. A flow's requests wai
 subset, and the flow's turn counts for all its lanes together: hints must not buy turns. The policy
 is *work-conserving*: a lane of which no endpoint has a free slot is passed over and parked, so that
 a blocked flow holds up no other and costs nothing until one of its endpoints gets a slot. A flow
-keeps its rank meanwhile, and so has its turn as soon as it can use it (bands.py).
+keeps its rank meanwhile, and so has its turn as soon as it can use it (lanes.py).
 
 **Where to** is decided last, for the request whose turn it is: filters, scorers, a picker
 (selection/). The default evens out relative occupancy and draws among equals; the least loaded of
@@ -54,8 +54,8 @@ which is what lets tests run in virtual time and replay what they have seen. One
 locks. No operation takes longer than O(log n) in requests, flows, lanes, or bands; choosing an
 endpoint looks at those that have a free slot.
 
-The reading order is terms, controller, bands, flows, fairness, ordering, tracked, endpoints,
-limits, selection. The model for this text, and for flow control in front of a server, is
+The reading order is terms, controller, bands, levels, lanes, flows, fairness, ordering, tracked,
+endpoints, limits, selection. The model for this text, and for flow control in front of a server, is
 Kubernetes' API Priority and Fairness (KEP-1040), whose queues shuffle-shard flows where these are
 one a flow.
 """

@@ -389,8 +389,8 @@ class FlowController:
         endpoints = self._endpoints
         bands = self._bands
         for band in bands.all:
-            if band.sites:
-                band.wake(opened)
+            if band.lanes.sites:
+                band.lanes.wake(opened)
         for band in bands.all:
             while band.arrival:
                 due = bands.due() if bands.reserving else None
@@ -411,14 +411,15 @@ class FlowController:
         percent = band.plan.max_saturation_percent
         if percent < 100 and not self._may_use_slots(percent):
             return Step.NOTHING
-        while (lane := band.next(self._endpoints.is_open)) is not None:
+        lanes = band.lanes
+        while (lane := lanes.next(self._endpoints.is_open)) is not None:
             request = lane.queue.head()
             self._footprints.expect(request)
             endpoint = self._selection.pick(request, now)
             if isinstance(endpoint, Miss):
                 if endpoint is Miss.NO_ROOM and request.subset is None:
                     return Step.HELD_UP
-                band.park(lane)
+                lanes.park(lane)
                 continue
             self._send(band.pop(lane, now), endpoint, now)
             if self._bands.reserving:

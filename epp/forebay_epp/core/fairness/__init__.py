@@ -4,7 +4,7 @@ A policy is arithmetic on ranks, and there is one for each level: between the fl
 where these have flows inside, between those of each. Of the flows that could use a free slot, the
 one of the lowest rank is next, and of equal ranks the one whose next request comes first by the
 inner level and the ordering. Finding it, past all flows that wait for another endpoint, is the work
-of flows.py, so no policy needs a queue of its own or has to know which flows are blocked.
+of lanes.py, so no policy needs a queue of its own or has to know which flows are blocked.
 
 To add a policy, write a class with the two methods of `Fairness` in a file of its own, name it in
 `forebay_control.plan.FairnessName` and enter it in `FAIRNESS`.
