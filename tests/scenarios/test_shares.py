@@ -356,3 +356,84 @@ def test_a_flow_that_no_slot_would_do_for_is_not_paid_back_all_at_once():
     serve(20)
 
     assert abs(served[50:].count("b") - 10) <= 1
+
+
+class Timeline:
+    """Requests of tenants at their times, through a controller, with answers of fixed lengths."""
+
+    def __init__(self, fairness, slots):
+        plan = plan_of({"m": 1}, fairness, slots, between=Between.TENANTS)
+        self.serving = Serving(plan)
+
+    def waits(self, arrivals):
+        """Play (at, tenant, answer) and return the seconds each tenant's requests waited."""
+        serving, waits = self.serving, {}
+        for at, tenant, answer in arrivals:
+            while serving.running and serving.running[0][0] <= at:
+                serving.end_next()
+            serving.now = at
+            serving.submit("m", tenant, 1, answer)
+            serving.poll()
+        while serving.running:
+            serving.end_next()
+        for request in serving.order:
+            wait = request.dispatched_at - request.enqueued_at
+            waits.setdefault(request.tenant, []).append(wait)
+        return waits
+
+
+def p99(values):
+    return sorted(values)[int(len(values) * 0.99)]
+
+
+@pytest.mark.parametrize("fairness", [WEIGHTED, TOKENS])
+def test_a_tenant_waits_no_longer_beside_a_greedy_one_than_alone_with_its_share(fairness):
+    """Its 99th percentile, among ten tenants on ten slots, against itself on one slot.
+
+    Each sends 0.9 of what a slot can do, the greedy one ten times as much.
+    """
+    random = Random(4)
+    arrivals = []
+    for number in range(10):
+        at, load = 0.0, 9.0 if number == 0 else 0.9
+        while at < 200.0:
+            at += random.expovariate(load / 0.1)  # answers take 0.1 s on average
+            arrivals.append((at, f"t{number}", random.randrange(50, 150)))
+    arrivals.sort()
+
+    together = Timeline(fairness, 10).waits(arrivals)
+
+    for number in range(1, 10):
+        mine = [arrival for arrival in arrivals if arrival[1] == f"t{number}"]
+        alone = Timeline(fairness, 1).waits(mine)[f"t{number}"]
+        assert p99(together[f"t{number}"]) <= 1.2 * p99(alone)
+    assert p99(together["t0"]) > 50
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    percents=st.lists(st.integers(1, 45), min_size=1, max_size=2),
+    slots=st.integers(1, 5),
+    dispatches=st.integers(50, 200),
+)
+def test_a_band_with_a_reserved_share_gets_it_and_starves_no_more(percents, slots, dispatches):
+    """At least its percentage of any number of dispatches, less one, below a band that floods."""
+    low = [
+        replace(BAND, name=f"low{n}", priority=-n - 1, reserved_percent=percent)
+        for n, percent in enumerate(percents)
+    ]
+    plan = Plan(
+        bands=(BAND, *low),
+        models=tuple(ModelPlan(band.name, band.name) for band in (BAND, *low)),
+        limits=LimitsPlan(max_requests=MANY),
+        saturation=SaturationPlan(SaturationMode.CONCURRENCY, slots),
+    )
+    serving = Serving(plan)
+    for _ in range(dispatches):
+        for band in plan.bands:
+            serving.submit(band.name)
+
+    counts = Counter(request.model for request in serving.serve(dispatches))
+
+    for band in low:
+        assert counts[band.name] >= band.reserved_percent * dispatches // 100 - 1
