@@ -15,7 +15,7 @@ from forebay_operator import resources
 @pytest.mark.parametrize("example", [*examples.VALID, *examples.SHOWN], ids=str)
 def test_a_valid_example_is_read(example):
     """It becomes a resource."""
-    assert resource_of(example.manifest) is not None
+    assert resource_of(example.manifest).metadata.name == example.manifest["metadata"]["name"]
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_an_invalid_example_is_refused_at_its_field(example):
 )
 def test_what_is_not_used_of_a_foreign_kind_is_not_judged(example):
     """Its owner may have added a value since."""
-    assert resource_of(example.manifest) is not None
+    assert resource_of(example.manifest).metadata.name == example.manifest["metadata"]["name"]
 
 
 def test_check_tells_valid_files_from_invalid_ones():
