@@ -1,0 +1,63 @@
+"""What `forebay plan` shows of a policy: every value that is in force, set or not."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from forebay_cli import plan
+
+MANIFESTS = """
+apiVersion: inference.networking.k8s.io/v1
+kind: InferencePool
+metadata: {name: chat}
+spec: {selector: {matchLabels: {app: vllm}}, targetPorts: [{number: 8000}]}
+---
+apiVersion: forebay.dev/v1alpha1
+kind: FlowControlPolicy
+metadata: {name: chat}
+spec:
+  targetRefs: [{group: inference.networking.k8s.io, kind: InferencePool, name: chat}]
+  bands:
+  - name: Critical
+    fairness:
+    - {between: Models, policy: WeightedFair, weightedFair: {cost: Tokens}}
+    - {between: Tenants, policy: TokenFair}
+    ordering: {policy: EarliestDeadline}
+    queue: {whenFull: DisplaceLower, perFlow: {maxRequests: 500}}
+  - {name: Sheddable, maxSaturationPercent: 90, reservedPercent: 5}
+  models: [{name: chat, band: Critical, weight: 3, timeToFirstToken: 2s}]
+  tenants: {header: x-team, weights: [{name: acme, weight: 2}]}
+  trustedHeaders: [Tenant, Deadline]
+"""
+SHOWN = """\
+InferencePool default/chat
+├── Critical (priority 100)
+│   ├── WeightedFair by tokens between models, TokenFair between the tenants of each, EarliestDeadline within one
+│   ├── at most 5000 requests and 512MiB, each for up to 60 s
+│   ├── of one tenant at most 500 requests and 512MiB
+│   ├── takes the place of what waits in lower bands when the pool's queue is full
+│   └── model chat, weight 3, due after 2 s
+├── Standard (priority 0)
+│   ├── FCFS between models, FCFS within one
+│   └── at most 5000 requests and 512MiB, each for up to 60 s
+├── Sheddable (priority -100)
+│   ├── FCFS between models, FCFS within one
+│   ├── at most 5000 requests and 512MiB, each for up to 60 s
+│   ├── fills the pool up to 90%
+│   └── gets at least 5% of the dispatches while it waits
+├── tenants are named by header x-team, acme weight 2
+├── callers may say when a request is due and how long it may wait
+├── requests for other models join Standard
+├── in total at most 10000 requests and 1GiB, one at most 8MiB
+├── endpoint limit: learned; closed above 95% of its KV cache
+├── without servers requests wait up to 60 s
+└── 0 servers in the files
+"""  # noqa: E501  # the command's own lines
+
+
+def test_every_value_that_is_in_force_is_shown(tmp_path, capsys):
+    """Of bands that the policy does not list, too; long lines are whole where no terminal is."""
+    (tmp_path / "all.yaml").write_text(MANIFESTS)
+
+    assert plan.run(SimpleNamespace(paths=[tmp_path], output="tree")) == 0
+    assert capsys.readouterr().out == SHOWN
