@@ -437,3 +437,17 @@ def test_a_band_with_a_reserved_share_gets_it_and_starves_no_more(percents, slot
 
     for band in low:
         assert counts[band.name] >= band.reserved_percent * dispatches // 100 - 1
+
+
+def test_tokens_from_the_cache_cost_nothing():
+    """A flow whose prompts are mostly cached is served as often as its work is small."""
+    serving = Serving(plan_of({"cached": 1, "fresh": 1}, TOKENS, slots=4))
+    for _ in range(3000):
+        for model in ("cached", "fresh"):
+            serving.submit(model, prompt=1000, answer=50)
+            if model == "cached":
+                serving.usages[-1] = Usage(1000, 50, 900)
+
+    counts = Counter(request.model for request in serving.serve(2500)[500:])
+
+    assert counts["cached"] / counts["fresh"] == pytest.approx(1100 / 200, rel=0.05)

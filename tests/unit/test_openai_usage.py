@@ -86,6 +86,25 @@ def test_usage_of_a_stream(text, size, expected):
     assert read(text, size) == expected
 
 
+@pytest.mark.parametrize(
+    ("details", "cached"),
+    [
+        ('"prompt_tokens_details": {"cached_tokens": 5, "audio_tokens": 0}', 5),
+        ('"input_tokens_details": {"cached_tokens": 5}', 5),
+        ('"prompt_tokens_details": {"cached_tokens": 70}', 7),
+        ('"prompt_tokens_details": {"cached_tokens": -1}', 0),
+        ('"prompt_tokens_details": {"cached_tokens": null}', 0),
+        ('"prompt_tokens_details": null', 0),
+        ('"prompt_tokens_details": "none"', 0),
+    ],
+)
+def test_cached_tokens_are_told_apart_where_the_server_says_which(details, cached):
+    """What it says of them in another way never costs the rest of the usage."""
+    text = f'{{"usage": {{"prompt_tokens": 7, "completion_tokens": 9, {details}}}}}'.encode()
+
+    assert read(text, events=False) == read(b"data: " + text + b"\n\n") == Usage(7, 9, cached)
+
+
 def test_usage_that_is_told_while_it_grows_is_not_added_up():
     """With continuous_usage_stats of vLLM each event tells the sum so far."""
     counts = [{"usage": {"prompt_tokens": 4, "completion_tokens": n}} for n in range(1, 9)]

@@ -137,7 +137,7 @@ class Band:
         if flow is not None:
             more = Cost(
                 0,
-                usage.prompt_tokens - request.prompt_tokens,
+                usage.prompt_tokens - usage.cached_tokens - request.prompt_tokens,
                 usage.completion_tokens - request.answer_tokens,
             )
             self.levels.charge(flow, more, now)

@@ -59,10 +59,14 @@ class Verdict(StrEnum):
 
 @dataclass(slots=True, frozen=True)
 class Usage:
-    """Tokens as the model server counted them."""
+    """Tokens as the model server counted them.
+
+    `cached_tokens` are those of the prompt that were in its cache; 0 where it does not say.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
 
 
 @dataclass(slots=True)  # made once a request: to freeze it would take most of the time

@@ -29,6 +29,12 @@ class _Fields(msgspec.Struct):
     input_tokens: int | None = None
     completion_tokens: int | None = None
     output_tokens: int | None = None
+    prompt_tokens_details: msgspec.Raw = msgspec.Raw()
+    input_tokens_details: msgspec.Raw = msgspec.Raw()
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
 
 
 class _Answer(msgspec.Struct):
@@ -38,6 +44,7 @@ class _Answer(msgspec.Struct):
 
 
 _fields = msgspec.json.Decoder(_Fields)
+_details = msgspec.json.Decoder(_Details | None)
 _answer = msgspec.json.Decoder(_Answer)
 
 
@@ -121,6 +128,7 @@ class EventUsageReader:
             usage = Usage(
                 max(usage.prompt_tokens, so_far.prompt_tokens),
                 max(usage.completion_tokens, so_far.completion_tokens),
+                max(usage.cached_tokens, so_far.cached_tokens),
             )
         self._usage = usage or so_far
 
@@ -340,7 +348,21 @@ def _counts(text: bytes) -> Usage | None:
 
 
 def _usage(fields: _Fields) -> Usage:
+    prompt_tokens = fields.prompt_tokens or fields.input_tokens or 0
     return Usage(
-        fields.prompt_tokens or fields.input_tokens or 0,
+        prompt_tokens,
         fields.completion_tokens or fields.output_tokens or 0,
+        min(prompt_tokens, _cached(fields.prompt_tokens_details or fields.input_tokens_details)),
     )
+
+
+def _cached(details: msgspec.Raw) -> int:
+    """Return the tokens of a prompt that were in the server's cache; 0 where it does not say."""
+    text = bytes(details)
+    if not text:
+        return 0
+    try:
+        found = _details.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return 0
+    return max(0, found.cached_tokens or 0) if found is not None else 0

@@ -16,7 +16,8 @@ ANSWER_TOKEN = 2.0
 class TokenFair(VirtualTime):
     """A virtual token counter: Sheng et al., Fairness in Serving Large Language Models, OSDI 2024.
 
-    A prompt token counts 1 and a token of an answer 2, as there. A dispatch is charged for the
+    A prompt token counts 1 and a token of an answer 2, as there; one that was in the server's cache
+    counts nothing, where the server says so. A dispatch is charged for the
     tokens to be expected of it, which is the paper's variant with predicted lengths, and the end of
     the answer corrects that. An answer whose usage is not known, because the client went away for
     example, stays charged as expected.
