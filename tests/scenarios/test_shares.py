@@ -230,14 +230,17 @@ def test_an_answer_without_usage_stays_charged_as_expected():
 
 
 def test_too_high_an_estimate_is_paid_back():
-    """Answers are taken for 256 tokens at first; a flow of short ones is served on for that."""
-    serving = Serving(plan_of({"short": 1, "long": 1}, TOKENS))
+    """A flow of short answers is taken for one of long ones at first, and served on for that."""
+    serving = Serving(plan_of({"short": 1, "long": 1, "first": 1}, TOKENS))
+    serving.submit("first", prompt=1, answer=256)
+    serving.serve(1)
+    serving.end_next()
     for model, answer in (("short", 1), ("long", 256)):
         for _ in range(600):
             serving.submit(model, prompt=1, answer=answer)
 
     service: Counter[str] = Counter()
-    for request in serving.serve(400):
+    for request in serving.serve(401)[1:]:
         usage = serving.usages[request.id]
         service[request.model] += usage.prompt_tokens + ANSWER_TOKEN * usage.completion_tokens
 
@@ -451,3 +454,17 @@ def test_tokens_from_the_cache_cost_nothing():
     counts = Counter(request.model for request in serving.serve(2500)[500:])
 
     assert counts["cached"] / counts["fresh"] == pytest.approx(1100 / 200, rel=0.05)
+
+
+@pytest.mark.parametrize("fairness", [TOKENS, FairnessName.WEIGHTED_FAIR_TOKENS])
+def test_the_first_requests_of_all_are_shared_by_weight_too(fairness):
+    """Although nothing is known yet of how long answers are."""
+    plan = plan_of({"m": 1}, fairness, between=Between.TENANTS, tenants={"acme": 3})
+    serving = Serving(plan)
+    for _ in range(12):
+        serving.submit("m", "globex", prompt=20, answer=10)
+        serving.submit("m", "acme", prompt=20, answer=10)
+
+    counts = Counter(request.tenant for request in serving.serve(12))
+
+    assert abs(counts["acme"] - 9) <= 1

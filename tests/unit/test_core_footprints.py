@@ -31,25 +31,29 @@ def tokens(footprints, flow, size_bytes):
 
 
 def test_a_flow_without_answers_is_taken_for_text():
-    """Four bytes a token, and an answer of a usual length."""
+    """Four bytes a token; of KV cache an answer of a usual length, and for its charge none."""
     prompt = 4000 / ASSUMED_BYTES_PER_TOKEN
 
     assert tokens(Footprints(), "m", 4000) == (
         prompt,
-        ASSUMED_ANSWER_TOKENS,
+        0,
         int(prompt + ANSWER_PART * ASSUMED_ANSWER_TOKENS),
     )
 
 
 def test_a_flow_is_learned_from_its_own_answers():
-    """Two bytes a token and answers of 1,000 tokens; the other flow knows nothing of it."""
+    """Two bytes a token and answers of 1,000 tokens.
+
+    The other flow knows nothing of it, but what to charge for an answer.
+    """
     footprints = Footprints()
     for _ in range(200):
         footprints.learn(request_of("long", 2000), Usage(1000, 1000))
 
     expected = (1000, 1000, 1000 + ANSWER_PART * 1000)
     assert tokens(footprints, "long", 2000) == pytest.approx(expected, rel=0.02)
-    assert tokens(footprints, "m", 4000) == tokens(Footprints(), "m", 4000)
+    prompt, _, kv_tokens = tokens(Footprints(), "m", 4000)
+    assert tokens(footprints, "m", 4000) == (prompt, pytest.approx(1000, rel=0.02), kv_tokens)
 
 
 def test_an_answer_without_tokens_teaches_nothing():

@@ -18,15 +18,32 @@ ASSUMPTION_SAMPLES = 4  # so many answers weigh as much as the assumption
 
 
 class _Flow:
-    __slots__ = ("answer_tokens", "bytes_per_token", "samples")
+    """What is known of a flow.
+
+    Attributes:
+        samples: answers so far, and those that the assumptions weigh.
+        bytes_per_token: of prompts.
+        answer_tokens: of an answer, beginning with an assumption.
+        seen_tokens: of the answers that there were.
+    """
+
+    __slots__ = ("answer_tokens", "bytes_per_token", "samples", "seen_tokens")
 
     def __init__(self) -> None:
         self.samples = ASSUMPTION_SAMPLES
         self.bytes_per_token = ASSUMED_BYTES_PER_TOKEN
         self.answer_tokens = ASSUMED_ANSWER_TOKENS
+        self.seen_tokens = 0.0
 
-
-_ASSUMED = _Flow()
+    def learn(self, size_bytes: int, usage: Usage) -> None:
+        """Take one more answer into the means."""
+        self.samples += 1
+        part = max(SMOOTHING, 1.0 / self.samples)
+        bytes_per_token = size_bytes / usage.prompt_tokens
+        self.bytes_per_token += part * (bytes_per_token - self.bytes_per_token)
+        self.answer_tokens += part * (usage.completion_tokens - self.answer_tokens)
+        part = max(SMOOTHING, 1.0 / (self.samples - ASSUMPTION_SAMPLES))
+        self.seen_tokens += part * (usage.completion_tokens - self.seen_tokens)
 
 
 class Footprints:
@@ -34,10 +51,16 @@ class Footprints:
 
     A flow without answers is taken for text, four bytes a token. Means are enough, because what
     counts is the sum over a batch. There are as many flows as the plan names.
+
+    Room must not run out, so before anything is known an answer is taken for long. What a flow is
+    charged must be even, so there an answer is taken for what answers were: those of the flow, or
+    without any of all flows, or without any for none.
     """
 
     def __init__(self) -> None:
         self._flows: dict[str, _Flow] = {}
+        self._all = _Flow()
+        self._unknown = _Flow()
 
     def learn(self, request: Request, usage: Usage) -> None:
         """Take note of what a request has come to; one without tokens says nothing."""
@@ -46,19 +69,17 @@ class Footprints:
         flow = self._flows.get(request.flow)
         if flow is None:
             flow = self._flows[request.flow] = _Flow()
-        flow.samples += 1
-        part = max(SMOOTHING, 1.0 / flow.samples)
-        bytes_per_token = request.size_bytes / usage.prompt_tokens
-        flow.bytes_per_token += part * (bytes_per_token - flow.bytes_per_token)
-        flow.answer_tokens += part * (usage.completion_tokens - flow.answer_tokens)
+        flow.learn(request.size_bytes, usage)
+        self._all.learn(request.size_bytes, usage)
+        self._unknown.seen_tokens = self._all.seen_tokens
 
     def expect(self, request: Request) -> None:
         """Write on a request the tokens to expect of it.
 
         Those of KV cache are on average over its time in a batch.
         """
-        flow = self._flows.get(request.flow) or _ASSUMED
+        flow = self._flows.get(request.flow) or self._unknown
         prompt_tokens = request.size_bytes / flow.bytes_per_token
         request.prompt_tokens = int(prompt_tokens)
-        request.answer_tokens = int(flow.answer_tokens)
+        request.answer_tokens = int(flow.seen_tokens)
         request.kv_tokens = int(prompt_tokens + ANSWER_PART * flow.answer_tokens)
