@@ -21,16 +21,16 @@ trial succeeds (health.py).
 1. *Bands* are strictly ordered: nothing is dispatched from a band while a higher one has a request
 that could use the slot. That is what criticality means, and it starves lower bands by design; their
 TTL tells clients so. Two settings bend it: a band with a reserved share gets that part of the
-dispatches while it waits, and one with a ceiling leaves slots free for what may come. 2. *Flows*
-share a band by its fairness policy (fairness/). The ideal is max-min fairness: no flow gets more
-until every flow that wants more has as much (Bertsekas and Gallager, Data Networks, 1992, 6.5).
-Fair queueing comes within one request of it by always serving the flow of the lowest rank, where a
-rank is the number of a turn (Nagle, RFC 970), virtual time (Demers, Keshav and Shenker, 1989;
-Goyal, Vin and Cheng, 1996), or a counter of tokens (Sheng et al., OSDI 2024). A policy here is
-therefore arithmetic on ranks; a flow that has nothing waiting earns no credit. Flows may have flows
-inside, tenants in a model or models in a tenant: then each outer flow has a policy of its own for
-what it gets, as in hierarchical packet fair queueing (Bennett and Zhang, SIGCOMM 1996). 3.
-*Requests* of one flow go by its ordering (ordering/).
+dispatches while it waits, and one with a ceiling takes no slot above it beyond that part.
+2. *Flows* share a band by its fairness policy (fairness/). The ideal is max-min fairness: no flow
+gets more until every flow that wants more has as much (Bertsekas and Gallager, Data Networks, 1992,
+6.5). Fair queueing comes within one request of it by always serving the flow of the lowest rank,
+where a rank is the number of a turn (Nagle, RFC 970), virtual time (Demers, Keshav and Shenker,
+1989; Goyal, Vin and Cheng, 1996), or a counter of tokens (Sheng et al., OSDI 2024). A policy here
+is therefore arithmetic on ranks; a flow that has nothing waiting earns no credit. Flows may have
+flows inside, tenants in a model or models in a tenant: then each outer flow has a policy of its own
+for what it gets, as in hierarchical packet fair queueing (Bennett and Zhang, SIGCOMM 1996).
+3. *Requests* of one flow go by its ordering (ordering/).
 
 The proxy may restrict a request to a subset of endpoints. A flow's requests wait in one lane per
 subset, and the flow's turn counts for all its lanes together: hints must not buy turns. The policy

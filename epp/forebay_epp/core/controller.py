@@ -395,10 +395,10 @@ class FlowController:
             while band.arrival:
                 due = bands.due() if bands.reserving else None
                 if due is not None and due is not band:
-                    if self._dispatch_next(due, now) is not Step.SENT:
+                    if self._dispatch_next(due, now, owed=True) is not Step.SENT:
                         due.credit = 0.0
                 else:
-                    step = self._dispatch_next(band, now)
+                    step = self._dispatch_next(band, now, owed=due is band)
                     if step is Step.HELD_UP:
                         return
                     if step is Step.NOTHING:
@@ -406,10 +406,13 @@ class FlowController:
                 if endpoints.free <= 0:
                     return
 
-    def _dispatch_next(self, band: Band, now: float) -> Step:
-        """Dispatch the request whose turn it is in a band, past those that no slot will do for."""
+    def _dispatch_next(self, band: Band, now: float, *, owed: bool) -> Step:
+        """Dispatch the request whose turn it is in a band, past those that no slot will do for.
+
+        The band's ceiling does not hold for what its reserved share owes it.
+        """
         percent = band.plan.max_saturation_percent
-        if percent < 100 and not self._may_use_slots(percent):
+        if percent < 100 and not owed and not self._may_use_slots(percent):
             return Step.NOTHING
         lanes = band.lanes
         while (lane := lanes.next(self._endpoints.is_open)) is not None:
