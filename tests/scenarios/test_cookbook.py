@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -20,7 +21,8 @@ from forebay_control.v1 import control_pb2 as pb
 from forebay_epp.codec import metricstext
 from forebay_epp.codec import plan as plan_codec
 from forebay_epp.core.controller import FlowController
-from forebay_epp.core.terms import Dispatched, Endpoint, Request
+from forebay_epp.core.fairness.token_fair import ANSWER_TOKEN, PROMPT_TOKEN
+from forebay_epp.core.terms import Dispatched, Endpoint, Request, Usage
 from forebay_operator import planning
 from forebay_operator.resources import FlowControlPolicy
 from forebay_operator.standalone import sources
@@ -52,8 +54,11 @@ class Play:
         self._plan, self.endpoints = self._read(planned(name))
         self.controller = FlowController(self._plan, Random(7))
         self.now = 0.0
-        self.sent: dict[int, str] = {}
+        self.sent: list[Request] = []
+        self.usages: list[Usage | None] = []
         self.decisions: list = []
+        self.dispatched: list[Request] = []
+        self.ended = 0  # so many of these, the first ones
 
     @staticmethod
     def _read(program: planning.Planned):
@@ -67,12 +72,25 @@ class Play:
         self.controller.set_endpoints([Endpoint(address) for address in addresses], self.now)
         self._poll()
 
-    def send(self, model: str, count: int = 1, objective: str = "") -> list[int]:
-        """Send requests; return their ids."""
+    def send(
+        self,
+        model: str,
+        count: int = 1,
+        *,
+        objective: str = "",
+        tenant: str = "",
+        due: float | None = None,
+        usage: Usage | None = None,
+    ) -> list[int]:
+        """Send requests; return their ids. `due` and `usage` are in seconds and of each answer."""
         numbers = range(len(self.sent), len(self.sent) + count)
         for number in numbers:
-            self.sent[number] = model
-            self.controller.submit(Request(number, model, 100, objective=objective), self.now)
+            size_bytes = 4 * usage.prompt_tokens if usage else 100
+            request = Request(number, model, size_bytes, objective=objective, tenant=tenant)
+            request.due_in_seconds = due
+            self.sent.append(request)
+            self.usages.append(usage)
+            self.controller.submit(request, self.now)
             self._poll()
         return list(numbers)
 
@@ -84,23 +102,20 @@ class Play:
         self.now = seconds
         self._poll()
 
-    def next_served(self, count: int) -> list[str]:
-        """End what runs, one by one, and return the models of the next that get its slot."""
-        running = [each.request_id for each in self.decisions if isinstance(each, Dispatched)]
-        for number in running:
-            self.controller.complete(number, None, self.now)
-        before = len(self.decisions)
-        self._poll()
-        served: list[str] = []
-        while len(served) < count:
-            fresh = self.decisions[before:]
-            before = len(self.decisions)
-            assert fresh, f"only {served} were served"
-            for decision in fresh:
-                served.append(self.sent[decision.request_id])
-                self.controller.complete(decision.request_id, None, self.now)
+    def served(self, count: int) -> list[Request]:
+        """End what runs, one by one, until so many more have got a slot; return these."""
+        before = len(self.dispatched)
+        while len(self.dispatched) < before + count:
+            assert self.ended < len(self.dispatched), f"only {self.dispatched[before:]} were served"
+            number = self.dispatched[self.ended].id
+            self.ended += 1
+            self.controller.complete(number, self.usages[number], self.now)
             self._poll()
-        return served[:count]
+        return self.dispatched[before : before + count]
+
+    def next_served(self, count: int) -> list[str]:
+        """Return the models of what is served next."""
+        return [request.model for request in self.served(count)]
 
     def band(self, name: str) -> int:
         """How many wait in a band."""
@@ -122,6 +137,9 @@ class Play:
     def _poll(self) -> None:
         while fresh := self.controller.poll(self.now):
             self.decisions += fresh
+            self.dispatched += [
+                self.sent[each.request_id] for each in fresh if isinstance(each, Dispatched)
+            ]
 
 
 # --- the files and the text
@@ -350,3 +368,119 @@ def test_servers_outside():
         "192.0.2.11:8000",
         "192.0.2.12:8000",
     ]
+
+
+def test_tenants_by_token():
+    """Each gets as many tokens as any other, however long its requests are and however many."""
+    play = Play("tenants-by-token")
+    play.servers(SERVER)
+    flood = play.send("llama-chat", 1000, tenant="greedy", usage=Usage(1000, 500))
+    for tenant in ("a", "b"):
+        play.send("llama-chat", 400, tenant=tenant, usage=Usage(200, 100))
+
+    assert play.outcomes(flood) == {"Dispatched": SLOTS, "RejectedQueueFull": 500 - SLOTS}
+    service: Counter[str] = Counter()
+    for request in play.served(600):
+        usage = play.usages[request.id]
+        service[request.tenant] += (
+            PROMPT_TOKEN * usage.prompt_tokens + ANSWER_TOKEN * usage.completion_tokens
+        )
+    for tenant in ("greedy", "a", "b"):
+        assert service[tenant] == pytest.approx(service.total() / 3, rel=0.05)
+
+
+def test_a_greedy_tenant_does_not_hold_up_another():
+    """One request beside 500 that came before it gets the next slot."""
+    play = Play("tenants-by-token")
+    play.servers(SERVER)
+    play.send("llama-chat", 500, tenant="greedy", usage=Usage(1000, 500))
+    play.served(50)
+
+    play.send("llama-chat", tenant="modest", usage=Usage(1000, 500))
+
+    assert [request.tenant for request in play.served(1)] == ["modest"]
+
+
+def test_subscription():
+    """A tenth for those who do not pay, and the rest three to one."""
+    play = Play("subscription")
+    play.servers(SERVER)
+    for _ in range(300):
+        play.send("llama-chat", objective="free", tenant="someone")
+        play.send("llama-chat", tenant="globex")
+        play.send("llama-chat", tenant="acme")
+    play.served(20)  # what the first slots went to
+
+    counts = Counter(request.tenant for request in play.served(200))
+
+    for tenant, share in {"someone": 20, "globex": 45, "acme": 135}.items():
+        assert abs(counts[tenant] - share) <= 2
+
+
+@pytest.mark.parametrize("caller", [{"tenant": "globex"}, {"objective": "free"}])
+def test_a_subscriber_that_is_alone_gets_everything(caller):
+    """No slot is kept free for those who have a share and do not come."""
+    play = Play("subscription")
+    play.servers(SERVER)
+    sent = play.send("llama-chat", 50, **caller)
+
+    play.served(40)
+
+    assert play.outcomes(sent) == {"Dispatched": SLOTS + 40}
+    assert play.controller.state(0).in_flight == SLOTS
+
+
+def test_deadline_chat():
+    """What is due first is next: by the header, or by the model; so agents do not starve either."""
+    play = Play("deadline-chat")
+    play.servers(SERVER)
+    play.send("llama-agent", 10)
+    play.send("llama-chat", 3)
+    play.send("llama-agent", due=0.5)
+
+    first, *rest = play.served(4)
+    assert (first.model, first.due_at) == ("llama-agent", 0.5)
+    assert [request.model for request in rest] == ["llama-chat"] * 3
+    play.at(18.5)
+    play.send("llama-chat")
+    assert play.next_served(7) == ["llama-agent"] * 6 + ["llama-chat"]
+
+
+def test_chat_takes_the_place_of_batch_in_a_full_queue():
+    """Of the newest; more batch is refused, and no chat is."""
+    play = Play("deadline-chat")
+    play.servers(SERVER)
+    batch = play.send("llama-batch", SLOTS + 10_000)
+    late = play.send("llama-batch")
+
+    chat = play.send("llama-chat", 5)
+
+    assert play.outcomes(late) == {"RejectedQueueFull": 1}
+    assert not play.outcomes(chat)
+    assert play.outcomes(batch[-5:]) == {"EvictedDisplaced": 5}
+    assert play.outcomes(batch) == {"Dispatched": SLOTS, "EvictedDisplaced": 5}
+
+
+def test_batch_trickle():
+    """One of 20 dispatches is batch while chat fills the servers and waits."""
+    play = Play("batch-trickle")
+    play.servers(SERVER)
+    play.send("llama-chat", 400)
+    play.send("llama-batch", 100)
+
+    served = play.next_served(200)
+
+    assert abs(served.count("llama-batch") - 10) <= 1
+    between = [place for place, model in enumerate(served) if model == "llama-batch"]
+    assert {later - place for place, later in pairwise(between)} == {20}
+
+
+def test_batch_leaves_a_fifth_of_the_slots_free():
+    """Chat that comes gets one at once, and batch fills no more than its part afterwards."""
+    play = Play("batch-trickle")
+    play.servers(*(f"10.0.0.{number}:8000" for number in range(1, 6)))
+    batch = play.send("llama-batch", 100)
+
+    assert play.outcomes(batch) == {"Dispatched": 16}
+    assert play.outcomes(play.send("llama-chat", 4)) == {"Dispatched": 4}
+    assert play.outcomes(batch) == {"Dispatched": 16}
