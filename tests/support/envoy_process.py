@@ -22,7 +22,10 @@ BINARY = Path(sys.executable).with_name("envoy")
 
 
 class ModelServer:
-    """A small HTTP server on a thread: echoes what it got, or streams, and keeps a list."""
+    """A small HTTP server on a thread: echoes what it got, or streams, and keeps a list.
+
+    An answer counts as many tokens as the request's `max_tokens` says.
+    """
 
     def __init__(self) -> None:
         self.seen: list[dict] = []
@@ -50,7 +53,7 @@ class ModelServer:
             asked = json.loads(body)
         except ValueError:
             asked = {}
-        usage = {"prompt_tokens": 3, "completion_tokens": 4}
+        usage = {"prompt_tokens": 3, "completion_tokens": asked.get("max_tokens", 4)}
         if not asked.get("stream"):
             return web.json_response({"model": asked.get("model"), "usage": usage})
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
