@@ -21,10 +21,12 @@ from forebay_operator.resources import messages
 from forebay_operator.standalone import sources
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from forebay_control.plan import BandPlan, MetricsPlan, ModelPlan, Plan, SeriesPlan
     from forebay_operator.planning import Planned
+
+
+MAX_COLUMNS = 1000  # a tree is cut there instead of at the terminal's width
+BY_TOKENS = {FairnessName.WEIGHTED_FAIR_TOKENS: "WeightedFair by tokens"}
 
 
 class Settings(argparse.Namespace):
@@ -59,8 +61,9 @@ def run(settings: Settings) -> int:
         print(json.dumps({"items": items}, indent=2))  # noqa: T201  # what was asked for
         return 0
     out = console()
+    out.width = MAX_COLUMNS
     for each in planned:
-        out.print(tree(each), soft_wrap=False)
+        out.print(tree(each))
         for problem in each.problems:
             out.print(f"warning: {messages.printable(str(problem))}", style="yellow")
     return 0
@@ -72,7 +75,7 @@ def tree(planned: Planned) -> Tree:
     if planned.plan is None:
         root.add("no plan that an EPP would take: see the warnings")
     else:
-        _add_plan(root, planned.plan)
+        _add_plan(root, planned.plan, planned.priorities)
     endpoints = planned.snapshot.endpoints.endpoints
     servers = root.add(f"{len(endpoints)} servers in the files")
     for endpoint in endpoints:
@@ -80,22 +83,29 @@ def tree(planned: Planned) -> Tree:
     return root
 
 
-def _add_plan(root: Tree, plan: Plan) -> None:
+def _add_plan(root: Tree, plan: Plan, priorities: dict[str, int]) -> None:
     for band in sorted(plan.bands, key=lambda band: -band.priority):
         branch = root.add(f"{band.name} (priority {band.priority})")
-        for line in _band(band):
-            branch.add(line)
+        _add_order(branch, band)
+        _add_caps(branch, band)
         for model in plan.models:
             if model.band == band.name:
                 branch.add(f"model {_model(model)}")
         for objective in plan.objectives:
             if objective.band == band.name:
-                branch.add(f"objective {messages.printable(objective.name)}")
-    for line in _headers(plan):
-        root.add(line)
+                name = messages.printable(objective.name)
+                branch.add(f"objective {name} (priority {priorities[objective.name]})")
     unmatched = plan.unmatched
     other = f"join {unmatched.band}" if unmatched.action == "Queue" else "are rejected"
     root.add(f"requests for other models {other}")
+    if plan.objectives and not plan.trust_objective_header:
+        root.add("objectives have no effect: trustedHeaders has no Objective")
+    if plan.tenant_header:
+        weights = "".join(f"{each.name} {each.weight}, " for each in plan.tenants)
+        line = f"tenants by header {plan.tenant_header}, weights {weights}others 1"
+        root.add(messages.printable(line))
+    if plan.trust_deadline_headers:
+        root.add("callers may say when a request is due and how long it may wait")
     limits, saturation = plan.limits, plan.saturation
     root.add(
         f"in total at most {limits.max_requests} requests and {_bytes(limits.max_bytes)}, "
@@ -112,64 +122,46 @@ def _add_plan(root: Tree, plan: Plan) -> None:
     root.add(f"without servers requests wait up to {plan.no_endpoints_ttl_seconds:g} s")
 
 
-def _flows(band: BandPlan) -> list[str]:
-    """Return what the flows of each level are, the outer level first."""
-    flows = ["model", "tenant"] if band.between is Between.MODELS else ["tenant", "model"]
-    return flows if band.inner is not None else flows[:1]
-
-
-def _band(band: BandPlan) -> Iterator[str]:
-    outer, *inner = _flows(band)
-    sharing = f"{_policy(band.fairness)} between {outer}s"
+def _add_order(branch: Tree, band: BandPlan) -> None:
+    inner = Between.TENANTS if band.between is Between.MODELS else Between.MODELS
+    levels = [(band.between, band.fairness)]
     if band.inner is not None:
-        sharing += f", {_policy(band.inner.fairness)} between the {inner[0]}s of each"
-    yield f"{sharing}, {band.ordering} within one"
-    yield (
+        levels.append((inner, band.inner.fairness))
+    shared = ", ".join(
+        f"{BY_TOKENS.get(policy, policy)} between {between.lower()}" for between, policy in levels
+    )
+    branch.add(f"{shared}, {band.ordering} within one")
+    if band.max_saturation_percent < 100:
+        branch.add(f"fills the pool up to {band.max_saturation_percent} % of its slots")
+    if band.reserved_percent:
+        branch.add(f"has at least {band.reserved_percent} % of the dispatches while it waits")
+
+
+def _add_caps(branch: Tree, band: BandPlan) -> None:
+    branch.add(
         f"at most {band.max_requests} requests and {_bytes(band.max_bytes)}, "
         f"each for up to {band.ttl_seconds:g} s"
     )
     if (band.flow_max_requests, band.flow_max_bytes) != (band.max_requests, band.max_bytes):
-        yield (
-            f"of one {_flows(band)[-1]} at most {band.flow_max_requests} requests "
+        # The innermost level has the flows.
+        tenants = (band.between is Between.TENANTS) is (band.inner is None)
+        branch.add(
+            f"of one {'tenant' if tenants else 'model'} at most {band.flow_max_requests} requests "
             f"and {_bytes(band.flow_max_bytes)}"
         )
     if band.when_full is WhenFull.DISPLACE_LOWER:
-        yield "takes the place of what waits in lower bands when the pool's queue is full"
-    if band.max_saturation_percent < 100:
-        yield f"fills the pool up to {band.max_saturation_percent}%"
-    if band.reserved_percent:
-        yield f"gets at least {band.reserved_percent}% of the dispatches while it waits"
-
-
-def _policy(name: FairnessName) -> str:
-    """Return a policy of fairness as resources name it, and what it counts where that is said."""
-    if name is FairnessName.WEIGHTED_FAIR:
-        return "WeightedFair by requests"
-    return "WeightedFair by tokens" if name is FairnessName.WEIGHTED_FAIR_TOKENS else name
-
-
-def _headers(plan: Plan) -> Iterator[str]:
-    """Return what callers may say."""
-    if plan.objectives and not plan.trust_objective_header:
-        yield "objectives have no effect: trustedHeaders has no Objective"
-    if plan.tenant_header:
-        weights = "".join(f", {tenant.name} weight {tenant.weight}" for tenant in plan.tenants)
-        yield messages.printable(f"tenants are named by header {plan.tenant_header}{weights}")
-    if plan.trust_deadline_headers:
-        yield "callers may say when a request is due and how long it may wait"
+        branch.add("displaces what waits in lower bands when the pool's queue is full")
 
 
 def _model(model: ModelPlan) -> str:
-    weight = f", weight {model.weight}" if model.weight != 1 else ""
-    seconds = model.time_to_first_token_seconds
-    due = f", due after {seconds:g} s" if seconds else ""
-    return _targets(model) + weight + due
-
-
-def _targets(model: ModelPlan) -> str:
     total = sum(target.weight for target in model.targets)
     targets = ", ".join(f"{target.name} {target.weight / total:.0%}" for target in model.targets)
-    return messages.printable(f"{model.name} -> {targets}" if targets else model.name)
+    line = f"{model.name} -> {targets}" if targets else model.name
+    if model.weight != 1:
+        line += f", weight {model.weight}"
+    if model.time_to_first_token_seconds:
+        line += f", due after {model.time_to_first_token_seconds:g} s"
+    return messages.printable(line)
 
 
 def _add_metrics(root: Tree, metrics: MetricsPlan) -> None:

@@ -186,3 +186,64 @@ def test_a_reference_to_something_else_means_no_pool(reference, tmp_path, capsys
     assert "InvalidPoolRef" in capsys.readouterr().out
     assert plan.run(SimpleNamespace(paths=[tmp_path], output="tree")) == 0
     assert "model llama-chat" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("bands", "expected"),
+    [
+        ("", {"chat": "Standard", "base": "Standard", "batch": "Sheddable"}),
+        (
+            "bands: [{name: fast, priority: 5}], ",
+            {"chat": "fast", "base": "Standard", "batch": "Sheddable"},
+        ),
+    ],
+)
+def test_a_plan_says_which_band_each_objective_joins(bands, expected, tmp_path, capsys):
+    """One line each with its priority, here those of upstream's samples."""
+    priorities = {"chat": 5, "base": 1, "batch": -1}
+    (tmp_path / "all.yaml").write_text(
+        BASE.replace("POLICY", bands + "trustedHeaders: [Objective]")
+        + "".join(
+            OBJECTIVE.replace("NAME", name).replace("PRIORITY", str(priority))
+            for name, priority in priorities.items()
+        )
+    )
+    assert plan.run(SimpleNamespace(paths=[tmp_path], output="tree")) == 0
+
+    found, band = {}, ""
+    for line in capsys.readouterr().out.splitlines():
+        words = line.strip(" │├└─").split(" ", 2)
+        if words[1:] and words[1] == "(priority":
+            band = words[0]
+        elif words[0] == "objective":
+            found[words[1]] = band
+            assert words[2] == f"(priority {priorities[words[1]]})"
+    assert found == expected
+
+
+def test_a_plan_shows_levels_weights_and_bounds(tmp_path, capsys):
+    """Whatever a policy says about order is a line that a person can check."""
+    policy = """
+      bands: [{
+        name: Critical, ordering: {policy: EarliestDeadline},
+        fairness: [{between: Models, policy: WeightedFair, weightedFair: {cost: Tokens}},
+                   {between: Tenants, policy: TokenFair}],
+        queue: {whenFull: DisplaceLower, perFlow: {maxRequests: 7}},
+        maxSaturationPercent: 80, reservedPercent: 5}],
+      models: [{name: llama-chat, weight: 3, timeToFirstToken: 2s}],
+      tenants: {weights: [{name: acme, weight: 2}]}, trustedHeaders: [Tenant, Deadline]"""
+    (tmp_path / "all.yaml").write_text(BASE.replace("POLICY", policy))
+    assert plan.run(SimpleNamespace(paths=[tmp_path], output="tree")) == 0
+
+    printed = capsys.readouterr().out
+    for line in (
+        "WeightedFair by tokens between models, TokenFair between tenants, EarliestDeadline within",
+        "fills the pool up to 80 % of its slots",
+        "has at least 5 % of the dispatches while it waits",
+        "of one tenant at most 7 requests",
+        "displaces what waits in lower bands when the pool's queue is full",
+        "model llama-chat -> llama-3.1-8b 100%, weight 3, due after 2 s",
+        "tenants by header x-llm-d-inference-fairness-id, weights acme 2, others 1",
+        "callers may say when a request is due and how long it may wait",
+    ):
+        assert line in printed

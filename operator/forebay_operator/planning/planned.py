@@ -39,6 +39,7 @@ class Planned:
         held_by: the invalid policy for whose sake the plan is left out.
         unsent: reason and message where the plan is left out because EPPs would refuse it.
         shared_with: other pools with the same EPP Service.
+        priorities: of the InferenceObjectives that are in the plan, by name.
     """
 
     pool: str
@@ -50,6 +51,7 @@ class Planned:
     held_by: str = ""
     unsent: tuple[str, str] | None = None
     shared_with: tuple[str, ...] = ()
+    priorities: dict[str, int] = field(default_factory=dict)
 
 
 def plan(pool: AnyPool, resources: Iterable[Resource], unread: Iterable[Metadata] = ()) -> Planned:
@@ -102,6 +104,7 @@ def plan(pool: AnyPool, resources: Iterable[Resource], unread: Iterable[Metadata
             if other.metadata.name != pool.metadata.name
             and other.picker_service == pool.picker_service is not None
         ),
+        topology.priorities,
     )
 
 

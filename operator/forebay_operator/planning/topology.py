@@ -67,11 +67,13 @@ class Topology:
         plan: not validated.
         policy: the one in force, if any.
         models: those that are in the plan.
+        priorities: of the objectives that are in the plan, by name.
     """
 
     plan: Plan
     policy: FlowControlPolicy | None
     models: tuple[InferenceModel, ...]
+    priorities: dict[str, int]
 
 
 def topology_of(pool: AnyPool, resources: list[Resource], problems: list[Problem]) -> Topology:
@@ -86,7 +88,9 @@ def topology_of(pool: AnyPool, resources: list[Resource], problems: list[Problem
     spec = policy.spec if policy else _NO_POLICY
     bands = _bands(spec)
     models, sources, left_out = _models(pool, spec, resources, problems)
-    priorities = {band.name: band.priority for band in bands}
+    objectives = _objectives(pool, resources, problems)
+    priorities = {name: each.spec.priority or 0 for name, each in objectives.items()}
+    ranks = {band.name: band.priority for band in bands}
     plan = drawn(
         Plan,
         spec,
@@ -98,18 +102,21 @@ def topology_of(pool: AnyPool, resources: list[Resource], problems: list[Problem
             spec.unmatched,
             band=min(
                 (spec.unmatched.band, *(model.band for model in left_out)),
-                key=priorities.__getitem__,
+                key=ranks.__getitem__,
             ),
         ),
         saturation=_saturation(spec.saturation),
-        objectives=_objectives(pool, bands, resources, problems),
+        objectives=tuple(
+            drawn(ObjectivePlan, each.spec, name=name, band=_band_at(priorities[name], bands))
+            for name, each in objectives.items()
+        ),
         trust_objective_header="Objective" in spec.trusted_headers,
         tenant_header=spec.tenants.header if "Tenant" in spec.trusted_headers else "",
         tenants=tuple(drawn(TenantPlan, tenant) for tenant in spec.tenants.weights),
         trust_deadline_headers="Deadline" in spec.trusted_headers,
         metrics=_metrics(spec.model_server_metrics),
     )
-    return Topology(plan, policy, sources)
+    return Topology(plan, policy, sources, priorities)
 
 
 def _policy(
@@ -263,12 +270,9 @@ def _models(
 
 
 def _objectives(
-    pool: AnyPool,
-    bands: tuple[BandPlan, ...],
-    resources: list[Resource],
-    problems: list[Problem],
-) -> tuple[ObjectivePlan, ...]:
-    """Put each objective into the nearest band at or below its priority, or the lowest one."""
+    pool: AnyPool, resources: list[Resource], problems: list[Problem]
+) -> dict[str, InferenceObjective]:
+    """Return the objectives by name, in its order."""
     mine: dict[str, InferenceObjective] = {}
     for resource in resources:
         if (
@@ -281,11 +285,9 @@ def _objectives(
     if len(mine) > MAX_OBJECTIVES:
         message = f"has {len(mine)} objectives; those beyond {MAX_OBJECTIVES} have no effect"
         problems.append(problem_of("InferencePool", pool.metadata, "TooManyObjectives", message))
-    order = sorted(bands, key=lambda band: -band.priority)
-    objectives = []
-    for name in sorted(mine)[:MAX_OBJECTIVES]:
-        spec = mine[name].spec
-        below = (band.name for band in order if band.priority <= (spec.priority or 0))
-        band = next(below, order[-1].name)
-        objectives.append(drawn(ObjectivePlan, spec, name=name, band=band))
-    return tuple(objectives)
+    return {name: mine[name] for name in sorted(mine)[:MAX_OBJECTIVES]}
+
+
+def _band_at(priority: int, bands: tuple[BandPlan, ...]) -> str:
+    """Return the nearest band at or below a priority, or the lowest; the highest comes first."""
+    return next((band.name for band in bands if band.priority <= priority), bands[-1].name)

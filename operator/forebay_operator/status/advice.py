@@ -16,7 +16,6 @@ from forebay_operator.planning import Problem
 from forebay_operator.resources import (
     FlowControlPolicy,
     InferenceModel,
-    InferenceObjective,
 )
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def of_pool(pool: AnyPool, planned: Planned, resources: Iterable[Resource]) -> l
     if planned.policy is not None:
         found += _of_policy(planned.policy, planned, mine)
     found += _of_itself(pool, planned, mine)
-    found += _of_objectives(pool, planned, mine)
+    found += _of_objectives(pool, planned)
     return found
 
 
@@ -194,7 +193,7 @@ def _of_itself(pool: AnyPool, planned: Planned, resources: list[Resource]) -> It
             yield Problem("InferenceModel", key, "TargetTwice", message)
 
 
-def _of_objectives(pool: AnyPool, planned: Planned, resources: list[Resource]) -> Iterator[Problem]:
+def _of_objectives(pool: AnyPool, planned: Planned) -> Iterator[Problem]:
     """Report objectives that no header may choose, and those that share a band."""
     plan = planned.plan
     if plan is None or not plan.objectives:
@@ -207,11 +206,7 @@ def _of_objectives(pool: AnyPool, planned: Planned, resources: list[Resource]) -
         )
         key = f"{pool.metadata.namespace}/{pool.metadata.name}"
         yield Problem("InferencePool", key, "ObjectivesNotTrusted", message)
-    priorities = {
-        r.metadata.name: r.spec.priority or 0
-        for r in resources
-        if isinstance(r, InferenceObjective) and planning.means(r.spec.pool_ref, pool.metadata.name)
-    }
+    priorities = planned.priorities
     bands: defaultdict[str, list[str]] = defaultdict(list)
     for objective in plan.objectives:
         bands[objective.band].append(objective.name)
