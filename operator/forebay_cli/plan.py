@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from forebay_operator.planning import Planned
 
 
-MAX_COLUMNS = 1000  # a tree is cut there instead of at the terminal's width
 BY_TOKENS = {FairnessName.WEIGHTED_FAIR_TOKENS: "WeightedFair by tokens"}
 
 
@@ -61,9 +60,8 @@ def run(settings: Settings) -> int:
         print(json.dumps({"items": items}, indent=2))  # noqa: T201  # what was asked for
         return 0
     out = console()
-    out.width = MAX_COLUMNS
     for each in planned:
-        out.print(tree(each))
+        out.print(tree(each), soft_wrap=False)
         for problem in each.problems:
             out.print(f"warning: {messages.printable(str(problem))}", style="yellow")
     return 0

@@ -385,7 +385,7 @@ def test_usage_of_an_event_stream_is_read_wherever_it_is_cut(cut):
     for start, end in pairwise(edges):
         peer.say(answer_body(text[start:end], end=end == len(text)))
 
-    assert peer.finished.usage == openai.Usage(7, 9)
+    assert peer.finished.usage == openai.Usage(7, 9, 3)
     assert b"".join(p.body for p in pieces(peer.take(), "response_body")) == text
 
 

@@ -32,22 +32,22 @@ spec:
 SHOWN = """\
 InferencePool default/chat
 ├── Critical (priority 100)
-│   ├── WeightedFair by tokens between models, TokenFair between the tenants of each, EarliestDeadline within one
+│   ├── WeightedFair by tokens between models, TokenFair between tenants, EarliestDeadline within one
 │   ├── at most 5000 requests and 512MiB, each for up to 60 s
 │   ├── of one tenant at most 500 requests and 512MiB
-│   ├── takes the place of what waits in lower bands when the pool's queue is full
+│   ├── displaces what waits in lower bands when the pool's queue is full
 │   └── model chat, weight 3, due after 2 s
 ├── Standard (priority 0)
 │   ├── FCFS between models, FCFS within one
 │   └── at most 5000 requests and 512MiB, each for up to 60 s
 ├── Sheddable (priority -100)
 │   ├── FCFS between models, FCFS within one
-│   ├── at most 5000 requests and 512MiB, each for up to 60 s
-│   ├── fills the pool up to 90%
-│   └── gets at least 5% of the dispatches while it waits
-├── tenants are named by header x-team, acme weight 2
-├── callers may say when a request is due and how long it may wait
+│   ├── fills the pool up to 90 % of its slots
+│   ├── has at least 5 % of the dispatches while it waits
+│   └── at most 5000 requests and 512MiB, each for up to 60 s
 ├── requests for other models join Standard
+├── tenants by header x-team, weights acme 2, others 1
+├── callers may say when a request is due and how long it may wait
 ├── in total at most 10000 requests and 1GiB, one at most 8MiB
 ├── endpoint limit: learned; closed above 95% of its KV cache
 ├── without servers requests wait up to 60 s
