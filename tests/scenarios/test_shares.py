@@ -19,6 +19,7 @@ from forebay_control.plan import (
     InnerPlan,
     LimitsPlan,
     ModelPlan,
+    OrderingName,
     Plan,
     SaturationMode,
     SaturationPlan,
@@ -468,3 +469,100 @@ def test_the_first_requests_of_all_are_shared_by_weight_too(fairness):
     counts = Counter(request.tenant for request in serving.serve(12))
 
     assert abs(counts["acme"] - 9) <= 1
+
+
+def test_a_new_weight_of_an_outer_flow_counts_and_idle_tenants_are_forgotten():
+    """With tenants inside models."""
+    inner = InnerPlan(WEIGHTED)
+    serving = Serving(plan_of({"a": 1, "b": 1}, WEIGHTED, inner=inner))
+    for number in range(400):
+        serving.submit("a", f"t{number % 4}")
+        serving.submit("b", f"t{number % 4}")
+    serving.submit("c", "gone")
+    serving.serve(100)
+
+    serving.controller.reconfigure(
+        plan_of({"a": 3, "b": 1}, WEIGHTED, tenants={"t0": 3}, inner=inner), serving.now
+    )
+    later = Counter((r.model, r.tenant) for r in serving.serve(220)[100:])
+
+    assert abs(sum(n for (model, _), n in later.items() if model == "a") - 90) <= 2
+    assert abs(later["a", "t0"] - 45) <= 2
+    (band,) = serving.controller._bands.all
+    assert not [path for path in band.levels.flows if "gone" in path]
+
+
+@pytest.mark.parametrize("ordering", [OrderingName.EARLIEST_DEADLINE, OrderingName.SHORTEST_PROMPT])
+def test_requests_that_leave_a_ranked_queue_leave_no_trace(ordering):
+    """Most of a thousand go away, from everywhere in the queue; the rest keeps its order."""
+    plan = plan_of({"m": 1}, FairnessName.FCFS, ordering=ordering)
+    controller = FlowController(plan, Random(1))
+    for number in range(1000):
+        request = Request(number, "m", number, due_in_seconds=float(number + 1))
+        controller.submit(request, 0.0)
+    gone = Random(3).sample(range(1000), 950)
+    for number in gone:
+        controller.cancel(number, 0.0)
+    controller.poll(0.0)
+    controller.set_endpoints([Endpoint(A)], 0.0)
+    served = []
+    while decisions := controller.poll(0.0):
+        served += [decision.request_id for decision in decisions]
+        controller.complete(served[-1], None, 0.0)
+
+    assert served == sorted(set(range(1000)) - set(gone))
+
+
+def test_a_reserved_share_that_no_free_slot_would_do_for_holds_up_no_one():
+    """Its band's requests may go only to a server that is full."""
+    other = "10.0.0.2:8000"
+    low = replace(BAND, name="low", priority=-1, reserved_percent=40)
+    plan = Plan(
+        bands=(BAND, low),
+        models=(ModelPlan("low", "low"),),
+        saturation=SaturationPlan(SaturationMode.CONCURRENCY, 1),
+    )
+    controller = FlowController(plan, Random(1))
+    controller.set_endpoints([Endpoint(A), Endpoint(other)], 0.0)
+    controller.submit(Request(0, "m", 1, frozenset({other})), 0.0)
+    controller.poll(0.0)
+    for number in range(1, 30):
+        controller.submit(Request(number, "m", 1, frozenset({A})), 0.0)
+        controller.submit(Request(100 + number, "low", 1, frozenset({other})), 0.0)
+    served = []
+    for _ in range(10):
+        served += [decision.request_id for decision in controller.poll(0.0)]
+        controller.complete(served[-1], None, 0.0)
+
+    assert served == list(range(1, 11))
+
+
+def test_tenants_inside_models_take_turns_beside_subset_hints():
+    """Lanes that wait at a server are of tenants inside models as well."""
+    other = "10.0.0.2:8000"
+    plan = plan_of({"a": 1, "b": 1}, WEIGHTED, inner=InnerPlan(WEIGHTED))
+    controller = FlowController(plan, Random(1))
+    controller.set_endpoints([Endpoint(A), Endpoint(other)], 0.0)
+    for number, address in enumerate((A, other)):
+        controller.submit(Request(number, "x", 1, frozenset({address})), 0.0)
+    controller.poll(0.0)
+    kinds = [
+        (model, tenant, hint)
+        for model, tenant in (("a", "t1"), ("a", "t2"), ("b", "t1"))
+        for hint in (None, frozenset({A}), frozenset({A, other}))
+    ]
+    for number in range(270):
+        model, tenant, hint = kinds[number % 9]
+        controller.submit(Request(10 + number, model, 1, hint, tenant=tenant), 0.0)
+    for number in range(10, 280, 27):  # some leave, the first ones of lanes among them
+        controller.cancel(number, 0.0)
+    controller.poll(0.0)
+    controller.complete(0, None, 0.0)
+    served = []
+    for _ in range(80):
+        served += [decision.request_id for decision in controller.poll(0.0)]
+        controller.complete(served[-1], None, 0.0)
+
+    counts = Counter(kinds[(number - 10) % 9][:2] for number in served)
+    assert abs(counts["b", "t1"] - 40) <= 1
+    assert abs(counts["a", "t1"] - counts["a", "t2"]) <= 1
