@@ -55,6 +55,7 @@ FEATURES = (
     Feature("Reserved", "Band.reserved_percent", without=""),
     Feature("Weights", "Model.weight", without=""),
     Feature("TimeToFirstToken", "Model.time_to_first_token_seconds", without=""),
+    Feature("PrefillGoal", "Saturation.time_to_first_token_seconds", without=""),
     Feature("Tenants", "Plan.tenant_header", without=""),
     Feature("Tenants", "Plan.tenants", without=""),
     Feature("DeadlineHeaders", "Plan.trust_deadline_headers", without=""),

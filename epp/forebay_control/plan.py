@@ -201,12 +201,14 @@ class SaturationPlan:
     """How endpoint limits are determined.
 
     `max_concurrency` is the limit of every endpoint in mode Concurrency and unused otherwise;
-    `kv_cache_usage_threshold` closes a busy endpoint in mode Adaptive.
+    `kv_cache_usage_threshold` closes a busy endpoint in mode Adaptive, and there prompts go only to
+    endpoints in which they are expected to wait `time_to_first_token_seconds` at most.
     """
 
     mode: SaturationMode = SaturationMode.ADAPTIVE
     max_concurrency: Count = 100
     kv_cache_usage_threshold: Annotated[float, Range(0, 1, above=True)] = 0.95
+    time_to_first_token_seconds: Seconds = 0.5
 
 
 @dataclass(frozen=True, slots=True)

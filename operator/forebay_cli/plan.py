@@ -112,7 +112,8 @@ def _add_plan(root: Tree, plan: Plan, priorities: dict[str, int]) -> None:
     room = (
         f"{saturation.max_concurrency} requests at once per server"
         if saturation.mode == "Concurrency"
-        else f"learned; closed above {saturation.kv_cache_usage_threshold:.0%} of its KV cache"
+        else f"learned; closed above {saturation.kv_cache_usage_threshold:.0%} of its KV cache, "
+        f"prompts wait in it up to {saturation.time_to_first_token_seconds:g} s"
     )
     root.add(f"endpoint limit: {room}")
     if plan.metrics is not None:

@@ -142,7 +142,7 @@ def test_a_toy_scorer_is_one_class_and_a_line(monkeypatch, weight, expected):
 class NotForBatch:
     """A toy filter: keeps one server free of batch."""
 
-    def keep(self, request, endpoints):
+    def keep(self, request, endpoints, now):
         return [e for e in endpoints if request.model != "batch" or e.address != A]
 
 

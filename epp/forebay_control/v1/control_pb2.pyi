@@ -357,14 +357,16 @@ class Limits(_message.Message):
     def __init__(self, max_requests: _Optional[int] = ..., max_bytes: _Optional[int] = ..., max_body_bytes: _Optional[int] = ...) -> None: ...
 
 class Saturation(_message.Message):
-    __slots__ = ("mode", "max_concurrency", "kv_cache_usage_threshold")
+    __slots__ = ("mode", "max_concurrency", "kv_cache_usage_threshold", "time_to_first_token_seconds")
     MODE_FIELD_NUMBER: _ClassVar[int]
     MAX_CONCURRENCY_FIELD_NUMBER: _ClassVar[int]
     KV_CACHE_USAGE_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    TIME_TO_FIRST_TOKEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
     mode: str
     max_concurrency: int
     kv_cache_usage_threshold: float
-    def __init__(self, mode: _Optional[str] = ..., max_concurrency: _Optional[int] = ..., kv_cache_usage_threshold: _Optional[float] = ...) -> None: ...
+    time_to_first_token_seconds: float
+    def __init__(self, mode: _Optional[str] = ..., max_concurrency: _Optional[int] = ..., kv_cache_usage_threshold: _Optional[float] = ..., time_to_first_token_seconds: _Optional[float] = ...) -> None: ...
 
 class Unmatched(_message.Message):
     __slots__ = ("action", "band")

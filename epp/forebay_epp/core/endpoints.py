@@ -107,7 +107,7 @@ class EndpointSet:
         """An answer of the endpoint has begun."""
         limit = tracked.limit.value
         tracked.first_token(request, now)
-        if tracked.limit.value != limit:
+        if tracked.limit.value != limit or tracked.crowded:
             self._moved(tracked)
 
     def completed(
@@ -195,6 +195,9 @@ class EndpointSet:
         limit = tracked.limit.value if tracked.present else 0
         if limit != tracked.counted_limit:
             self._count_limit(tracked, limit)
+        if tracked.crowded and free > 0:
+            tracked.crowded = False
+            self.opened.append(tracked.address)
         if tracked.wake_at < tracked.scheduled_at:
             tracked.scheduled_at = tracked.wake_at
             self._alarm_number += 1

@@ -111,6 +111,7 @@ class Request:
         prompt_tokens: that its prompt is expected to have.
         answer_tokens: that its answer is expected to have.
         kv_tokens: tokens of KV cache that it is expected to take.
+        prefill_mark: prompt tokens sent to its endpoint up to its own.
         predicted_seconds: how long it is expected to wait in the queue, None where nothing is
             expected.
     """
@@ -135,6 +136,7 @@ class Request:
     prompt_tokens: int = 0
     answer_tokens: int = 0
     kv_tokens: int = 0
+    prefill_mark: float = 0.0
     predicted_seconds: float | None = None
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from forebay_epp.core.health import Health
 from forebay_epp.core.limits import LIMITS
+from forebay_epp.core.prefill import Prefill
 from forebay_epp.core.terms import NEVER, EndpointState
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ class TrackedEndpoint:
         open_index: where it stands among the open ones; -1 for not there.
         kv_room_tokens: how many more tokens its KV cache has room for, by all that is known of it;
             an endpoint that holds nothing has room for any request.
+        prefill: the prompts that wait in it.
+        crowded: whether a request was kept from it by the room for prompts; whoever makes room
+            clears it.
         occupancy: slots taken, by this EPP or others.
         settled: whether the limit says how large the server is.
         spared: used although it is out, because the whole pool is.
@@ -60,6 +64,7 @@ class TrackedEndpoint:
         "_blind",
         "_ended",
         "_foreign_then",
+        "_goal_seconds",
         "_idle_since",
         "_mode",
         "_observed_at",
@@ -72,6 +77,7 @@ class TrackedEndpoint:
         "address",
         "counted",
         "counted_limit",
+        "crowded",
         "foreign",
         "free",
         "fresh",
@@ -85,6 +91,7 @@ class TrackedEndpoint:
         "name",
         "occupancy",
         "open_index",
+        "prefill",
         "present",
         "running",
         "scheduled_at",
@@ -117,6 +124,9 @@ class TrackedEndpoint:
         self.free = 0
         self.counted = self.counted_limit = 0
         self.open_index = -1
+        self.prefill = Prefill()
+        self.crowded = False
+        self._goal_seconds = plan.time_to_first_token_seconds
         self.occupancy = 0
         self.wake_at = self.scheduled_at = NEVER
         self._stale_at = NEVER
@@ -135,6 +145,7 @@ class TrackedEndpoint:
 
     def reconfigure(self, plan: SaturationPlan, now: float) -> None:
         """Take a new plan; what has been learned stays when the mode does."""
+        self._goal_seconds = plan.time_to_first_token_seconds
         if plan.mode is self._mode:
             self.limit.reconfigure(plan)
         else:
@@ -149,6 +160,7 @@ class TrackedEndpoint:
     def dispatched(self, request: Request, now: float) -> None:
         """Count one more request in flight."""
         self.kv_tokens += request.kv_tokens
+        self.prefill.sent(request, now)
         if self.in_flight == self._started:
             self._unstarted_since = now
         self.in_flight += 1
@@ -161,6 +173,7 @@ class TrackedEndpoint:
 
     def first_token(self, request: Request, now: float) -> None:
         """An answer to a request in flight has begun."""
+        self.prefill.begun(request, now)
         self._started += 1
         self._unstarted_since = now
         seconds = now - request.dispatched_at
@@ -179,6 +192,9 @@ class TrackedEndpoint:
         Holding needs metrics that will show the truth later; without them the slot is free.
         """
         self.in_flight -= 1
+        self.prefill.begun(request, now)
+        if not self.in_flight:
+            self.prefill.idle()
         self.kv_tokens -= request.kv_tokens
         self._ended += 1
         if request.first_token_at < NEVER:
@@ -209,6 +225,7 @@ class TrackedEndpoint:
         self.kv_usage = metrics.kv_usage
         self.kv_capacity_tokens = metrics.kv_capacity_tokens
         self.health.scraped(now)
+        self.prefill.observe(metrics)
         if self.limit.learned:
             # The page may be older than the last completion: what was in flight at any moment
             # since the scrape before is not foreign.
@@ -279,6 +296,13 @@ class TrackedEndpoint:
             wake_at = min(wake_at, health.wake_at)
         self.free = free
         self.wake_at = wake_at
+
+    def prefill_room_tokens(self, now: float) -> float:
+        """Return how many more tokens of prompts it takes in time, where limits are learned."""
+        if not self.limit.learned:
+            return NEVER
+        self.prefill.drain(now)
+        return self.prefill.room(self._goal_seconds)
 
     def _next_decay(self) -> float:
         """Return when the unknown foreign load, of which there is some, is less by one."""

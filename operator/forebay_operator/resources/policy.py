@@ -238,6 +238,11 @@ class AdaptiveLimit(Own):
         int, Field(alias="maxKVCacheUsagePercent", ge=1, le=100, strict=True), WHOLE
     ] = round(PLAN.saturation.kv_cache_usage_threshold * 100)
     """The percentage of its KV cache in use above which a server gets nothing. 95 by default."""
+    time_to_first_token: Seconds = PLAN.saturation.time_to_first_token_seconds
+    """How long a prompt may wait in a server to be prefilled, such as 500ms, which is the default.
+
+    A server in which it would wait longer gets no more prompts, once its speed is known.
+    """
 
 
 class ConcurrencyLimit(Own):

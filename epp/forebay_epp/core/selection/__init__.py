@@ -23,7 +23,7 @@ from __future__ import annotations
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Protocol
 
-from forebay_epp.core.selection.budgets import KVRoom
+from forebay_epp.core.selection.budgets import KVRoom, PrefillRoom
 from forebay_epp.core.selection.pickers import MaxScore
 from forebay_epp.core.selection.scorers import Load
 
@@ -46,7 +46,7 @@ class Filter(Protocol):
     """Leaves out endpoints, because of what the request is or because of how much work it is."""
 
     def keep(
-        self, request: Request, endpoints: Sequence[TrackedEndpoint]
+        self, request: Request, endpoints: Sequence[TrackedEndpoint], now: float
     ) -> Sequence[TrackedEndpoint]:
         """Return those that can, in the same order."""
 
@@ -61,7 +61,7 @@ class Scorer(Protocol):
 
 
 FILTERS: tuple[Callable[[], Filter], ...] = ()  # besides presence, subset and slots
-BUDGETS: tuple[Callable[[], Filter], ...] = (KVRoom,)
+BUDGETS: tuple[Callable[[], Filter], ...] = (KVRoom, PrefillRoom)
 SCORERS: tuple[tuple[Callable[[EndpointSet], Scorer], float], ...] = ((Load, 1.0),)  # with weights
 MAX_CANDIDATES = 8
 
@@ -103,11 +103,11 @@ class Selection:
         self, request: Request, endpoints: Sequence[TrackedEndpoint], now: float
     ) -> TrackedEndpoint | Miss:
         for step in self._filters:
-            endpoints = step.keep(request, endpoints)
+            endpoints = step.keep(request, endpoints, now)
         if not endpoints:
             return Miss.UNFIT
         for step in self._budgets:
-            endpoints = step.keep(request, endpoints)
+            endpoints = step.keep(request, endpoints, now)
         if len(endpoints) < 2:
             return endpoints[0] if endpoints else Miss.NO_ROOM
         totals: list[float] = []

@@ -11,6 +11,27 @@ if TYPE_CHECKING:
     from forebay_epp.core.tracked import TrackedEndpoint
 
 
+class PrefillRoom:
+    """Leaves out endpoints in which prompts would wait longer to be prefilled than the plan's goal.
+
+    A prompt that is larger than what is prefilled in time goes where none waits. An endpoint whose
+    speed is not known takes any.
+    """
+
+    def keep(
+        self, request: Request, endpoints: Sequence[TrackedEndpoint], now: float
+    ) -> Sequence[TrackedEndpoint]:
+        """Return those with room for the prompt."""
+        tokens = request.prompt_tokens
+        kept = []
+        for endpoint in endpoints:
+            if endpoint.prefill_room_tokens(now) >= tokens:
+                kept.append(endpoint)
+            else:
+                endpoint.crowded = True
+        return kept
+
+
 class KVRoom:
     """Leaves out endpoints whose KV cache would run full before the request has its answer.
 
@@ -19,7 +40,10 @@ class KVRoom:
     """
 
     def keep(
-        self, request: Request, endpoints: Sequence[TrackedEndpoint]
+        self,
+        request: Request,
+        endpoints: Sequence[TrackedEndpoint],
+        now: float,  # noqa: ARG002  # time changes no cache that it is not told of
     ) -> Sequence[TrackedEndpoint]:
         """Return those with room for the tokens that are expected."""
         tokens = request.kv_tokens
