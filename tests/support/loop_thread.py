@@ -38,8 +38,11 @@ class LoopThread:
         """Return what a coroutine does."""
         return self.submit(work).result(WAIT_SECONDS)
 
-    def listen(self, serve: Serve) -> str:
-        """Serve each connection with a coroutine, closing it afterwards; return the address."""
+    def listen(self, serve: Serve, port: int = 0) -> str:
+        """Serve each connection with a coroutine, closing it afterwards; return the address.
+
+        Without a port any free one is taken.
+        """
 
         def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Awaitable[None]:
             # Noted before the coroutine's first step, which a cancelled one never takes.
@@ -54,7 +57,7 @@ class LoopThread:
 
         async def start() -> str:
             server = await asyncio.start_server(
-                accept, "127.0.0.1", 0, backlog=4096, limit=READER_BYTES
+                accept, "127.0.0.1", port, backlog=4096, limit=READER_BYTES
             )
             self._servers.append(server)
             return f"127.0.0.1:{server.sockets[0].getsockname()[1]}"

@@ -8,22 +8,6 @@ import api_server
 import pytest
 from installation import Installation
 
-FIGURES = pytest.StashKey[list[str]]()
-
-
-@pytest.fixture(scope="session")
-def figure(pytestconfig):
-    """Have a measured number shown after the tests."""
-    return pytestconfig.stash.setdefault(FIGURES, []).append
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    """Show the figures."""
-    if FIGURES in config.stash:
-        terminalreporter.section("figures")
-        for line in config.stash[FIGURES]:
-            terminalreporter.line(line)
-
 
 @pytest.fixture(scope="session")
 def node_cluster(tmp_path_factory, figure):

@@ -1,0 +1,167 @@
+"""Requests that wait and run at an EPP for as long as the test wants, and what became of each.
+
+The test is their proxy. It buffers bodies, so the EPP says when a request has been queued, and a
+request that was dispatched runs until the test ends it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from typing import TYPE_CHECKING
+
+from ext_proc_peer import Stream, http_headers, until
+from ext_proc_queue import CONFIG
+
+from forebay_extproc.v3 import external_processor_pb2 as pb
+
+if TYPE_CHECKING:
+    import grpc
+    from control_plane import EPPProcess
+
+SECONDS = 60.0
+MAX_REQUESTS = 32
+DISPATCHED = "Dispatched"
+
+
+class HeldRequest:
+    """One request, on a stream of its own.
+
+    Attributes:
+        name: in the events.
+        outcome: how it left flow control; "" while it waits.
+        settled: set once it is queued, or has left flow control.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.outcome = ""
+        self.settled = Event()
+        self._may_end = Event()
+
+    def run(self, stream: Stream, headers: dict[str, str], body: bytes, left) -> None:
+        """Send it, take its one decision, and answer it once that is allowed.
+
+        Args:
+            stream: its own.
+            headers: beside method and path.
+            body: as JSON.
+            left: called with the request when it leaves flow control.
+        """
+        head = {":method": "POST", ":path": "/v1/completions", **headers}
+        stream.send(request_headers=http_headers(head), protocol_config=CONFIG)
+        answer = stream.answer()
+        if answer.HasField("request_headers"):
+            stream.send(request_body=pb.HttpBody(body=body, end_of_stream=True))
+            answer = stream.answer()
+        if answer.HasField("override_message_timeout"):
+            self.settled.set()
+            answer = stream.answer()
+        if answer.HasField("immediate_response"):
+            self.outcome = next(
+                header.header.raw_value.decode()
+                for header in answer.immediate_response.headers.set_headers
+                if header.header.key == "x-forebay-outcome"
+            )
+        else:
+            assert answer.HasField("request_body"), answer
+            self.outcome = DISPATCHED
+        left(self)
+        self.settled.set()
+        if self.outcome == DISPATCHED:
+            assert self._may_end.wait(SECONDS), "the test did not end it"
+            stream.respond()
+        stream.half_close()
+        assert next(stream.call, None) is None, "a second answer"
+
+    @property
+    def runs(self) -> bool:
+        return self.outcome == DISPATCHED and not self._may_end.is_set()
+
+    def end(self) -> None:
+        """Have it answered."""
+        self._may_end.set()
+
+
+class Held:
+    """The requests of one story.
+
+    Attributes:
+        log: names of requests in the order in which they left flow control, those that were not
+            dispatched with their outcome, as in `a1:EvictedTTL`; what the test marked; and when
+            each came, in monotonic seconds.
+    """
+
+    def __init__(self, epp: EPPProcess, channel: grpc.Channel) -> None:
+        self.log: list[tuple[str, float]] = []
+        self._epp, self._channel = epp, channel
+        self._requests: list[HeldRequest] = []
+        self._threads = ThreadPoolExecutor(MAX_REQUESTS)
+        self._work = []
+        self._before = epp.outcomes()
+
+    def mark(self, event: str) -> None:
+        """Note that something has happened."""
+        self.log.append((event, time.monotonic()))
+
+    def _left(self, request: HeldRequest) -> None:
+        dispatched = request.outcome == DISPATCHED
+        self.mark(request.name if dispatched else f"{request.name}:{request.outcome}")
+
+    def send(self, name: str, model: str, size_bytes: int, headers: dict[str, str]) -> HeldRequest:
+        """Send a request; return once it is queued or has left flow control."""
+        body = json.dumps({"model": model, "prompt": ""})
+        body = body[:-2] + "x" * (size_bytes - len(body)) + body[-2:]
+        request = HeldRequest(name)
+        self._requests.append(request)
+        work = (request.run, Stream(self._channel), headers, body.encode(), self._left)
+        self._work.append(self._threads.submit(*work))
+        until(lambda: request.settled.is_set() or self._work[-1].done(), SECONDS)
+        assert request.settled.is_set(), self._work[-1].exception()
+        return request
+
+    @property
+    def events(self) -> list[str]:
+        return [event for event, _ in self.log]
+
+    @property
+    def waiting(self) -> list[str]:
+        return [request.name for request in self._requests if not request.outcome]
+
+    @property
+    def running(self) -> list[HeldRequest]:
+        return [request for request in self._requests if request.runs]
+
+    def until_known(self) -> None:
+        """Wait until all that the EPP has decided is among the events."""
+
+        def known() -> bool:
+            found = self._epp.queues()
+            return (found["requests"], found["in_flight"]) == (
+                len(self.waiting),
+                len(self.running),
+            )
+
+        until(known, SECONDS)
+
+    def end_one(self) -> None:
+        """End the request that has run longest, and wait for what comes of it."""
+        self.running[0].end()
+        self.until_known()
+
+    def check(self) -> None:
+        """Each request had one decision and nothing after it, and the EPP counts the same."""
+        for work in self._work:
+            work.result(SECONDS)
+        until(self._epp.idle, SECONDS)
+        counted = self._epp.outcomes() - self._before
+        assert counted == Counter(request.outcome for request in self._requests)
+
+    def close(self) -> None:
+        """End what still runs or waits."""
+        for request in self._requests:
+            request.end()
+        self._threads.shutdown(wait=False, cancel_futures=True)
