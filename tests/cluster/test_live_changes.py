@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 import statistics
 import time
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
@@ -336,6 +336,12 @@ CASES = [
         after={"saturation": LENIENT},
     ),
     Case(
+        "saturation.type",
+        *("a1", "c1", "| c1 a1", "a1 | c1"),
+        before={"saturation": STRICT},
+        after={"saturation": TWO_SLOTS},
+    ),
+    Case(
         "saturation.concurrency.maxRequestsPerEndpoint",
         *("a1 b1", "c1", "| c1 a1 b1", "a1 | c1 b1"),
         before={"saturation": ONE_SLOT},
@@ -428,6 +434,13 @@ CASES = [
         after={"trustedHeaders": ["Deadline"]},
         headers={"a2": {"x-forebay-ttl-ms": "1"}},
     ),
+    Case(  # what is no longer trusted
+        "trustedHeaders[]",
+        *("a1", "a2", "| a2 a1", "| a1 a2"),
+        before={"trustedHeaders": ["Objective"]},
+        after={},
+        headers={"a2": {"x-llm-d-inference-objective": "urgent"}},
+    ),
     Case(  # the pool gets the defaults: unmatched requests wait, and there are more slots
         "targetRefs[].name",
         *("a1", "u1", "u1:RejectedUnknownModel | a1", "a1 u1 |"),
@@ -459,58 +472,63 @@ class Stage:
         self._site = site
         self._epp = site.epp()
         self._server = site.server("server", LOOPBACK)
+        self._story = 0
+        until(lambda: endpoints(self._epp) == [address], SECONDS)
 
-    def apply(self, spec: Spec, pool: str = "chat") -> None:
-        """Run `kubectl apply` on the policy."""
-        self._site.apply(policy("chat", pool, **{"saturation": ONE_SLOT, **models(), **spec}))
-
-    def begin(self, spec: Spec) -> None:
+    def begin(self, case: Case) -> None:
         """Put the policy of before in force, and have the server's page read if it is to be."""
-        self.apply(spec)
-        self._site.until_programmed("chat")
-        if spec.get("saturation") == STRICT:
+        self._story += 1
+        self.put(case.before)
+        if case.before.get("saturation") == STRICT:
             until(lambda: self._epp.queues()["endpoints"][0]["kv_usage"] == KV_USAGE, SECONDS)
 
-    def change(self, case: Case) -> float:
-        """Apply the policy of afterwards; return when kubectl was done, once it is in force."""
+    def put(self, spec: Spec, pool: str = "chat") -> float:
+        """Apply a policy; return when kubectl was done, once the EPP has another plan.
+
+        Each story has a model of its own, of which no requests come: its plan is never the last's.
+        """
+        known = {"saturation": ONE_SLOT, **models(), **spec}
+        known["models"] = [*known["models"], {"name": f"story-{self._story}"}]
         before = self._epp.version
-        self.apply(case.after, case.pool)
+        self._site.apply(policy("chat", pool, **known))
         done_at = time.monotonic()
-        until(lambda: (self._epp.version or before) > before, SECONDS)
+        until(lambda: self._epp.version not in (None, before), SECONDS)
         return done_at
 
-    def set_present(self, *, present: bool) -> None:
-        """Let the pool have its endpoint, or none."""
-        self._server.run(ready=present)
-        until(lambda: bool(endpoints(self._epp)) is present, SECONDS)
+    @contextmanager
+    def without_endpoint(self) -> Iterator[None]:
+        """Have the pool's endpoint leave, and come back."""
+        self._server.run(ready=False)
+        try:
+            until(lambda: endpoints(self._epp) == [], SECONDS)
+            yield
+        finally:
+            self._server.run()
+            until(lambda: endpoints(self._epp) != [], SECONDS)
 
     def play(self, case: Case, *, changes: bool) -> str:
         """Tell the story of a case; return what is seen."""
         expected = (case.new if changes else case.old).split()
-        with channel(f"127.0.0.1:{self._epp.grpc}") as open_channel:
-            held = Held(self._epp, open_channel)
-            try:
-                self._send(held, case, RUNNER)
-                assert [request.name for request in held.running] == [RUNNER]
-                held.log.clear()
-                if case.absent:
-                    self.set_present(present=False)
+        done_at = 0.0
+        with (
+            channel(f"127.0.0.1:{self._epp.grpc}") as open_channel,
+            Held(self._epp, open_channel) as held,
+        ):
+            self._send(held, case, RUNNER)
+            assert [request.name for request in held.running] == [RUNNER]
+            held.log.clear()
+            with self.without_endpoint() if case.absent else nullcontext():
                 self._send(held, case, *case.waiting.split())
                 assert held.waiting == case.waiting.split()
-
-                done_at = self.change(case) if changes else 0.0
-
+                if changes:
+                    done_at = self.put(case.after, case.pool)
+                    held.until_known()
                 self._send(held, case, *case.then.split())
                 with suppress(AssertionError):  # what came instead says more
                     until(lambda: held.events == expected[: expected.index("|")], SECONDS)
                 held.mark("|")
-                if case.absent:
-                    self.set_present(present=True)
-                while held.running:
-                    held.end_one()
-                held.check()
-            finally:
-                held.close()
+            held.end_all()
+            held.check()
         if changes:
             signs = (
                 at for (event, at), old in zip_longest(held.log, case.old.split()) if event != old
@@ -570,7 +588,7 @@ def stage(cluster, tmp_path_factory, figure):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.fields)
 def test_a_change_takes_effect_and_loses_nothing(stage, case):
     """What is seen differs as the case says, and every request has one outcome."""
-    stage.begin(case.before)
+    stage.begin(case)
 
     assert stage.play(case, changes=False) == case.old
     assert stage.play(case, changes=True) == case.new

@@ -19,6 +19,8 @@ from ext_proc_queue import CONFIG
 from forebay_extproc.v3 import external_processor_pb2 as pb
 
 if TYPE_CHECKING:
+    from typing import Self
+
     import grpc
     from control_plane import EPPProcess
 
@@ -49,7 +51,7 @@ class HeldRequest:
             stream: its own.
             headers: beside method and path.
             body: as JSON.
-            left: called with the request when it leaves flow control.
+            left: told when it leaves flow control, and how.
         """
         head = {":method": "POST", ":path": "/v1/completions", **headers}
         stream.send(request_headers=http_headers(head), protocol_config=CONFIG)
@@ -60,18 +62,18 @@ class HeldRequest:
         if answer.HasField("override_message_timeout"):
             self.settled.set()
             answer = stream.answer()
+        outcome = DISPATCHED
         if answer.HasField("immediate_response"):
-            self.outcome = next(
+            outcome = next(
                 header.header.raw_value.decode()
                 for header in answer.immediate_response.headers.set_headers
                 if header.header.key == "x-forebay-outcome"
             )
-        else:
-            assert answer.HasField("request_body"), answer
-            self.outcome = DISPATCHED
-        left(self)
+        left(self.name if outcome == DISPATCHED else f"{self.name}:{outcome}")
+        self.outcome = outcome
         self.settled.set()
-        if self.outcome == DISPATCHED:
+        if outcome == DISPATCHED:
+            assert answer.HasField("request_body"), answer
             assert self._may_end.wait(SECONDS), "the test did not end it"
             stream.respond()
         stream.half_close()
@@ -103,25 +105,31 @@ class Held:
         self._work = []
         self._before = epp.outcomes()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for request in self._requests:
+            request.end()
+        self._threads.shutdown(wait=False)  # with the channel the last of them end
+
     def mark(self, event: str) -> None:
         """Note that something has happened."""
         self.log.append((event, time.monotonic()))
 
-    def _left(self, request: HeldRequest) -> None:
-        dispatched = request.outcome == DISPATCHED
-        self.mark(request.name if dispatched else f"{request.name}:{request.outcome}")
-
-    def send(self, name: str, model: str, size_bytes: int, headers: dict[str, str]) -> HeldRequest:
+    def send(self, name: str, model: str, size_bytes: int, headers: dict[str, str]) -> None:
         """Send a request; return once it is queued or has left flow control."""
         body = json.dumps({"model": model, "prompt": ""})
         body = body[:-2] + "x" * (size_bytes - len(body)) + body[-2:]
         request = HeldRequest(name)
         self._requests.append(request)
-        work = (request.run, Stream(self._channel), headers, body.encode(), self._left)
-        self._work.append(self._threads.submit(*work))
-        until(lambda: request.settled.is_set() or self._work[-1].done(), SECONDS)
-        assert request.settled.is_set(), self._work[-1].exception()
-        return request
+        stream = Stream(self._channel)
+        work = self._threads.submit(request.run, stream, headers, body.encode(), self.mark)
+        work.add_done_callback(lambda _: request.settled.set())
+        self._work.append(work)
+        assert request.settled.wait(SECONDS), f"{name} is not queued"
+        if work.done():
+            work.result()
 
     @property
     def events(self) -> list[str]:
@@ -147,10 +155,12 @@ class Held:
 
         until(known, SECONDS)
 
-    def end_one(self) -> None:
-        """End the request that has run longest, and wait for what comes of it."""
-        self.running[0].end()
+    def end_all(self) -> None:
+        """End what runs, one after another in the order of sending, until nothing does."""
         self.until_known()
+        while running := self.running:
+            running[0].end()
+            self.until_known()
 
     def check(self) -> None:
         """Each request had one decision and nothing after it, and the EPP counts the same."""
@@ -159,9 +169,3 @@ class Held:
         until(self._epp.idle, SECONDS)
         counted = self._epp.outcomes() - self._before
         assert counted == Counter(request.outcome for request in self._requests)
-
-    def close(self) -> None:
-        """End what still runs or waits."""
-        for request in self._requests:
-            request.end()
-        self._threads.shutdown(wait=False, cancel_futures=True)
