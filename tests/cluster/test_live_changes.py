@@ -573,10 +573,11 @@ def stage(cluster, tmp_path_factory, figure):
         yield stage
         for process in (operator, *site.processes):
             check_log(process.log)
-        figure(
-            f"kubectl apply to changed behaviour, of {len(stage.seconds)} changes: "
-            f"median {statistics.median(stage.seconds):.2f} s, most {max(stage.seconds):.2f} s"
-        )
+        if stage.seconds:
+            figure(
+                f"kubectl apply to changed behaviour, of {len(stage.seconds)} changes: "
+                f"median {statistics.median(stage.seconds):.2f} s, most {max(stage.seconds):.2f} s"
+            )
     finally:
         thread.stop()
         site.end()
