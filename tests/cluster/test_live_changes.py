@@ -22,19 +22,12 @@ from control_plane import LOOPBACK, Authority, Operator, check_log, policy, pool
 from ext_proc_peer import channel, until
 from held_requests import Held
 from loop_thread import LoopThread
-from operator_site import (
-    CRDS,
-    SECONDS,
-    Site,
-    endpoints,
-    install,
-    make_namespace,
-)
+from operator_site import CRDS, SECONDS, Site, endpoints, install, make_namespace
 from ports import free_port
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 Spec = dict[str, Any]
 Headers = dict[str, dict[str, str]]
@@ -470,10 +463,10 @@ class Stage:
         site.apply(chat, service(), OBJECTIVE)
         self.seconds: list[float] = []
         self._site = site
-        self._epp = site.epp()
         self._server = site.server("server", LOOPBACK)
+        self._epp = site.epp()
         self._story = 0
-        until(lambda: endpoints(self._epp) == [address], SECONDS)
+        until(lambda: endpoints(self._epp) == [address] and self._epp.version != (0, 0), SECONDS)
 
     def begin(self, case: Case) -> None:
         """Put the policy of before in force, and have the server's page read if it is to be."""
@@ -483,28 +476,31 @@ class Stage:
             until(lambda: self._epp.queues()["endpoints"][0]["kv_usage"] == KV_USAGE, SECONDS)
 
     def put(self, spec: Spec, pool: str = "chat") -> float:
-        """Apply a policy; return when kubectl was done, once the EPP has another plan.
+        """Apply a policy; return when kubectl was done, once the policy is in force.
 
         Each story has a model of its own, of which no requests come: its plan is never the last's.
         """
         known = {"saturation": ONE_SLOT, **models(), **spec}
         known["models"] = [*known["models"], {"name": f"story-{self._story}"}]
+        return self._programmed(lambda: self._site.apply(policy("chat", pool, **known)))
+
+    def _programmed(self, act: Callable[[], None]) -> float:
+        """Do what brings another program; return when it was done, once the EPP runs that."""
         before = self._epp.version
-        self._site.apply(policy("chat", pool, **known))
+        assert before is not None
+        act()
         done_at = time.monotonic()
         until(lambda: self._epp.version not in (None, before), SECONDS)
         return done_at
 
     @contextmanager
     def without_endpoint(self) -> Iterator[None]:
-        """Have the pool's endpoint leave, and come back."""
-        self._server.run(ready=False)
+        """Have the pool's endpoint leave, and come back afterwards."""
+        self._programmed(lambda: self._server.run(ready=False))
         try:
-            until(lambda: endpoints(self._epp) == [], SECONDS)
             yield
         finally:
-            self._server.run()
-            until(lambda: endpoints(self._epp) != [], SECONDS)
+            self._programmed(self._server.run)
 
     def play(self, case: Case, *, changes: bool) -> str:
         """Tell the story of a case; return what is seen."""
@@ -529,11 +525,10 @@ class Stage:
                 held.mark("|")
             held.end_all()
             held.check()
-        if changes:
-            signs = (
-                at for (event, at), old in zip_longest(held.log, case.old.split()) if event != old
-            )
-            self.seconds.append(next(signs) - done_at)
+        pairs = zip_longest(held.log, case.old.split(), fillvalue=("", 0.0))
+        sign_at = next((at for (event, at), old in pairs if event != old), None)
+        if changes and sign_at is not None:
+            self.seconds.append(sign_at - done_at)
         return " ".join(held.events)
 
     def _send(self, held: Held, case: Case, *names: str) -> None:
