@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -113,6 +114,30 @@ def test_a_charge_for_a_band_that_is_gone_is_dropped():
     controller.complete(1, Usage(1, 1), 0.0)
 
     assert controller.state(0.0).in_flight == 0
+
+
+def test_answers_to_what_another_policy_dispatched_earn_nothing():
+    """Of two flows that wait when TokenFair begins, both get as much from then on.
+
+    Answers of the one are on their way, and shorter than was expected when FCFS dispatched them.
+    """
+    controller = controller_of("a", "b", slots=8)
+    (band,) = controller.plan.bands
+    first, then = (
+        replace(controller.plan, bands=(replace(band, fairness=fairness),))
+        for fairness in (FairnessName.FCFS, FairnessName.TOKEN_FAIR)
+    )
+    controller.reconfigure(first, 0.0)
+    for number in range(60):
+        controller.submit(Request(number, "a" if number < 30 else "b", 1), 0.0)
+    assert [decision.request_id for decision in controller.poll(0.0)] == list(range(8))
+
+    controller.reconfigure(then, 0.0)
+    for number in range(8):
+        controller.complete(number, Usage(0, 1), 0.0)
+
+    order = [decision.request_id for decision in controller.poll(0.0)]
+    assert order == [8, 30, 9, 31, 10, 32, 11, 33]
 
 
 class Second:

@@ -118,6 +118,7 @@ class Band:
     def pop(self, lane: Lane, now: float) -> Request:
         """Take out the lane's next request because it is dispatched now."""
         request = lane.queue.pop()
+        request.charged_by = self.levels
         cost = Cost(1, request.prompt_tokens, request.answer_tokens)
         self.levels.charge(lane.flow, cost, now)
         self._drained = self._drained * self._decay(now) + 1.0
@@ -132,9 +133,12 @@ class Band:
         self._leave(request, lane)
 
     def charge(self, request: Request, usage: Usage, now: float) -> None:
-        """Correct what the flow of a dispatched request was charged by the tokens it took."""
+        """Correct what the flow of a dispatched request was charged by the tokens it took.
+
+        Where the policies have changed since, it was not charged by those of today.
+        """
         flow = self.levels.flows.get(request.path)
-        if flow is not None:
+        if flow is not None and request.charged_by is self.levels:
             more = Cost(
                 0,
                 usage.prompt_tokens - usage.cached_tokens - request.prompt_tokens,

@@ -102,6 +102,8 @@ class Request:
         band: the band's name.
         flow: the name of the plan's model that the request belongs to; "" where it matches none.
         path: the names of the flows that it waits in, outermost first.
+        charged_by: the levels of fairness that its dispatch was charged to, which alone may correct
+            that.
         sequence: grows by order of arrival in the band.
         due_at: monotonic seconds at which its answer should begin.
         enqueued_at: monotonic seconds.
@@ -127,6 +129,7 @@ class Request:
     band: str = ""
     flow: str = ""
     path: tuple[str, ...] = ()
+    charged_by: object = None
     sequence: int = 0
     due_at: float = NEVER
     enqueued_at: float = 0.0
