@@ -445,6 +445,7 @@ CASES = [
 ]
 WITHOUT_EFFECT = {
     "targetRefs[].group": "a reference means the pool by its name alone",
+    "saturation.adaptive.timeToFirstToken": "acts once a speed is known: see test_core_prefill",
     "targetRefs[].kind": "has one value",
 }
 

@@ -157,3 +157,18 @@ def test_what_was_kept_back_goes_when_the_prompt_is_done():
     controller.first_token(1, 14.0)
 
     assert [decision.request_id for decision in controller.poll(14.0)] == [2]
+
+
+def test_a_new_goal_counts_for_what_waits():
+    """At the next look, which the change brings."""
+    controller = taught(SaturationMode.ADAPTIVE)
+    controller.set_endpoints([Endpoint(A)], 7.0)
+    controller.submit(Request(1, "m", 400_000), 10.0)
+    controller.poll(10.0)
+    controller.submit(Request(2, "m", 40_000), 10.1)
+    assert controller.poll(10.1) == []
+
+    patient = SaturationPlan(SaturationMode.ADAPTIVE, 4, time_to_first_token_seconds=60.0)
+    controller.reconfigure(Plan(saturation=patient), 10.2)
+
+    assert [decision.request_id for decision in controller.poll(10.2)] == [2]

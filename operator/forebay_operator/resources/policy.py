@@ -137,12 +137,6 @@ class Queue(Own):
     per_flow: FlowLimits = FlowLimits()
 
 
-_DIFFERENT_LEVELS = Rule(
-    "the levels must be between different things: one between Models, one between Tenants",
-    "self.size() < 2 || !has(self[0].between) || !has(self[1].between) "
-    "|| self[0].between != self[1].between",
-    lambda levels: len({level.between for level in levels}) == len(levels),
-)
 _OWN_SETTINGS = Rule(
     "must not be set with another policy than WeightedFair",
     "!has(self.policy) || self.policy == 'WeightedFair' || !has(self.weightedFair)",
@@ -164,7 +158,6 @@ class Band(Own):
     fairness: Annotated[
         tuple[Annotated[FairnessLevel, _OWN_SETTINGS], ...],
         Field(max_length=2, json_schema_extra=ATOMIC),
-        _DIFFERENT_LEVELS,
     ] = ()
     """How the band is shared, the outer level first. FCFS between models by default."""
     ordering: Ordering = Ordering(policy=BAND.ordering)
@@ -357,6 +350,15 @@ _OWN_PRIORITY = Rule(
     lambda band: band.name in BUILT_IN or band.priority is not None,
     at="priority",
 )
+# Of a band: a rule of the list itself would fail where an earlier shape has an object there.
+_DIFFERENT_LEVELS = Rule(
+    "the levels must be between different things: one between Models, one between Tenants",
+    "!has(self.name) || !has(self.fairness) || self.fairness.size() < 2 "
+    "|| !has(self.fairness[0].between) || !has(self.fairness[1].between) "
+    "|| self.fairness[0].between != self.fairness[1].between",
+    lambda band: len({level.between for level in band.fairness}) == len(band.fairness),
+    at="fairness",
+)
 _DIFFERENT_PRIORITIES = Rule(
     "priorities must be unique; Critical, Standard and Sheddable have 100, 0 and -100",
     f"self.all(band, band.name in {_NAMES} || !has(band.priority) "
@@ -391,7 +393,7 @@ class PolicySpec(Own):
     ]
     """The pools that the policy applies to."""
     bands: Annotated[
-        tuple[Annotated[Band, _BUILT_IN_PRIORITY, _OWN_PRIORITY], ...],
+        tuple[Annotated[Band, _BUILT_IN_PRIORITY, _OWN_PRIORITY, _DIFFERENT_LEVELS], ...],
         Field(max_length=16),
         Unique(("name",)),
         _DIFFERENT_PRIORITIES,
