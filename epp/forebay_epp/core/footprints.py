@@ -80,6 +80,6 @@ class Footprints:
         """
         flow = self._flows.get(request.flow) or self._unknown
         prompt_tokens = request.size_bytes / flow.bytes_per_token
-        request.prompt_tokens = int(prompt_tokens)
+        request.prompt_tokens = max(1, int(prompt_tokens))  # so that no dispatch is free
         request.answer_tokens = int(flow.seen_tokens)
         request.kv_tokens = int(prompt_tokens + ANSWER_PART * flow.answer_tokens)
