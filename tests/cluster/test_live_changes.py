@@ -472,12 +472,10 @@ class Stage:
         until(lambda: endpoints(self._epp) == [address] and self._epp.version != (0, 0), SECONDS)
 
     def begin(self, case: Case) -> None:
-        """Put the policy of before in force, and have the server's page read if it is to be."""
+        """Put the policy of before in force."""
         self._story += 1
         self._told = self._epp.outcomes()
         self.put(case.before)
-        if case.before.get("saturation") == STRICT:
-            until(lambda: self._epp.queues()["endpoints"][0]["kv_usage"] == KV_USAGE, SECONDS)
 
     def put(self, spec: Spec, pool: str = "chat") -> float:
         """Apply a policy; return when kubectl was done, once the policy is in force.
@@ -517,6 +515,8 @@ class Stage:
             self._send(held, case, RUNNER)
             assert [request.name for request in held.running] == [RUNNER]
             held.log.clear()
+            if case.before.get("saturation") == STRICT:  # by the page, which has to be read first
+                until(lambda: self._epp.queues()["endpoints"][0]["free"] == 0, SECONDS)
             with self.without_endpoint() if case.absent else nullcontext():
                 self._send(held, case, *case.waiting.split())
                 assert held.waiting == case.waiting.split()

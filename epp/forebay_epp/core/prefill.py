@@ -65,15 +65,18 @@ class Prefill:
 
     def sent(self, request: Request, now: float) -> None:
         """Add a prompt, and write on its request where it stands."""
-        self.drain(now)
-        self._sent += request.prompt_tokens
-        request.prefill_mark = self._sent
-        if self._long_since == NEVER and self._sent - self._done >= LONG_TOKENS:
-            self._long_mark, self._long_from, self._long_since = self._sent, self._done, now
+        if self.rate:
+            self.drain(now)
+        sent = self._sent = self._sent + request.prompt_tokens
+        request.prefill_mark = sent
+        if sent - self._done >= LONG_TOKENS and self._long_since == NEVER:
+            self._long_mark, self._long_from, self._long_since = sent, self._done, now
 
     def begun(self, request: Request, now: float) -> None:
         """Take note that an answer has begun or ended: its prompt is done, and all before it."""
-        self._finish(request.prefill_mark, now)
+        mark = request.prefill_mark
+        if mark > self._done:
+            self._finish(mark, now)
 
     def idle(self) -> None:
         """Take note that nothing of ours is in the server."""

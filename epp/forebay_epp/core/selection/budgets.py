@@ -22,6 +22,8 @@ class PrefillRoom:
         self, request: Request, endpoints: Sequence[TrackedEndpoint], now: float
     ) -> Sequence[TrackedEndpoint]:
         """Return those with room for the prompt."""
+        if not [endpoint for endpoint in endpoints if endpoint.prefill.rate]:
+            return endpoints
         tokens = request.prompt_tokens
         kept = []
         for endpoint in endpoints:
