@@ -129,17 +129,14 @@ class Turns:
     def __len__(self) -> int:
         return len(self._groups)
 
-    def add(self, lane: Lane, _turn: Turn) -> None:
+    def add(self, lane: Lane) -> None:
         """Add a lane, or take note that its turn is earlier than it was."""
         flow = lane.path[self._level]
         group = self._groups.get(flow)
         if group is None:
             group = self._groups[flow] = self._group(lane)
-        if isinstance(group, Turns):
-            group.add(lane, _turn)
-        else:
-            group.add(lane, lane.head if flow is lane.flow else lane.inner_turn())
-        self._next.add(flow, self._turn_of(flow))
+        group.add(lane)
+        self._next.add(flow)
 
     def discard(self, lane: Lane) -> None:
         """Let a lane leave, which is there."""

@@ -57,9 +57,9 @@ class Lanes:
             if lane.parked:
                 self._wait_at_sites(lane)
             elif lane.subset is None:
-                self._open.add(lane, lane.turn())
+                self._open.add(lane)
             else:
-                self._untried.add(lane, lane.turn())
+                self._untried.add(lane)
 
     def left(self, lane: Lane) -> None:
         """Take note that a request has left its lane."""
@@ -80,7 +80,7 @@ class Lanes:
         for address in (*addresses, ANYWHERE):
             site = self.sites.get(address)
             if site is not None:
-                self._contested.add(site, site.key())
+                self._contested.add(site)
 
     def next(self, is_open: Callable[[str], bool]) -> Lane | None:
         """Return the lane whose next request is the next of the band, or None.
@@ -120,7 +120,7 @@ class Lanes:
             site = self.sites.get(address)
             if site is None:
                 site = self.sites[address] = Site(address, self._levels)
-            site.add(lane, lane.turn())
+            site.add(lane)
 
     def _leave_sites(self, lane: Lane) -> None:
         for address in lane.sites:

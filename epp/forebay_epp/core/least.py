@@ -36,13 +36,13 @@ class Least(Generic[T]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, member: T, key: Any) -> None:
-        """Add a member with its key, or take note that its key has become less."""
+    def add(self, member: T) -> None:
+        """Add a member, or take note that its key has become less."""
         heap = self._heap
         if len(heap) > 2 * len(self._entries) + SPARE_ENTRIES:
             heap[:] = self._entries.values()
             heapify(heap)
-        entry = self._entries[member] = (key, member)
+        entry = self._entries[member] = (self._key(member), member)
         heappush(heap, entry)
 
     def discard(self, member: T) -> None:

@@ -33,16 +33,17 @@ class Prefill:
     """
 
     __slots__ = (
-        *(
-            "_done",
-            "_drained_at",
-            "_fastest",
-            "_long_from",
-            "_long_mark",
-            "_long_since",
-            "_paged_at",
-        ),
-        *("_sent", "_sent_before", "_steps", "rate"),
+        "_done",
+        "_drained_at",
+        "_fastest",
+        "_long_from",
+        "_long_mark",
+        "_long_since",
+        "_paged_at",
+        "_sent",
+        "_sent_before",
+        "_steps",
+        "rate",
     )
 
     def __init__(self) -> None:
