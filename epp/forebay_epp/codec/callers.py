@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from forebay_control.plan import MAX_NAME_LENGTH, MAX_SECONDS, MAX_TENANT_LENGTH
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -21,9 +23,7 @@ TENANT = ("x-llm-d-inference-fairness-id", "x-gateway-inference-fairness-id")
 DUE = ("x-llm-d-slo-ttft-ms", "x-slo-ttft-ms")
 TTL = ("x-forebay-ttl-ms",)
 
-MAX_OBJECTIVE_CHARACTERS = 253  # the name of a Kubernetes object
-MAX_TENANT_CHARACTERS = 128
-MAX_MILLISECONDS = 3_600_000.0
+MAX_MILLISECONDS = MAX_SECONDS * 1000
 
 
 class BadHeaderError(Exception):
@@ -78,8 +78,8 @@ class CallerHeaders:
         due_in_seconds = _seconds(headers, self._due)
         ttl_seconds = _seconds(headers, self._ttl)
         return Caller(
-            _first(headers, self._objective)[1][:MAX_OBJECTIVE_CHARACTERS],
-            _first(headers, self._tenant)[1][:MAX_TENANT_CHARACTERS],
+            _first(headers, self._objective)[1][:MAX_NAME_LENGTH],
+            _first(headers, self._tenant)[1][:MAX_TENANT_LENGTH],
             due_in_seconds,
             math.inf if ttl_seconds is None else ttl_seconds,
         )
@@ -101,6 +101,6 @@ def _seconds(headers: Mapping[str, str], names: tuple[str, ...]) -> float | None
     if not 0.0 < milliseconds <= MAX_MILLISECONDS:
         raise BadHeaderError(
             f"header {name} must be a number of milliseconds above 0 and at most "
-            f"{MAX_MILLISECONDS:.0f}, is {text[:40]!r}"
+            f"{MAX_MILLISECONDS}, is {text[:40]!r}"
         )
     return milliseconds / 1000
