@@ -26,7 +26,7 @@ from forebay_operator.resources import (
 from forebay_operator.status import advice, comparing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from forebay_operator.channel.server import ControlServer
     from forebay_operator.cluster.store import Entry, Store
@@ -188,7 +188,7 @@ class Planner:
         everything = {
             f"{namespace}/{pool.metadata.name}": pool for pool in planning.pools(resources)
         }
-        unclaimed = [name for name in self._others if name.partition("/")[0] == namespace]
+        unclaimed = _within(namespace, self._others)
         pools = self._claimed(namespace, everything, resources)
         gone = self._dropped(namespace, pools, everything)
         if self._deletions is not None:
@@ -225,9 +225,8 @@ class Planner:
         self, namespace: str, pools: Mapping[str, AnyPool], everything: Mapping[str, AnyPool]
     ) -> dict[str, str]:
         """Give up the pools that are gone or no longer ours; return their uids by name."""
-        planned = [name for name in self._planned if name.partition("/")[0] == namespace]
         dropped = {}
-        for name in planned:
+        for name in _within(namespace, self._planned):
             if name not in pools:
                 pool, _ = self._planned.pop(name)
                 dropped[name] = pool.metadata.uid
@@ -244,7 +243,7 @@ class Planner:
         self, namespace: str, pools: dict[str, AnyPool], resources: list[Resource]
     ) -> dict[str, AnyPool]:
         """Return the pools that are ours, and remember whose the others are."""
-        for name in [name for name in self._others if name.partition("/")[0] == namespace]:
+        for name in _within(namespace, self._others):
             del self._others[name]
         if self._controller is None:
             return pools
@@ -253,6 +252,11 @@ class Planner:
             (name, whose) for name, whose in claimants.items() if whose != self._controller
         )
         return {name: pool for name, pool in pools.items() if name not in self._others}
+
+
+def _within(namespace: str, pools: Iterable[str]) -> list[str]:
+    """Return those of the pools that are in a namespace."""
+    return [name for name in pools if name.partition("/")[0] == namespace]
 
 
 def _advice_of(pool: AnyPool, planned: Planned, resources: list[Resource]) -> tuple[str, ...]:
