@@ -129,6 +129,17 @@ def taught(mode):
     return controller
 
 
+def holding_back():
+    """A controller whose only server prefills a long prompt, so that another one waits for it."""
+    controller = taught(SaturationMode.ADAPTIVE)
+    controller.set_endpoints([Endpoint(A)], 7.0)
+    controller.submit(Request(1, "m", 400_000), 10.0)
+    controller.poll(10.0)
+    controller.submit(Request(2, "m", 40_000), 10.1)
+    assert controller.poll(10.1) == []
+    return controller
+
+
 @pytest.mark.parametrize(
     ("mode", "expected"), [(SaturationMode.ADAPTIVE, {B}), (SaturationMode.CONCURRENCY, {A, B})]
 )
@@ -147,12 +158,7 @@ def test_prompts_avoid_a_server_that_prefills_a_long_one(mode, expected):
 
 def test_what_was_kept_back_goes_when_the_prompt_is_done():
     """The beginning of its answer makes room, without a slot becoming free."""
-    controller = taught(SaturationMode.ADAPTIVE)
-    controller.set_endpoints([Endpoint(A)], 7.0)
-    controller.submit(Request(1, "m", 400_000), 10.0)
-    controller.poll(10.0)
-    controller.submit(Request(2, "m", 40_000), 10.1)
-    assert controller.poll(10.1) == []
+    controller = holding_back()
 
     controller.first_token(1, 14.0)
 
@@ -161,12 +167,7 @@ def test_what_was_kept_back_goes_when_the_prompt_is_done():
 
 def test_a_new_goal_counts_for_what_waits():
     """At the next look, which the change brings."""
-    controller = taught(SaturationMode.ADAPTIVE)
-    controller.set_endpoints([Endpoint(A)], 7.0)
-    controller.submit(Request(1, "m", 400_000), 10.0)
-    controller.poll(10.0)
-    controller.submit(Request(2, "m", 40_000), 10.1)
-    assert controller.poll(10.1) == []
+    controller = holding_back()
 
     patient = SaturationPlan(SaturationMode.ADAPTIVE, 4, time_to_first_token_seconds=60.0)
     controller.reconfigure(Plan(saturation=patient), 10.2)
