@@ -21,6 +21,7 @@ from forebay_epp.codec.extproc.events import (
     BodyPart,
     Finished,
     FirstChunk,
+    Progress,
     Rejected,
 )
 from forebay_epp.codec.extproc.stream import ExtProcStream
@@ -208,6 +209,11 @@ class DataPlane:
                 if request is not None and exchange.id in self._submitted:
                     self.controller.first_token(exchange.id, now)
                     self._observer.first_token(request, now)
+                self._current = None
+                return
+            case Progress():
+                if exchange.id in self._submitted:
+                    self.controller.progress(exchange.id, event.answer_tokens, now)
                 self._current = None
                 return
             case Finished():

@@ -22,6 +22,7 @@ from forebay_epp.codec.extproc.events import (
     Arrived,
     BodyPart,
     Finished,
+    Progress,
     Rejected,
 )
 from forebay_epp.codec.extproc.framing import DESTINATION
@@ -368,6 +369,19 @@ def test_a_json_answer_passes_and_its_usage_is_read():
     assert sent[0].HasField("response_headers")
     assert b"".join(piece.body for piece in pieces(sent, "response_body")) == JSON_ANSWER
     assert (peer.stream.ended, peer.stream.failure) == (True, None)
+
+
+def test_the_progress_of_a_streamed_answer_is_told_every_32_tokens():
+    """Wherever chunks begin and end; an answer of one JSON object tells none."""
+    peer = dispatched()
+    peer.say(answer_headers(content_type="text/event-stream"))
+    peer.say(answer_body(b'data: {"choices":[]}\n\n', end=False))
+    text = 63 * b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
+    events = [
+        peer.say(answer_body(text[at : at + 20], end=False)) for at in range(0, len(text), 20)
+    ]
+
+    assert [event for event in events if event] == [Progress(32), Progress(64)]
 
 
 @given(cut=st.lists(st.integers(1, 160), max_size=4, unique=True))

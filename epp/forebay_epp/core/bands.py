@@ -146,6 +146,17 @@ class Band:
             )
             self.levels.charge(flow, more, now)
 
+    def charge_more(self, request: Request, answer_tokens: int, now: float) -> None:
+        """Charge the flow of a dispatched request for an answer that is longer than expected.
+
+        From now on so many tokens are expected, which is what `charge` will correct.
+        """
+        flow = self.levels.flows.get(request.path)
+        if flow is not None and request.charged_by is self.levels:
+            more = answer_tokens - request.answer_tokens
+            self.levels.charge(flow, Cost(0, 0, more), now)
+            request.answer_tokens = answer_tokens
+
     def _leave(self, request: Request, lane: Lane) -> None:
         del self.arrival[request.id]
         self.size_bytes -= request.size_bytes

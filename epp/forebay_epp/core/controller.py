@@ -251,6 +251,19 @@ class FlowController:
             request.first_token_at = now
             self._endpoints.first_token(endpoint, request, now)
 
+    def progress(self, request_id: int, answer_tokens: int, now: float) -> None:
+        """The answer to a dispatched request has come to so many tokens so far.
+
+        Its flow is charged for those beyond what it was charged for already. The last word is
+        the usage that `complete` brings, so an estimate will do, in steps of any size.
+
+        Raises:
+            KeyError: the request is not in flight.
+        """
+        request, _ = self._dispatched[request_id]
+        if answer_tokens > request.answer_tokens and request.band in self._bands.by_name:
+            self._bands.by_name[request.band].charge_more(request, answer_tokens, now)
+
     def complete(
         self,
         request_id: int,

@@ -73,8 +73,8 @@ class Usage:
 class Cost:
     """What a flow is charged for: a dispatch with the tokens to be expected of it.
 
-    Once the answer has ended and its tokens are known, what they are more than that, or less:
-    then `requests` is 0.
+    Later what its answer proves to be longer, while it is produced; and once it has ended and its
+    tokens are known, what they are more than was charged, or less. Then `requests` is 0.
     """
 
     requests: int = 0
@@ -111,7 +111,8 @@ class Request:
         first_token_at: monotonic seconds, infinity until then.
         endpoint: address of the endpoint that it was dispatched to.
         prompt_tokens: that its prompt is expected to have.
-        answer_tokens: that its answer is expected to have.
+        answer_tokens: that its answer is expected to have, and its flow is charged for; more once
+            it has come to more.
         kv_tokens: tokens of KV cache that it is expected to take.
         prefill_mark: prompt tokens sent to its endpoint up to its own.
         predicted_seconds: how long it is expected to wait in the queue, None where nothing is

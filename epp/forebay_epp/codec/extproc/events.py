@@ -59,6 +59,12 @@ class FirstChunk(msgspec.Struct, frozen=True, gc=False):
     """The answer has begun."""
 
 
+class Progress(msgspec.Struct, frozen=True, gc=False):
+    """The answer has come to about so many tokens; it was fewer the last time this was said."""
+
+    answer_tokens: int
+
+
 class Finished(msgspec.Struct, frozen=True, gc=False):
     """The dispatched request has ended; its slot is free.
 
@@ -75,7 +81,7 @@ class Finished(msgspec.Struct, frozen=True, gc=False):
     blind: bool = False
 
 
-Event = BodyPart | Arrived | Rejected | Abandoned | FirstChunk | Finished
+Event = BodyPart | Arrived | Rejected | Abandoned | FirstChunk | Progress | Finished
 
 ABANDONED = Abandoned()
 FIRST_CHUNK = FirstChunk()

@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING
 
 from forebay_epp.codec import openai
 from forebay_epp.codec.extproc import framing
-from forebay_epp.codec.extproc.events import FIRST_CHUNK, Finished, FirstChunk
+from forebay_epp.codec.extproc.events import FIRST_CHUNK, Finished, FirstChunk, Progress
 from forebay_epp.codec.extproc.modes import DUPLEX_RESPONSE, ResponseMode, response_mode
 
 if TYPE_CHECKING:
     from collections import deque
 
     from forebay_extproc.v3 import external_processor_pb2 as pb
+
+    Seen = Finished | FirstChunk | Progress | None  # what a part of an answer tells
+
+PROGRESS_TOKENS = 32  # after so many more, an answer's progress is reported
 
 
 class ResponseHalf:
@@ -26,13 +30,14 @@ class ResponseHalf:
         status: of HTTP; 0 as long as no answer has been seen.
     """
 
-    __slots__ = ("_begun", "_mode", "_outbox", "_reader", "_restorer", "status")
+    __slots__ = ("_begun", "_mode", "_outbox", "_reader", "_report_at", "_restorer", "status")
 
     def __init__(self, outbox: deque[bytes]) -> None:
         self._outbox = outbox
         self.status = 0
         self._mode: ResponseMode = DUPLEX_RESPONSE
         self._begun = False
+        self._report_at = PROGRESS_TOKENS
         self._restorer: openai.ModelRestorer | None = None
         self._reader: openai.JSONUsageReader | openai.EventUsageReader | None = None
 
@@ -74,7 +79,7 @@ class ResponseHalf:
         )
         return self.finished(whole=True) if headers.end_of_stream else None
 
-    def echo(self, inner: bytes, body: bytes, end_of_stream: bool) -> Finished | FirstChunk | None:  # noqa: FBT001  # unpacked from framing.read_streamed
+    def echo(self, inner: bytes, body: bytes, end_of_stream: bool) -> Seen:  # noqa: FBT001  # unpacked from framing.read_streamed
         """Give a message's body back; the arguments are those of `framing.read_streamed`."""
         if len(body) <= framing.MAX_CHUNK_BYTES:
             self._outbox.append(framing.frame(framing.RESPONSE_BODY, len(inner)) + inner)
@@ -84,7 +89,7 @@ class ResponseHalf:
             )
         return self._progress(body, end_of_stream)
 
-    def take_body(self, message: pb.ProcessingRequest) -> Finished | FirstChunk | None:
+    def take_body(self, message: pb.ProcessingRequest) -> Seen:
         """Take a message of the body in any mode."""
         body = message.response_body.body
         end_of_stream = message.response_body.end_of_stream
@@ -106,7 +111,7 @@ class ResponseHalf:
         usage = self._reader.usage() if self._reader else None
         return Finished(self.status, usage, whole, blind)
 
-    def _progress(self, body: bytes, end_of_stream: bool) -> Finished | FirstChunk | None:  # noqa: FBT001  # once per token
+    def _progress(self, body: bytes, end_of_stream: bool) -> Seen:  # noqa: FBT001  # once per token
         if self._reader is not None and body:
             self._reader.feed(body)
         if end_of_stream:
@@ -114,4 +119,7 @@ class ResponseHalf:
         if body and not self._begun:
             self._begun = True
             return FIRST_CHUNK
+        if self._reader is not None and self._reader.tokens >= self._report_at:
+            self._report_at = self._reader.tokens + PROGRESS_TOKENS
+            return Progress(self._reader.tokens)
         return None

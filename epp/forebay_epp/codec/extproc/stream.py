@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from forebay_epp.codec.callers import CallerHeaders
-    from forebay_epp.codec.extproc.events import Abandoned, BodyPart, Event, FirstChunk
+    from forebay_epp.codec.extproc.events import Abandoned, BodyPart, Event
+    from forebay_epp.codec.extproc.response import Seen
 
 OUTCOME = "x-forebay-outcome"
 DROPPED_REASON = "x-llm-d-request-dropped-reason"  # the same under upstream's name, on refusals
@@ -271,7 +272,7 @@ class ExtProcStream:
     def _on_response_trailers(self, _: pb.ProcessingRequest) -> Event | None:
         return self._pass(self._response.take_trailers())
 
-    def _pass(self, event: Finished | FirstChunk | None) -> Event | None:
+    def _pass(self, event: Seen) -> Event | None:
         """Nothing can follow an answered end of the answer, so the stream need not wait for it."""
         return self._end(event) if isinstance(event, Finished) else event
 

@@ -49,9 +49,15 @@ _answer = msgspec.json.Decoder(_Answer)
 
 
 class JSONUsageReader:
-    """Finds the usage of an answer that is one JSON object and comes in chunks."""
+    """Finds the usage of an answer that is one JSON object and comes in chunks.
+
+    Attributes:
+        tokens: that have come, which cannot be told before the end.
+    """
 
     __slots__ = ("_held", "_scanner")
+
+    tokens = 0
 
     def __init__(self) -> None:
         self._held = b""
@@ -78,11 +84,15 @@ class EventUsageReader:
 
     Several events may carry a part of it (Anthropic's API: the prompt's tokens in the first one,
     the answer's in the last one) or what it is so far. Counts only grow, so the largest are taken.
+
+    Attributes:
+        tokens: that have come, about: model servers send an event for each, and a few more.
     """
 
-    __slots__ = ("_held", "_scanner", "_usage")
+    __slots__ = ("_held", "_scanner", "_usage", "tokens")
 
     def __init__(self) -> None:
+        self.tokens = 0
         self._held = b""  # of a line that has not ended
         self._scanner: UsageScanner | None = None  # of such a line when it is long
         self._usage: Usage | None = None
@@ -93,6 +103,7 @@ class EventUsageReader:
             chunk = self._feed_long(self._scanner, chunk)
         if self._held or chunk[-1:] != b"\n":
             chunk = self._hold(chunk)
+        self.tokens += chunk.count(_EVENT)  # where an answer has that text, its end corrects it
         if chunk.rfind(_KEY) >= 0:  # half the time of `in`
             for line in chunk.splitlines():
                 if _KEY in line and line.startswith(_EVENT):
