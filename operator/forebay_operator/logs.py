@@ -7,6 +7,8 @@ import sys
 
 from pythonjsonlogger.json import JsonFormatter
 
+_log = logging.getLogger(__name__)
+
 
 def configure(verbosity: int) -> None:
     """Write to standard error.
@@ -15,6 +17,7 @@ def configure(verbosity: int) -> None:
         verbosity: 0 shows warnings, 1 also what changes, 2 everything of ours. kopf tells of each
             event; that is shown from 2 on, as information.
     """
+    sys.unraisablehook = _log_unraisable
     handler = logging.StreamHandler(sys.stderr)
     if verbosity < 2:
         handler.addFilter(_worth_a_line)
@@ -38,6 +41,17 @@ def configure(verbosity: int) -> None:
     logging.getLogger("forebay_operator").setLevel(own_level)
     # Each of its tasks that ends with the process is an error in kopf's eyes.
     logging.getLogger("kopf").setLevel(logging.INFO if verbosity > 1 else logging.ERROR)
+
+
+def _log_unraisable(what: sys.UnraisableHookArgs) -> None:
+    """Log an error that Python can raise nowhere as a line.
+
+    A watch that kopf does not end in time is destroyed with its loop, and awaits even then.
+    """
+    _log.warning(
+        "an error could not be raised",
+        extra={"error": str(what.exc_value)[:500], "where": repr(what.object)[:500]},
+    )
 
 
 # What grpc says of streams that are cut when their server ends.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sys
 
 import pytest
 
@@ -15,6 +16,7 @@ from forebay_operator import logs
 def logged(capsys):
     """Log an error as configured, and return the lines that come of it as objects."""
     root, handlers = logging.getLogger(), logging.getLogger().handlers[:]
+    unraisable_hook = sys.unraisablehook
     levels = {name: logging.getLogger(name).level for name in ("", "kopf", "forebay_operator")}
 
     def log(name: str, error: BaseException) -> list[dict]:
@@ -24,6 +26,7 @@ def logged(capsys):
 
     yield log
     root.handlers[:] = handlers
+    sys.unraisablehook = unraisable_hook
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
 
@@ -45,3 +48,22 @@ def test_a_servicer_that_fails_is_told_of_whole(logged):
     (line,) = logged("grpc._cython.cygrpc", KeyError("pool"))
 
     assert "KeyError" in line["exc_info"]
+
+
+def test_a_watch_that_is_destroyed_while_it_ends_is_a_line(logged, capsys):
+    """Its coroutine awaits when it is closed, which Python prints as a traceback by itself."""
+
+    async def watch() -> None:
+        try:
+            await asyncio.sleep(0)
+        finally:
+            await asyncio.sleep(0)
+
+    logged("kopf", OSError("gone"))
+    coroutine = watch()
+    coroutine.send(None)
+    del coroutine
+
+    (line,) = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert line["error"] == "coroutine ignored GeneratorExit"
+    assert "watch" in line["where"]
