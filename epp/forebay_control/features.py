@@ -59,6 +59,7 @@ FEATURES = (
     Feature("Tenants", "Plan.tenant_header", without=""),
     Feature("Tenants", "Plan.tenants", without=""),
     Feature("DeadlineHeaders", "Plan.trust_deadline_headers", without=""),
+    Feature("Selection", "Plan.selection", without=""),
 )
 
 NAMES = frozenset({SEPARATE_ENDPOINTS, *(feature.name for feature in FEATURES)})

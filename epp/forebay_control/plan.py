@@ -25,6 +25,7 @@ MAX_MODELS = 4096
 MAX_TARGETS = 10
 MAX_OBJECTIVES = 1024
 MAX_TENANTS = 1024
+MAX_SCORERS = 8
 MAX_COUNT = 1_000_000
 MAX_WEIGHT = 1000
 MAX_BYTES = 1 << 40
@@ -87,6 +88,20 @@ class OrderingName(StrEnum):
     FCFS = "FCFS"
     EARLIEST_DEADLINE = "EarliestDeadline"
     SHORTEST_PROMPT = "ShortestPrompt"
+
+
+class ScorerName(StrEnum):
+    """Points of view from which endpoints are rated."""
+
+    LOAD = "Load"
+    KV_CACHE_USAGE = "KVCacheUsage"
+
+
+class PickerName(StrEnum):
+    """How an endpoint is taken, given the ratings of all."""
+
+    MAX_SCORE = "MaxScore"
+    POWER_OF_TWO = "PowerOfTwo"
 
 
 class WhenFull(StrEnum):
@@ -212,6 +227,24 @@ class SaturationPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class ScorerPlan:
+    """A point of view, and its weight relative to the others'."""
+
+    type: ScorerName
+    weight: Weight = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionPlan:
+    """How an endpoint is chosen among those that can take a request."""
+
+    scorers: Annotated[tuple[ScorerPlan, ...], Length(1, MAX_SCORERS), Unique("type")] = (
+        ScorerPlan(ScorerName.LOAD),
+    )
+    picker: PickerName = PickerName.MAX_SCORE
+
+
+@dataclass(frozen=True, slots=True)
 class UnmatchedPlan:
     """What happens to a request whose model the plan does not name; Queue puts it into `band`."""
 
@@ -306,6 +339,7 @@ class Plan:
     ] = ""
     tenants: Annotated[tuple[TenantPlan, ...], Length(0, MAX_TENANTS), Unique("name")] = ()
     trust_deadline_headers: bool = False
+    selection: SelectionPlan = field(default_factory=SelectionPlan)
 
     @property
     def default_model(self) -> str | None:

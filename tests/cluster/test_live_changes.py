@@ -447,6 +447,9 @@ WITHOUT_EFFECT = {
     "targetRefs[].group": "a reference means the pool by its name alone",
     "saturation.adaptive.timeToFirstToken": "acts once a speed is known: see test_core_prefill",
     "targetRefs[].kind": "has one value",
+    "selection.scorers[].type": "takes several servers: see test_core_selection",
+    "selection.scorers[].weight": "takes several servers: see test_core_selection",
+    "selection.picker": "takes several servers: see test_core_selection",
 }
 
 

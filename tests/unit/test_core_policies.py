@@ -15,6 +15,9 @@ from forebay_control.plan import (
     Plan,
     SaturationMode,
     SaturationPlan,
+    ScorerName,
+    ScorerPlan,
+    SelectionPlan,
     UnmatchedPlan,
 )
 from forebay_epp.core import selection
@@ -151,11 +154,14 @@ class Second:
         return [float(endpoint.address == liked) for endpoint in endpoints]
 
 
-@pytest.mark.parametrize(("weight", "expected"), [(0.1, A), (5.0, B)])
+@pytest.mark.parametrize(("weight", "expected"), [(1, A), (50, B)])
 def test_a_toy_scorer_is_one_class_and_a_line(monkeypatch, weight, expected):
     """Against an endpoint that is half full, its weight decides."""
-    monkeypatch.setattr(selection, "SCORERS", (*selection.SCORERS, (Second, weight)))
+    monkeypatch.setitem(selection.SCORERS, ScorerName.KV_CACHE_USAGE, Second)
     controller = controller_of("b", slots=2, addresses=(A, B))
+    weights = {ScorerName.LOAD: 10, ScorerName.KV_CACHE_USAGE: weight}
+    scorers = tuple(ScorerPlan(*pair) for pair in weights.items())
+    controller.reconfigure(replace(controller.plan, selection=SelectionPlan(scorers)), 0.0)
     controller.submit(Request(1, "b", 1, frozenset({B})), 0.0)
     controller.submit(Request(2, "b", 1), 0.0)
 

@@ -16,6 +16,7 @@ from forebay_control.plan import (
     PlanError,
     SaturationMode,
     SaturationPlan,
+    SelectionPlan,
 )
 from forebay_epp.core.classification import UNMATCHED_FLOW
 from forebay_epp.core.controller import MAX_RETRY_AFTER_SECONDS, FlowController
@@ -165,7 +166,7 @@ class Pool(EndpointSet):
 
 def picked(*states, lot=0):
     lots = Lots(lot)
-    state = Selection(Pool(states), lots).pick(Request(1, "m", 1), 0.0)
+    state = Selection(Pool(states), SelectionPlan(), lots).pick(Request(1, "m", 1), 0.0)
     return getattr(state, "address", state), lots.stops
 
 
@@ -359,7 +360,9 @@ def test_an_endpoint_that_alone_has_room_is_found_among_many_open_ones():
     request = Request(1, "m", 1)
     request.kv_tokens = 1000
 
-    state = Selection(Pool([*full, endpoint_with(A, 8, 7)]), lots).pick(request, 0.0)
+    state = Selection(Pool([*full, endpoint_with(A, 8, 7)]), SelectionPlan(), lots).pick(
+        request, 0.0
+    )
 
     assert state.address == A
     assert lots.stops == [100]

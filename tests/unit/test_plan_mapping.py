@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from operator import attrgetter
 
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -51,9 +52,10 @@ def values(field):
         numbers = st.floats if field.kind is float else st.integers
         one = numbers(within.least, within.most, **({"exclude_min": True} if within.above else {}))
     if field.many:
-        names = "name" in {inner.name for inner in fields.fields_of(field.kind)}
-        key = (lambda part: part.name) if names else None
-        return st.lists(one, max_size=4, unique_by=key).map(tuple)
+        inner = {inner.name for inner in fields.fields_of(field.kind)}
+        key = next((attrgetter(name) for name in ("name", "type") if name in inner), None)
+        least = bounds[Length].least
+        return st.lists(one, min_size=least, max_size=4, unique_by=key).map(tuple)
     return st.none() | one if field.optional else one
 
 

@@ -211,7 +211,7 @@ class Source(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., namespace: _Optional[str] = ..., name: _Optional[str] = ..., uid: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("pool", "bands", "models", "limits", "saturation", "unmatched", "no_endpoints_ttl_seconds", "objectives", "trust_objective_header", "metrics", "tenant_header", "tenants", "trust_deadline_headers")
+    __slots__ = ("pool", "bands", "models", "limits", "saturation", "unmatched", "no_endpoints_ttl_seconds", "objectives", "trust_objective_header", "metrics", "tenant_header", "tenants", "trust_deadline_headers", "selection")
     POOL_FIELD_NUMBER: _ClassVar[int]
     BANDS_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
@@ -225,6 +225,7 @@ class Plan(_message.Message):
     TENANT_HEADER_FIELD_NUMBER: _ClassVar[int]
     TENANTS_FIELD_NUMBER: _ClassVar[int]
     TRUST_DEADLINE_HEADERS_FIELD_NUMBER: _ClassVar[int]
+    SELECTION_FIELD_NUMBER: _ClassVar[int]
     pool: str
     bands: _containers.RepeatedCompositeFieldContainer[Band]
     models: _containers.RepeatedCompositeFieldContainer[Model]
@@ -238,7 +239,24 @@ class Plan(_message.Message):
     tenant_header: str
     tenants: _containers.RepeatedCompositeFieldContainer[Tenant]
     trust_deadline_headers: bool
-    def __init__(self, pool: _Optional[str] = ..., bands: _Optional[_Iterable[_Union[Band, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., saturation: _Optional[_Union[Saturation, _Mapping]] = ..., unmatched: _Optional[_Union[Unmatched, _Mapping]] = ..., no_endpoints_ttl_seconds: _Optional[float] = ..., objectives: _Optional[_Iterable[_Union[Objective, _Mapping]]] = ..., trust_objective_header: _Optional[bool] = ..., metrics: _Optional[_Union[Metrics, _Mapping]] = ..., tenant_header: _Optional[str] = ..., tenants: _Optional[_Iterable[_Union[Tenant, _Mapping]]] = ..., trust_deadline_headers: _Optional[bool] = ...) -> None: ...
+    selection: Selection
+    def __init__(self, pool: _Optional[str] = ..., bands: _Optional[_Iterable[_Union[Band, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., saturation: _Optional[_Union[Saturation, _Mapping]] = ..., unmatched: _Optional[_Union[Unmatched, _Mapping]] = ..., no_endpoints_ttl_seconds: _Optional[float] = ..., objectives: _Optional[_Iterable[_Union[Objective, _Mapping]]] = ..., trust_objective_header: _Optional[bool] = ..., metrics: _Optional[_Union[Metrics, _Mapping]] = ..., tenant_header: _Optional[str] = ..., tenants: _Optional[_Iterable[_Union[Tenant, _Mapping]]] = ..., trust_deadline_headers: _Optional[bool] = ..., selection: _Optional[_Union[Selection, _Mapping]] = ...) -> None: ...
+
+class Selection(_message.Message):
+    __slots__ = ("scorers", "picker")
+    SCORERS_FIELD_NUMBER: _ClassVar[int]
+    PICKER_FIELD_NUMBER: _ClassVar[int]
+    scorers: _containers.RepeatedCompositeFieldContainer[Scorer]
+    picker: str
+    def __init__(self, scorers: _Optional[_Iterable[_Union[Scorer, _Mapping]]] = ..., picker: _Optional[str] = ...) -> None: ...
+
+class Scorer(_message.Message):
+    __slots__ = ("type", "weight")
+    TYPE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    type: str
+    weight: int
+    def __init__(self, type: _Optional[str] = ..., weight: _Optional[int] = ...) -> None: ...
 
 class Metrics(_message.Message):
     __slots__ = ("path", "port", "running", "waiting", "kv_cache_usage")

@@ -20,6 +20,7 @@ from forebay_control.plan import (
     ObjectivePlan,
     Plan,
     SaturationPlan,
+    SelectionPlan,
     SeriesLabelPlan,
     SeriesPlan,
     TargetPlan,
@@ -114,6 +115,7 @@ def topology_of(pool: AnyPool, resources: list[Resource], problems: list[Problem
         tenant_header=spec.tenants.header if "Tenant" in spec.trusted_headers else "",
         tenants=tuple(drawn(TenantPlan, tenant) for tenant in spec.tenants.weights),
         trust_deadline_headers="Deadline" in spec.trusted_headers,
+        selection=drawn(SelectionPlan, spec.selection),
         metrics=_metrics(spec.model_server_metrics),
     )
     return Topology(plan, policy, sources, priorities)

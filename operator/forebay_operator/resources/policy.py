@@ -12,14 +12,17 @@ from forebay_control.plan import (
     HEADER_NAME,
     MAX_HEADER_LENGTH,
     MAX_PRIORITY,
+    MAX_SCORERS,
     MAX_TENANT_LENGTH,
     MAX_TENANTS,
     MAX_WEIGHT,
     MIN_PRIORITY,
     Between,
     OrderingName,
+    PickerName,
     Plan,
     SaturationMode,
+    ScorerName,
     UnmatchedAction,
     WhenFull,
 )
@@ -259,6 +262,32 @@ class Saturation(Own):
     """Settings of type Concurrency; refused with another type."""
 
 
+class Scorer(Own):
+    """A point of view from which servers are rated, from 0 to 1."""
+
+    type: ScorerName
+    """Load prefers the server of which the smallest part is occupied.
+
+    KVCacheUsage prefers the one whose KV cache is the emptiest.
+    """
+    weight: Weight = 1
+    """How much it counts relative to the other scorers. 1 by default."""
+
+
+class Selection(Own):
+    """How a server is chosen among those that can take a request. By Load by default."""
+
+    scorers: Annotated[
+        tuple[Scorer, ...], Field(min_length=1, max_length=MAX_SCORERS), Unique(("type",))
+    ] = tuple(Scorer(type=each.type, weight=each.weight) for each in PLAN.selection.scorers)
+    """The points of view; their ratings are added up by weight. Load alone by default."""
+    picker: PickerName = PLAN.selection.picker
+    """MaxScore, the default, takes the server that is rated best, at random among equals.
+
+    PowerOfTwo takes the better one of two that are drawn at random.
+    """
+
+
 class ModelServerMetrics(Own):
     """Where the servers publish their load as Prometheus or OpenMetrics text, for type Adaptive.
 
@@ -405,6 +434,7 @@ class PolicySpec(Own):
     tenants: Tenants = Tenants()
     limits: Limits = Limits()
     saturation: Annotated[Saturation, _MEMBERS_OF_TYPE] = Saturation(type=PLAN.saturation.mode)
+    selection: Selection = Selection()
     model_server_metrics: (
         Annotated[
             ModelServerMetrics,

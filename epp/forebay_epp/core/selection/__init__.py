@@ -12,10 +12,10 @@ log log n / log d balls more than the mean (Azar et al., Balanced Allocations, S
 29(1), 1999), and neighbours do as well as independent lots where d is at least about log n
 (Godfrey, Balls and Bins with Structure, SODA 2008).
 
-To add a step, write a class with the method of `Filter` or `Scorer` and enter it in `FILTERS`,
-`BUDGETS` or `SCORERS`. If the filters refuse all endpoints, the request's lane waits until one of
-them gets another free slot, in no one's way. If the budgets do, what comes after the request waits
-too.
+To add a step, write a class with the method of `Filter`, `Scorer` or `Picker` and enter it in
+`FILTERS`, `BUDGETS`, `SCORERS` or `PICKERS`; a plan names scorers and the picker. If the filters
+refuse all endpoints, the request's lane waits until one of them gets another free slot, in no one's
+way. If the budgets do, what comes after the request waits too.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from __future__ import annotations
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Protocol
 
+from forebay_control.plan import PickerName, ScorerName
 from forebay_epp.core.selection.budgets import KVRoom, PrefillRoom
-from forebay_epp.core.selection.pickers import MaxScore
-from forebay_epp.core.selection.scorers import Load
+from forebay_epp.core.selection.pickers import MaxScore, PowerOfTwo
+from forebay_epp.core.selection.scorers import KVCacheUsage, Load
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from forebay_control.plan import SelectionPlan
     from forebay_epp.core.endpoints import EndpointSet
     from forebay_epp.core.terms import RandomSource, Request
     from forebay_epp.core.tracked import TrackedEndpoint
@@ -60,9 +62,25 @@ class Scorer(Protocol):
         """Return how well each suits the request, from 0 (not at all) to 1."""
 
 
+class Picker(Protocol):
+    """Takes one of the endpoints, given their scores."""
+
+    def pick(
+        self, endpoints: Sequence[TrackedEndpoint], scores: Sequence[float]
+    ) -> TrackedEndpoint:
+        """Take one of at least one endpoint."""
+
+
 FILTERS: tuple[Callable[[], Filter], ...] = ()  # besides presence, subset and slots
 BUDGETS: tuple[Callable[[], Filter], ...] = (KVRoom, PrefillRoom)
-SCORERS: tuple[tuple[Callable[[EndpointSet], Scorer], float], ...] = ((Load, 1.0),)  # with weights
+SCORERS: dict[ScorerName, Callable[[EndpointSet], Scorer]] = {
+    ScorerName.LOAD: Load,
+    ScorerName.KV_CACHE_USAGE: KVCacheUsage,
+}
+PICKERS: dict[PickerName, Callable[[RandomSource], Picker]] = {
+    PickerName.MAX_SCORE: MaxScore,
+    PickerName.POWER_OF_TWO: PowerOfTwo,
+}
 MAX_CANDIDATES = 8
 
 
@@ -71,16 +89,26 @@ class Selection:
 
     Args:
         pool: the endpoints to choose from.
+        plan: names scorers and picker.
         random: decides between equals.
     """
 
-    def __init__(self, pool: EndpointSet, random: RandomSource) -> None:
+    def __init__(self, pool: EndpointSet, plan: SelectionPlan, random: RandomSource) -> None:
         self._pool = pool
         self._filters = [make() for make in FILTERS]
         self._budgets = [make() for make in BUDGETS]
-        self._scorers = [(make(pool), weight) for make, weight in SCORERS]
         self._random = random
-        self._picker = MaxScore(random)
+        self.reconfigure(plan)
+
+    def reconfigure(self, plan: SelectionPlan) -> None:
+        """Take a new plan, which counts from the next choice on."""
+        # Scores are only compared, so one scorer alone needs no weight.
+        alone = len(plan.scorers) == 1
+        self._scorers = [
+            (SCORERS[scorer.type](self._pool), 1.0 if alone else float(scorer.weight))
+            for scorer in plan.scorers
+        ]
+        self._picker = PICKERS[plan.picker](self._random)
 
     def pick(self, request: Request, now: float) -> TrackedEndpoint | Miss:
         """Choose among the endpoints of its subset that have a free slot, or say why none is.

@@ -27,3 +27,24 @@ class MaxScore:
         pairs = zip(endpoints, scores, strict=True)
         equals = [endpoint for endpoint, score in pairs if score == best]
         return equals[self._random.randrange(len(equals))]
+
+
+class PowerOfTwo:
+    """Takes the better one of two that are drawn at random (Mitzenmacher, 2001).
+
+    Where several EPPs choose by scores of the same age, they do not all rush to the same endpoint.
+    """
+
+    def __init__(self, random: RandomSource) -> None:
+        self._random = random
+
+    def pick(
+        self, endpoints: Sequence[TrackedEndpoint], scores: Sequence[float]
+    ) -> TrackedEndpoint:
+        """Take one of at least one endpoint."""
+        if len(endpoints) == 1:
+            return endpoints[0]
+        one = self._random.randrange(len(endpoints))
+        other = self._random.randrange(len(endpoints) - 1)
+        other += other >= one
+        return endpoints[one if scores[one] >= scores[other] else other]

@@ -37,3 +37,25 @@ class Load:
             1.0 - endpoint.occupancy / (endpoint.limit.value if endpoint.settled else largest)
             for endpoint in endpoints
         ]
+
+
+class KVCacheUsage:
+    """Prefers the endpoint whose KV cache is the emptiest: 1 - usage, as the last scrape said.
+
+    Where usage is not known, or no longer, it counts as full: unknown is not idle.
+    """
+
+    def __init__(self, pool: EndpointSet) -> None:
+        """It has no use for the pool."""
+
+    def score(
+        self,
+        request: Request,  # noqa: ARG002  # how much of it a request takes matters to the budgets
+        endpoints: Sequence[TrackedEndpoint],
+        now: float,  # noqa: ARG002  # endpoints know when a scrape is too old
+    ) -> list[float]:
+        """Return the unused part of each."""
+        return [
+            1.0 - endpoint.kv_usage if endpoint.fresh and endpoint.kv_usage is not None else 0.0
+            for endpoint in endpoints
+        ]
