@@ -21,7 +21,9 @@ from aiohttp import web
 from forebay_control import memory
 from forebay_control.channel import host_port
 from forebay_control.plan import MetricsPlan, Plan, SaturationMode, UnmatchedAction
-from forebay_epp.adapters import debug, logs, prometheus
+from forebay_epp.adapters import debug, live, logs, prometheus
+from forebay_epp.adapters.live.history import History
+from forebay_epp.adapters.live.report import MAX_FLOWS, PolicyInForce, describe
 from forebay_epp.adapters.scraper import Scraper
 from forebay_epp.adapters.served import ServedModels
 from forebay_epp.core.controller import FlowController
@@ -84,6 +86,8 @@ class EndpointPicker:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._traffic = Traffic()
+        self._policy = PolicyInForce()
+        self._history = History(self._traffic)
         self._source = self._open_source()
         first = self._source.first
         plan, endpoints = first.plan or Plan(), first.endpoints or ()
@@ -92,7 +96,9 @@ class EndpointPicker:
         if first.deleted:
             self._controller.delete_pool(time.monotonic())
         self._data_plane = DataPlane(
-            self._controller, Observers(self._traffic, _HealthLog()), settings.max_streams
+            self._controller,
+            Observers(self._traffic, self._policy, _HealthLog()),
+            settings.max_streams,
         )
         self._scraper = Scraper(
             lambda metrics: self._data_plane.post(
@@ -166,6 +172,7 @@ class EndpointPicker:
             background = [
                 asyncio.create_task(self._scraper.run()),
                 asyncio.create_task(self._served.run()),
+                asyncio.create_task(self._history.run()),
                 asyncio.create_task(self._source.run(self._put)),
             ]
             becoming_ready = asyncio.create_task(self._become_ready())
@@ -318,6 +325,20 @@ class EndpointPicker:
     async def _state(self) -> ControllerState:
         return await self._ask(self._controller.state)
 
+    async def _report(self) -> dict[str, object]:
+        state = await self._ask(lambda now: self._controller.state(now, MAX_FLOWS))
+        control = self._source.state()
+        program: dict[str, object] | None = None
+        if control is not None:
+            program = {
+                "source": control.source,
+                "connected": control.connected,
+                "epoch": control.epoch,
+                "revision": control.revision,
+                "sha256": control.sha256,
+            }
+        return describe(state, self._policy, self._history, program)
+
     def _web_app(self) -> web.Application:
         app = web.Application()
         source = self._source
@@ -325,6 +346,7 @@ class EndpointPicker:
             prometheus.routes(self._state, self._traffic, self._scraper.failures, source.state)
         )
         app.add_routes(debug.routes(self._state))
+        app.add_routes(live.routes(self._report, to_all=self._settings.live_to_all))
         return app
 
     async def _serve_metrics(self, runner: web.AppRunner) -> None:

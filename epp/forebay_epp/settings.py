@@ -53,6 +53,7 @@ class Settings:
     max_streams: int
     max_message_bytes: int
     verbosity: int
+    live_to_all: bool = False
 
 
 def _boolean(text: str) -> bool:
@@ -112,7 +113,12 @@ def parse(arguments: list[str] | None = None) -> Settings:
     add("--bind-address", default="0.0.0.0", help="address of all ports")  # noqa: S104  # pods
     add("--grpc-port", type=_port, default=9002, help="ext_proc")
     add("--grpc-health-port", type=_port, default=9003, help="grpc.health.v1, plaintext")
-    add("--metrics-port", type=_port, default=9090, help="/metrics and /debug/queues")
+    add("--metrics-port", type=_port, default=9090, help="/metrics, /live and /debug/queues")
+    add(
+        "--live-to-all",
+        action="store_true",
+        help="show /live to other machines too: it names models and tenants",
+    )
     add(
         "--secure-serving",
         type=_boolean,
@@ -171,6 +177,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
         max_streams=given.max_streams,
         max_message_bytes=given.max_message_bytes,
         verbosity=given.verbosity,
+        live_to_all=given.live_to_all,
     )
 
 

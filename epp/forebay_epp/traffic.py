@@ -114,6 +114,7 @@ class Traffic(Observer):
         wait_errors: seconds by which dispatched requests waited more or less than predicted when
             they were queued, by band.
         first_tokens: seconds from dispatch to the first chunk of the answer, by band.
+        starts: seconds from arrival to the same, which is what a client sees, by band.
         durations: seconds from arrival to the end of the answer, by band.
         ejections: endpoints that were left out because they failed, by cause.
         responses: answers by class of HTTP status, "2xx"; `NO_STATUS` when none was seen.
@@ -140,6 +141,7 @@ class Traffic(Observer):
         "prompt_tokens",
         "responses",
         "stalls",
+        "starts",
         "streams_open",
         "streams_opened",
         "streams_refused",
@@ -154,6 +156,7 @@ class Traffic(Observer):
         self.waits: defaultdict[str, Histogram] = defaultdict(Histogram)
         self.wait_errors: defaultdict[str, Histogram] = defaultdict(Histogram)
         self.first_tokens: defaultdict[str, Histogram] = defaultdict(Histogram)
+        self.starts: defaultdict[str, Histogram] = defaultdict(Histogram)
         self.durations: defaultdict[str, Histogram] = defaultdict(Histogram)
         self.responses: defaultdict[str, int] = defaultdict(int)
         self.prompt_tokens: defaultdict[str, int] = defaultdict(int)
@@ -209,6 +212,7 @@ class Traffic(Observer):
     def first_token(self, request: Request, now: float) -> None:
         """Count the first chunk of an answer."""
         self.first_tokens[request.band].add(now - request.dispatched_at)
+        self.starts[request.band].add(now - request.enqueued_at)
 
     def completed(self, request: Request, event: Finished, now: float) -> None:
         """Count the end of an answer.

@@ -49,6 +49,7 @@ class StackSettings(argparse.Namespace):
     proxy_concurrency: int
     secure_serving: bool
     transport: str
+    live_to_all: bool
 
 
 class Stack:
@@ -129,6 +130,8 @@ class Stack:
             "--drain-timeout": f"{DRAIN_SECONDS}s",
             "--verbosity": 0,
         }
+        if given.live_to_all:
+            flags["--live-to-all"] = None
         pairs = [flag if value is None else f"{flag}={value}" for flag, value in flags.items()]
         # -P: a folder named like a module, where the command was typed, must not be imported.
         command = (sys.executable, "-P", "-m", "forebay_epp", *pairs)

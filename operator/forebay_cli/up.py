@@ -77,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="TLS between Envoy and the EPP",
     )
+    add("--live-to-all", action="store_true", help="show the live page to other machines too")
     add(
         "--transport",
         choices=("completion-queue", "aio"),
@@ -278,6 +279,7 @@ class _Up:
         say(f"endpoints  {', '.join(endpoint.address for endpoint in endpoints) or 'none'}")
         port = "" if self._operator_port == OPERATOR_PORT else f" --port={self._operator_port}"
         say(f"conditions forebay get{port}")
+        say(f"live page  http://{address(given.metrics_port)}/live")
         say(f"queues     http://{address(given.metrics_port)}/debug/queues")
         say(f"metrics    http://{address(given.metrics_port)}/metrics")
         if given.no_proxy:

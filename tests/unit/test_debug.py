@@ -9,13 +9,13 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from forebay_epp.adapters import debug
-from forebay_epp.adapters.debug import is_loopback
 from forebay_epp.core.terms import (
     BandState,
     ControllerState,
     EndpointState,
     FlowState,
 )
+from forebay_epp.loopback import is_loopback, refusal
 
 STATE = ControllerState(
     pool="serving/chat",
@@ -136,3 +136,17 @@ def test_loopback_peers(peer):
 def test_other_peers(peer):
     """What is not an address at all is not loopback either."""
     assert not is_loopback(peer)
+
+
+@pytest.mark.parametrize(
+    "host", [None, "127.0.0.1:9090", "localhost", "LOCALHOST:1", "[::1]:80", "[::1]"]
+)
+def test_hosts_of_this_machine(host):
+    """What a browser or curl sends for a page here, or for a forwarded port."""
+    assert refusal("127.0.0.1", host) is None
+
+
+@pytest.mark.parametrize("host", ["evil.example:9090", "10.0.0.1", "localhost.evil.example"])
+def test_names_that_resolve_to_loopback_are_refused(host):
+    """A page of another site cannot read ours by DNS rebinding."""
+    assert "localhost" in refusal("127.0.0.1", host)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import asdict
-from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING
 
 from aiohttp import web
+
+from forebay_epp.loopback import refusal
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -32,8 +33,8 @@ def routes(ask_state: Callable[[], Awaitable[ControllerState]]) -> list[web.Rout
     """
 
     async def queues(request: web.Request) -> web.Response:
-        if not is_loopback(request.remote):
-            return _error(403, "debug pages are served on loopback only")
+        if (reason := refusal(request.remote, request.headers.get("Host"))) is not None:
+            return _error(403, reason)
         try:
             async with asyncio.timeout(STATE_TIMEOUT_SECONDS):
                 state = await ask_state()
@@ -51,17 +52,6 @@ def describe(state: ControllerState) -> dict[str, object]:
     for band in data["bands"]:
         band["flows"] = sorted(band["flows"], key=lambda flow: flow["requests"], reverse=True)
     return data
-
-
-def is_loopback(peer: str | None) -> bool:
-    """Return whether an IP address is this machine's own, also when IPv4 is written as IPv6."""
-    try:
-        address = ip_address(peer or "")
-    except ValueError:
-        return False
-    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
-        address = address.ipv4_mapped
-    return address.is_loopback
 
 
 def _error(status: int, message: str) -> web.Response:

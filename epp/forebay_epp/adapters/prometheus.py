@@ -262,6 +262,11 @@ def _requests(traffic: Traffic) -> Iterator[Metric]:
         traffic.first_tokens,
     )
     yield _histogram_by_band(
+        "forebay_arrival_to_first_token_seconds",
+        "Time from arrival to the first chunk of the answer: the wait included.",
+        traffic.starts,
+    )
+    yield _histogram_by_band(
         "forebay_request_seconds",
         "Time from arrival to the end of the answer.",
         traffic.durations,

@@ -192,8 +192,9 @@ class Band:
         """Dispatches per second, exponentially averaged over about 10 s."""
         return self._drained * self._decay(now) / DRAIN_RATE_SECONDS
 
-    def state(self, now: float) -> BandState:
-        """Copy the band's state."""
+    def state(self, now: float, max_flows: int | None = None) -> BandState:
+        """Copy the band's state, of the longest flows only if there is a maximum."""
+        flow_count, flows = self.levels.states(max_flows)
         oldest = next(iter(self.arrival.values()), None)
         return BandState(
             band=self.plan.name,
@@ -203,7 +204,8 @@ class Band:
             oldest_seconds=now - oldest.enqueued_at if oldest else 0.0,
             drain_rate=self.drain_rate(now),
             draining=self.draining,
-            flows=self.levels.states(),
+            flows=flows,
+            flow_count=flow_count,
         )
 
 

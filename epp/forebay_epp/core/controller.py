@@ -338,8 +338,8 @@ class FlowController:
             return max(1.0, load)
         return min(load, 1.0 - 1e-9)
 
-    def state(self, now: float) -> ControllerState:
-        """Copy the whole state."""
+    def state(self, now: float, max_flows: int | None = None) -> ControllerState:
+        """Copy the whole state, or of each band the state of so many of its longest flows."""
         return ControllerState(
             pool=self._plan.pool,
             requests=len(self._waiting),
@@ -347,7 +347,7 @@ class FlowController:
             in_flight=len(self._dispatched),
             saturation=self.saturation(),
             draining=self._draining,
-            bands=tuple(band.state(now) for band in self._bands.all),
+            bands=tuple(band.state(now, max_flows) for band in self._bands.all),
             endpoints=tuple(tracked.state(now) for tracked in self._endpoints.present),
         )
 

@@ -7,6 +7,7 @@ Whose turn it is by their ranks does not belong here (lanes.py), nor how ranks c
 from __future__ import annotations
 
 from collections import OrderedDict
+from heapq import nlargest
 from typing import TYPE_CHECKING
 from zlib import crc32
 
@@ -131,9 +132,16 @@ class Levels:
             if outer.fairness is not None:
                 outer.fairness.charge(flow, cost, now)
 
-    def states(self) -> tuple[FlowState, ...]:
-        """Copy the state of the flows in which something waits."""
-        return tuple(self._state(path, flow) for path, flow in self.flows.items() if flow.requests)
+    def states(self, maximum: int | None = None) -> tuple[int, tuple[FlowState, ...]]:
+        """Return in how many flows something waits, and a copy of their state.
+
+        Where there are more than the maximum, the state of the longest.
+        """
+        waiting = [entry for entry in self.flows.items() if entry[1].requests]
+        chosen = waiting
+        if maximum is not None and len(waiting) > maximum:
+            chosen = nlargest(maximum, waiting, key=lambda entry: entry[1].requests)
+        return len(waiting), tuple(self._state(path, flow) for path, flow in chosen)
 
     def _state(self, path: Path, flow: Flow) -> FlowState:
         first, second = path[0], path[1] if len(path) > 1 else None

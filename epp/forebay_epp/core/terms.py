@@ -241,7 +241,11 @@ class FlowState:
 
 @dataclass(slots=True, frozen=True)
 class BandState:
-    """One band's queues at a moment. `drain_rate` is dispatches per second, averaged."""
+    """One band's queues at a moment.
+
+    `drain_rate` is dispatches per second, averaged. `flow_count` flows have something waiting, of
+    which `flows` may be the longest only.
+    """
 
     band: str
     priority: int
@@ -251,6 +255,7 @@ class BandState:
     drain_rate: float
     draining: bool
     flows: tuple[FlowState, ...]
+    flow_count: int = 0
 
 
 @dataclass(slots=True, frozen=True)
