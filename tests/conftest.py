@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 
-import pytest
 from hypothesis import settings
+from worker_groups import pytest_xdist_make_scheduler
 
-ROOT = Path(__file__).parent
+__all__ = ["pytest_xdist_make_scheduler"]
 
 # A job in a shell's background ignores Ctrl-C, and so would the programs that tests send it to.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -19,21 +18,3 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # run tries the same examples; elsewhere each run tries new ones.
 settings.register_profile("forebay", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("forebay")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """With pytest-xdist's `--dist loadgroup`, keep together what shares a fixture.
-
-    That is a file, or the folder of end-to-end tests, which share an installation. Each fault
-    has its own processes, so these tests may run side by side.
-    """
-    for item in items:
-        path = item.path.relative_to(ROOT)
-        if "e2e" in path.parts:
-            group = "e2e"
-        elif path.parts[0] == "faults":
-            group = f"{path.stem}::{item.name}"
-        else:
-            group = path.stem
-        item.add_marker(pytest.mark.xdist_group(group))

@@ -1,0 +1,39 @@
+"""Keeps tests that share a fixture on one worker of pytest-xdist, with `--dist loadgroup`."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+
+def group(nodeid: str) -> str:
+    """Return the group of a test.
+
+    It is a file, or the folder of end-to-end tests, which share an installation. Each test of
+    faults has processes of its own, so these may run side by side.
+    """
+    path = PurePosixPath(nodeid.partition("::")[0])
+    if "e2e" in path.parts:
+        return "e2e"
+    if path.parent.name == "faults":
+        return nodeid
+    return str(path)
+
+
+class Groups(LoadScopeScheduling):
+    """Gives a group to one worker.
+
+    It does not need xdist's marks: xdist 3.8 writes them into IDs that pytest 9.2 does not read
+    back (pytest-xdist#1386), and then gives each test to any worker without a word.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Take the place of xdist's own scheduler of that name."""
+    return Groups(config, log) if config.getvalue("dist") == "loadgroup" else None
