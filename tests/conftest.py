@@ -6,9 +6,9 @@ import os
 import signal
 
 from hypothesis import settings
-from worker_groups import pytest_xdist_make_scheduler
+from worker_groups import pytest_collection_modifyitems, pytest_xdist_make_scheduler
 
-__all__ = ["pytest_xdist_make_scheduler"]
+__all__ = ["pytest_collection_modifyitems", "pytest_xdist_make_scheduler"]
 
 # A job in a shell's background ignores Ctrl-C, and so would the programs that tests send it to.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

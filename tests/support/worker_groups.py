@@ -1,4 +1,7 @@
-"""Keeps tests that share a fixture on one worker of pytest-xdist, with `--dist loadgroup`."""
+"""Which tests share a worker of pytest-xdist with `--dist loadgroup`, and which begin.
+
+Tests that share a fixture stay together.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,11 @@ def group(nodeid: str) -> str:
     if path.parent.name == "faults":
         return nodeid
     return str(path)
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the longest group: pytest sorts the files below a folder that is given, too."""
+    items.sort(key=lambda item: group(item.nodeid) != "e2e")
 
 
 class Groups(LoadScopeScheduling):
