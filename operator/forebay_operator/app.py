@@ -15,9 +15,9 @@ import uuid
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from forebay_control import tls
 from forebay_control.channel import host_port
 from forebay_operator import metrics, pages
-from forebay_operator.certificates import tls
 from forebay_operator.certificates.issuing import Issuer, Places
 from forebay_operator.channel.server import ControlServer, namespace_of
 from forebay_operator.channel.trust import CertificateTrust, Pods, TokenTrust, unauthenticated
@@ -331,14 +331,12 @@ class ClusterOperator:
         """Return what the control channel proves itself with; None on a loopback address."""
         settings = self._settings
         if (issuer := self._issuer) is not None:
-            return tls.server_credentials(
-                lambda: (*issuer.pair, None), require_client_certificate=False
-            )
+            return tls.server_credentials(lambda: (*issuer.pair, None), _log)
         if settings.control_tls_path is None:
             return None
         with_ca = settings.control_client_auth == "certificate"
         read = tls.from_folder(settings.control_tls_path, with_ca=with_ca)
         try:
-            return tls.server_credentials(read, require_client_certificate=with_ca)
+            return tls.server_credentials(read, _log, require_client_certificate=with_ca)
         except (OSError, ValueError) as error:
             raise StartError(f"--control-tls-path: {error}") from error

@@ -6,6 +6,7 @@ Whose a token is a fake tells here; tests/cluster asks a real API server.
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 import socket
 import ssl
@@ -20,8 +21,8 @@ from control_plane import AUDIENCE, LOOPBACK, NAME, Authority, EPPProcess, Forwa
 from cryptography import x509
 from ext_proc_peer import until
 
+from forebay_control import tls
 from forebay_operator import metrics
-from forebay_operator.certificates import tls
 from forebay_operator.channel.trust import (
     MAX_REVIEWING_PER_PEER,
     CertificateTrust,
@@ -30,6 +31,7 @@ from forebay_operator.channel.trust import (
 )
 
 WAIT_SECONDS = 60
+LOG = logging.getLogger(__name__)
 POOLS = {POOL: {"uid-0": "epp-0"}}
 GOOD, BAD = (pod_tokens.token(namespace="default", jti=name) for name in ("good", "bad"))
 POD = SimpleNamespace(name="epp-0", namespace="default", uid="uid-0", token=lambda: GOOD)
@@ -63,7 +65,7 @@ def serve():
         pods = Pods(POOLS.get, lambda _uid: {LOOPBACK})
         trust = CertificateTrust(pods) if mtls else TokenTrust(review, pods, AUDIENCE)
         read = tls.from_folder(folder, with_ca=mtls)
-        credentials = tls.server_credentials(read, require_client_certificate=mtls)
+        credentials = tls.server_credentials(read, LOG, require_client_certificate=mtls)
         drivers.append(Driver(5, trust, credentials))
         drivers[-1].program(POOL, snapshot())
         return drivers[-1]
@@ -291,7 +293,7 @@ def test_a_flood_of_tokens_from_one_address_keeps_no_other_out(authority):
     reviews = HungReviews()
     trust = TokenTrust(reviews, Pods(POOLS.get, None), AUDIENCE)
     read = tls.from_folder(authority.leaf("operator"), with_ca=False)
-    credentials = tls.server_credentials(read, require_client_certificate=False)
+    credentials = tls.server_credentials(read, LOG)
     driver = Driver(5, trust, credentials)
     driver.program(POOL, snapshot())
     elsewhere = Forwarder(driver.port, source="127.0.0.2")

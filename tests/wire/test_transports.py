@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 from contextlib import ExitStack
 
 import grpc
 import pytest
+from control_plane import Authority
 from ext_proc_peer import Stream, channel, client_process, until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -354,12 +356,27 @@ def test_draining_dispatches_what_waits_and_refuses_what_comes(start, open_strea
 
 def test_tls_serves_a_self_signed_certificate(start):
     """The default: encrypted, ALPN h2, not verifiable."""
-    import ssl  # noqa: PLC0415  # only here
-
     epp = start(credentials=credentials.self_signed())
     pem = ssl.get_server_certificate(("127.0.0.1", epp.transport.port))
 
     assert "BEGIN CERTIFICATE" in pem
+
+
+def test_tls_serves_the_certificate_that_is_mounted_now(start, tmp_path):
+    """Each handshake sees the files as they are; while they are wrong, the last good pair."""
+    authority = Authority(tmp_path)
+    folder = authority.leaf("epp")
+    epp = start(credentials=credentials.from_folder(folder))
+
+    def shown() -> str:
+        return ssl.get_server_certificate(("127.0.0.1", epp.transport.port))
+
+    first = (folder / "tls.crt").read_text()
+    assert shown() == first
+    (folder / "tls.crt").write_text("rubbish")
+    assert shown() == first
+    authority.leaf("epp")
+    assert shown() == (folder / "tls.crt").read_text() != first
 
 
 def test_a_slot_freed_by_a_new_endpoint_serves_the_queue(start, open_stream):

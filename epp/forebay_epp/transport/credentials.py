@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+
+from forebay_control import tls
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,49 +53,8 @@ def self_signed() -> grpc.ServerCredentials:
 def from_folder(folder: Path) -> grpc.ServerCredentials:
     """Use `tls.key` and `tls.crt` of a folder, as Kubernetes mounts a TLS secret.
 
-    They are read again when they have changed; a pair that cannot be read leaves the last good one
-    in use.
-
     Raises:
         OSError: a file cannot be read now.
-        ValueError: the files are not a PEM key and certificate.
+        ValueError: the files are not a PEM key and its certificate.
     """
-    newest = _Pair(folder)
-
-    def fetch() -> Any:  # None means unchanged, which the stubs do not know
-        try:
-            changed = newest.read()
-        except (OSError, ValueError) as error:
-            _log.warning("certificate not reloaded: %s", error)
-            return None
-        return newest.configuration() if changed else None
-
-    newest.read()
-    return grpc.dynamic_ssl_server_credentials(newest.configuration(), fetch)
-
-
-class _Pair:
-    """A key and its certificate, and when their files were last written."""
-
-    def __init__(self, folder: Path) -> None:
-        self._key = folder / "tls.key"
-        self._certificate = folder / "tls.crt"
-        self._written: tuple[int, int] | None = None
-        self._pem = (b"", b"")
-
-    def read(self) -> bool:
-        """Read the files if they have changed; return whether they have."""
-        written = (self._key.stat().st_mtime_ns, self._certificate.stat().st_mtime_ns)
-        if written == self._written:
-            return False
-        key = self._key.read_bytes()
-        certificate = self._certificate.read_bytes()
-        serialization.load_pem_private_key(key, password=None)
-        x509.load_pem_x509_certificate(certificate)
-        self._pem = (key, certificate)
-        self._written = written
-        return True
-
-    def configuration(self) -> grpc.ServerCertificateConfiguration:
-        """Return the pair in grpc's form."""
-        return grpc.ssl_server_certificate_configuration([self._pem])
+    return tls.server_credentials(tls.from_folder(folder, with_ca=False), _log)

@@ -1,1 +1,1 @@
-"""The control channel's certificates: decided purely, issued, reloaded."""
+"""The control channel's certificates: decided purely, then issued."""

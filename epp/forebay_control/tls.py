@@ -1,8 +1,7 @@
-"""TLS of the control port: a certificate and its key, reloaded when they change."""
+"""TLS of a gRPC server: a certificate and its key, reloaded when they change."""
 
 from __future__ import annotations
 
-import logging
 import ssl
 from typing import TYPE_CHECKING, Any
 
@@ -10,21 +9,22 @@ import grpc
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from logging import Logger
     from pathlib import Path
 
     # Key, certificate and, where clients have to show certificates, the CA of those; PEM.
     Pair = tuple[bytes, bytes, bytes | None]
 
-_log = logging.getLogger(__name__)
-
 _PEM = b"-----BEGIN "
 
 
-def server_credentials(read: Callable[[], Pair], *, require_client_certificate: bool) -> Any:
+def server_credentials(
+    read: Callable[[], Pair], log: Logger, *, require_client_certificate: bool = False
+) -> grpc.ServerCredentials:
     """Return credentials from what `read` returns.
 
-    Each handshake reads again; streams that are open stay. While `read` raises OSError or
-    ValueError the certificate before stays.
+    Each handshake reads again; open streams keep the certificate that they began with. While `read`
+    raises OSError or ValueError, the previous certificate stays in use.
 
     Raises:
         OSError: it cannot be read now.
@@ -39,12 +39,12 @@ def server_credentials(read: Callable[[], Pair], *, require_client_certificate: 
         except (OSError, ValueError) as error:
             if str(error) != state["error"]:  # once: every handshake comes here
                 state["error"] = str(error)
-                _log.error("the previous certificate stays: %s", error)
+                log.error("the previous certificate stays: %s", error)  # noqa: TRY400  # all is in its text
             return None
         if pair == state["pair"]:
             return None
         state["pair"], state["error"] = pair, ""
-        _log.info("certificate loaded")
+        log.info("certificate loaded")
         return _configuration(pair)
 
     return grpc.dynamic_ssl_server_credentials(
@@ -53,10 +53,11 @@ def server_credentials(read: Callable[[], Pair], *, require_client_certificate: 
 
 
 def from_folder(folder: Path, *, with_ca: bool) -> Callable[[], Pair]:
-    """Return what reads `tls.crt`, `tls.key` and, for client certificates, `ca.crt`.
+    """Return a reader of `tls.crt`, `tls.key` and, for client certificates, `ca.crt`.
 
-    It raises OSError when a file cannot be read and ValueError when one does not hold what it
-    should; files that are as they were are not looked into again.
+    The folder is one into which Kubernetes mounts a TLS secret. The reader raises OSError when a
+    file cannot be read and ValueError when one does not hold what it should; it checks only files
+    that have changed.
     """
     accepted: list[Pair] = []
 
