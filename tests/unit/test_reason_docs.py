@@ -12,7 +12,7 @@ import pytest
 from forebay_control.plan import DEFAULT_BANDS, Between, FairnessName
 from forebay_operator import planning, resources
 from forebay_operator.resources.policy import FairnessCost, TrustedHeader
-from forebay_operator.status import advice, conditions
+from forebay_operator.status import advice, conditions, verdicts
 
 ROOT = Path(__file__).parents[2]
 NO_REASONS = {
@@ -38,7 +38,7 @@ NO_REASONS = {
     "sources",
     [
         pytest.param([Path(advice.__file__)], id="advice"),
-        pytest.param([Path(conditions.__file__)], id="conditions"),
+        pytest.param([Path(conditions.__file__), Path(verdicts.__file__)], id="conditions"),
         pytest.param(Path(planning.__file__).parent.glob("*.py"), id="planning"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from forebay_operator import metrics
 from forebay_operator.reconcile.statuses import POOL_KIND
 from forebay_operator.resources import KINDS, FlowControlPolicy
-from forebay_operator.status import conditions
+from forebay_operator.status import verdicts
 from forebay_operator.status.comparing import Transition
 from forebay_operator.status.observed import EPPState
 
@@ -43,7 +43,7 @@ class PoolProblems:
         A pool without a policy has its EPPs' absence announced too; else the policy's Event does.
         """
         problems = {p.reason: p.message for p in planned.problems if p.kind == POOL_KIND}
-        problems |= conditions.pool_problems(epps)
+        problems |= verdicts.pool_problems(epps)
         announced = problems.keys() if planned.policy is None else problems.keys() - {"Stale"}
         new = self._update(name, problems)
         kind = next(kind for kind in KINDS if kind.model is type(pool))

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from forebay_operator.status.conditions import NOT_CLAIMED, PLAN_HELD
+from forebay_operator.status.conditions import NOT_CLAIMED
 from forebay_operator.status.observed import CONTROLLER_DOMAIN, CONTROLLER_NAME
+from forebay_operator.status.verdicts import PLAN_HELD
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
