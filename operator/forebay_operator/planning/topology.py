@@ -41,10 +41,10 @@ from forebay_operator.resources import (
 from forebay_operator.resources.fields import series
 from forebay_operator.resources.policy import (
     BAND,
-    BUILT_IN,
     AdaptiveLimit,
     ConcurrencyLimit,
 )
+from forebay_operator.resources.rules import BUILT_IN
 
 if TYPE_CHECKING:
     from forebay_operator.planning.problem import Problem

@@ -2,8 +2,8 @@
 
 Our own kind is strict: an unknown field is an error that names the allowed ones. Foreign kinds are
 read leniently, since their owners add fields. Description, bounds, default and rules are declared
-with their field, and crdschema.py makes the schemas from them. Wording of errors belongs in
-messages.py, what a resource leads to in planning.
+with their field, or in rules.py where several fields must go together; crdschema.py makes the
+schemas from them. Wording of errors belongs in messages.py, what a resource leads to in planning.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -26,38 +25,27 @@ from forebay_control.plan import (
     UnmatchedAction,
     WhenFull,
 )
+from forebay_operator.resources import rules
 from forebay_operator.resources.fields import (
     ATOMIC,
     WHOLE,
     Bytes,
-    Check,
     Count,
     Metadata,
     ModelName,
     Name,
     Own,
     Port,
-    Rule,
     Seconds,
     Series,
     Unique,
     Unread,
     UrlPath,
-    misplaced,
 )
-from forebay_operator.resources.status import (
-    PolicyStatus,
-)
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+from forebay_operator.resources.status import PolicyStatus
 
 PLAN = Plan()  # its defaults
 BAND = DEFAULT_BANDS[0]
-# The bands that every pool has: a criticality is the name of one of them.
-BUILT_IN = {band.name: band.priority for band in DEFAULT_BANDS}
-_NAMES, _PRIORITIES = list(BUILT_IN), list(BUILT_IN.values())
-
 TENANT_HEADER = "x-llm-d-inference-fairness-id"
 
 TrustedHeader = Literal["Objective", "Tenant", "Deadline"]
@@ -140,14 +128,6 @@ class Queue(Own):
     per_flow: FlowLimits = FlowLimits()
 
 
-_OWN_SETTINGS = Rule(
-    "must not be set with another policy than WeightedFair",
-    "!has(self.policy) || self.policy == 'WeightedFair' || !has(self.weightedFair)",
-    lambda level: level.policy == "WeightedFair" or level.weighted_fair is None,
-    at="weightedFair",
-)
-
-
 class Band(Own):
     """A queue and its priority; a band is served before those of lower priority."""
 
@@ -159,7 +139,7 @@ class Band(Own):
     InferenceObjectives join the nearest band at or below their priority.
     """
     fairness: Annotated[
-        tuple[Annotated[FairnessLevel, _OWN_SETTINGS], ...],
+        tuple[Annotated[FairnessLevel, rules.OWN_SETTINGS], ...],
         Field(max_length=2, json_schema_extra=ATOMIC),
     ] = ()
     """How the band is shared, the outer level first. FCFS between models by default."""
@@ -323,95 +303,6 @@ class NoEndpoints(Own):
     """How long a request may wait before it gets 503, such as 120s. 60s by default."""
 
 
-@dataclass(frozen=True, slots=True)
-class BandsExist(Check):
-    """Every band that a field of the spec names exists.
-
-    Attributes:
-        field: the path of the field below the spec.
-        cel: the names in it, as a list in CEL.
-        names: the same in Python.
-    """
-
-    field: str
-    cel: str
-    names: Callable[[PolicySpec], Iterable[str]]
-
-    @property
-    def schema(self) -> dict[str, Any]:
-        """A rule whose message has the first name that no band has."""
-        bands = f"({_NAMES} + (has(self.bands) ? self.bands.map(b, has(b.name), b.name) : []))"
-        rule = {
-            "rule": f"{self.cel}.all(name, name in {bands})",
-            "message": _NO_BAND.format("that name"),
-            "messageExpression": "'"
-            + _NO_BAND.format(f"' + {self.cel}.filter(name, !(name in {bands}))[0] + '")
-            + "'",
-            "fieldPath": f".{self.field}",
-        }
-        return {"x-kubernetes-validations": [rule]}
-
-    def checked(self, value: PolicySpec) -> PolicySpec:
-        """Return the spec; the error has the first name that no band has."""
-        bands = BUILT_IN.keys() | {band.name for band in value.bands}
-        for name in self.names(value):
-            if name not in bands:
-                raise misplaced(_NO_BAND.format(name), *self.field.split("."))
-        return value
-
-
-def _different(priorities: list[int | None]) -> bool:
-    given = [priority for priority in priorities if priority is not None]
-    return len(set(given)) == len(given)
-
-
-# Rules hold where a required field is missing: a stored policy of an earlier shape gets a status.
-_NO_BAND = f"no band is named {{}}: write {', '.join(_NAMES)} or the name of one in spec.bands"
-_BUILT_IN_PRIORITY = Rule(
-    "must not be set for Critical, Standard and Sheddable: they have 100, 0 and -100",
-    f"!(self.name in {_NAMES}) || !has(self.priority)",
-    lambda band: band.name not in BUILT_IN or band.priority is None,
-    at="priority",
-)
-_OWN_PRIORITY = Rule(
-    f"is required for a band with another name than {', '.join(_NAMES)}",
-    f"!has(self.name) || self.name in {_NAMES} || has(self.priority)",
-    lambda band: band.name in BUILT_IN or band.priority is not None,
-    at="priority",
-)
-# Of a band: a rule of the list itself would fail where an earlier shape has an object there.
-_DIFFERENT_LEVELS = Rule(
-    "the levels must be between different things: one between Models, one between Tenants",
-    "!has(self.name) || !has(self.fairness) || self.fairness.size() < 2 "
-    "|| !has(self.fairness[0].between) || !has(self.fairness[1].between) "
-    "|| self.fairness[0].between != self.fairness[1].between",
-    lambda band: len({level.between for level in band.fairness}) == len(band.fairness),
-    at="fairness",
-)
-_DIFFERENT_PRIORITIES = Rule(
-    "priorities must be unique; Critical, Standard and Sheddable have 100, 0 and -100",
-    f"self.all(band, band.name in {_NAMES} || !has(band.priority) "
-    f"|| !(band.priority in {_PRIORITIES}) "
-    "&& self.exists_one(other, has(other.priority) && other.priority == band.priority))",
-    lambda bands: _different([*_PRIORITIES, *(band.priority for band in bands)]),
-)
-_RESERVED_IN_SUM = Rule(
-    "reservedPercent must be at most 100 in sum",
-    "self.map(band, has(band.reservedPercent) ? band.reservedPercent : 0).sum() <= 100",
-    lambda bands: sum(band.reserved_percent for band in bands) <= 100,
-)
-_MEMBERS_OF_TYPE = Rule(
-    "must not set adaptive with type Concurrency, nor concurrency with type Adaptive",
-    "(self.type == 'Adaptive' || !has(self.adaptive)) "
-    "&& (self.type == 'Concurrency' || !has(self.concurrency))",
-    lambda saturation: (
-        saturation.concurrency is None
-        if saturation.type == "Adaptive"
-        else saturation.adaptive is None
-    ),
-)
-
-
 class PolicySpec(Own):
     """How the queue behaves. Every field but targetRefs has a default."""
 
@@ -422,31 +313,26 @@ class PolicySpec(Own):
     ]
     """The pools that the policy applies to."""
     bands: Annotated[
-        tuple[Annotated[Band, _BUILT_IN_PRIORITY, _OWN_PRIORITY, _DIFFERENT_LEVELS], ...],
+        tuple[
+            Annotated[Band, rules.BUILT_IN_PRIORITY, rules.OWN_PRIORITY, rules.DIFFERENT_LEVELS],
+            ...,
+        ],
         Field(max_length=16),
         Unique(("name",)),
-        _DIFFERENT_PRIORITIES,
-        _RESERVED_IN_SUM,
+        rules.DIFFERENT_PRIORITIES,
+        rules.RESERVED_IN_SUM,
     ] = ()
     """The queues. Critical, Standard and Sheddable exist even if not listed, with the defaults."""
     models: Annotated[tuple[ModelPolicy, ...], Field(max_length=1024), Unique(("name",))] = ()
     """Settings of single models."""
     tenants: Tenants = Tenants()
     limits: Limits = Limits()
-    saturation: Annotated[Saturation, _MEMBERS_OF_TYPE] = Saturation(type=PLAN.saturation.mode)
+    saturation: Annotated[Saturation, rules.OWN_TYPE] = Saturation(type=PLAN.saturation.mode)
     selection: Selection = Selection()
     model_server_metrics: (
         Annotated[
             ModelServerMetrics,
-            Rule(
-                "running and waiting must be set together, and kvCacheUsage only with them",
-                "has(self.running) == has(self.waiting) "
-                "&& (has(self.running) || !has(self.kvCacheUsage))",
-                lambda metrics: (
-                    (metrics.running is None) == (metrics.waiting is None)
-                    and (metrics.running is not None or metrics.kv_cache_usage is None)
-                ),
-            ),
+            rules.LOAD_SERIES,
         ]
         | None
     ) = None
@@ -469,12 +355,12 @@ class FlowControlPolicy(Own):
     metadata: Metadata
     spec: Annotated[
         PolicySpec,
-        BandsExist(
+        rules.BandsExist(
             "models",
             "(has(self.models) ? self.models.map(m, has(m.band), m.band) : [])",
             lambda spec: (model.band for model in spec.models if model.band is not None),
         ),
-        BandsExist(
+        rules.BandsExist(
             "unmatched.band",
             "(has(self.unmatched) && has(self.unmatched.band) ? [self.unmatched.band] : [])",
             lambda spec: (spec.unmatched.band,),
