@@ -12,8 +12,7 @@ from control_peers import POOL, program, snapshot
 
 from forebay_control.v1 import control_pb2 as pb
 from forebay_control.v1 import control_pb2_grpc as rpc
-from forebay_epp.adapters import control
-from forebay_epp.adapters.control import ControlClient, Dial, Identity
+from forebay_epp.adapters.control import ControlClient, Dial, Identity, dialling, stream
 from forebay_epp.codec.control import Programs
 
 WAIT_SECONDS = 30
@@ -233,7 +232,7 @@ async def test_a_stream_that_ends_while_a_program_is_applied():
 
 async def test_pings_are_heard_while_a_program_is_applied(monkeypatch):
     """A disk that is slow is no silence of the operator."""
-    monkeypatch.setattr(control, "SILENCE_SECONDS", 0.6)
+    monkeypatch.setattr(stream, "SILENCE_SECONDS", 0.6)
     gate = asyncio.Event()
 
     async def busy(operator, context) -> None:
@@ -257,7 +256,7 @@ async def test_pings_are_heard_while_a_program_is_applied(monkeypatch):
 
 async def test_an_operator_that_falls_silent_is_left(monkeypatch):
     """Its connection may be half open."""
-    monkeypatch.setattr(control, "SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(stream, "SILENCE_SECONDS", 0.3)
 
     async def silent(operator, context) -> None:
         await operator.listen(context, "bye")
@@ -306,7 +305,7 @@ async def test_leaving_without_an_operator_does_not_wait():
 
 async def test_a_peer_that_takes_connections_and_says_nothing_is_given_up(monkeypatch):
     """An operator that is frozen: its kernel still takes connections. Others are tried then."""
-    monkeypatch.setattr(control, "CONNECT_MILLISECONDS", 500)
+    monkeypatch.setattr(dialling, "CONNECT_MILLISECONDS", 500)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         client = Client(listener.getsockname()[1])
         running = asyncio.create_task(client.client.run())

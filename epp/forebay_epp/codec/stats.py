@@ -1,6 +1,6 @@
 """What an EPP reports to its operator: what waits now, and what was decided since the start.
 
-When it is sent does not belong here (adapters/control.py).
+When it is sent does not belong here (adapters/control).
 """
 
 from __future__ import annotations
