@@ -1,8 +1,8 @@
 """A vLLM-compatible HTTP server on a simulated engine, in real time.
 
 One task drives the engine and writes each step's tokens straight to the clients' connections; a
-handler per request waits for the end. Bodies and chunks belong in openai.py, time inside the batch
-in stepping.py.
+handler per request waits for the end. Bodies and their parts belong in openai.py, what becomes of a
+request's tokens in calls.py, time inside the batch in stepping.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from forebay_sim import openai
+from forebay_sim.calls import Call, chunk
 from forebay_sim.hardware import PRESETS, Hardware
 from forebay_sim.metricspage import ENGINES, Load, MetricsPage
 from forebay_sim.stepping import StepEngine
@@ -33,7 +34,7 @@ from forebay_sim.terms import (
 if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
 
-    from forebay_sim.terms import Event, Usage
+    from forebay_sim.terms import Event
 
 MAX_BODY_BYTES = 64 << 20
 MAX_REMEMBERED_IDS = 50_000
@@ -77,69 +78,13 @@ class ServerSettings:
             )
 
 
-class _Call:
-    """A request in the engine, and where its tokens go."""
-
-    __slots__ = (
-        "connection",
-        "done",
-        "events",
-        "first_at",
-        "format",
-        "max_tokens",
-        "started_at",
-        "tokens",
-        "transport",
-    )
-
-    def __init__(self, answer: openai.AnswerFormat, max_tokens: int, now: float) -> None:
-        self.format = answer
-        self.max_tokens = max_tokens
-        self.started_at = now
-        self.first_at: float | None = None
-        self.tokens = 0
-        self.connection: asyncio.BaseTransport | None = None
-        self.transport: asyncio.Transport | None = None
-        self.events: tuple[bytes, ...] = ()
-        self.done: asyncio.Future[Usage] = asyncio.get_running_loop().create_future()
-
-    def stream_to(self, transport: asyncio.Transport) -> None:
-        """Write tokens there from now on, and those that have come before."""
-        self.transport = transport
-        self.events = tuple(_chunk(event) for event in self.format.token_events())
-        produced, self.tokens = self.tokens, 0
-        for _ in range(produced):
-            self.token()
-
-    def cut(self) -> None:
-        """End the connection without a word, as a killed process does."""
-        if isinstance(self.connection, asyncio.WriteTransport):
-            self.connection.abort()
-
-    def token(self) -> None:
-        """Pass on one more token. The last one goes out with the end of the answer."""
-        number = self.tokens
-        self.tokens += 1
-        if self.transport is None:
-            return
-        opening = self.format.opening() if number == 0 else b""
-        if opening:
-            self.transport.write(_chunk(opening))
-        if self.tokens < self.max_tokens:
-            self.transport.write(self.events[number % len(self.events)])
-
-
-def _chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
-
-
 class SimulatedServer:
     """One simulated model server; `app` is what to serve."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
         self._start(-math.inf)
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, Call] = {}
         self._next_id = 0
         self._news = asyncio.Event()
         self._seen: OrderedDict[str, int] = OrderedDict()
@@ -268,7 +213,7 @@ class SimulatedServer:
             message = f"{settings.max_waiting} requests are waiting already"
             return self._error(429, message, "TooManyRequestsError")
         block_size = settings.hardware.block_size_tokens
-        call = self._calls[request_id] = _Call(answer, asked.max_tokens, now)
+        call = self._calls[request_id] = Call(answer, asked.max_tokens, now)
         try:
             engine.submit(
                 EngineRequest(
@@ -309,7 +254,7 @@ class SimulatedServer:
         self._page.finished[asked.finish_reason] += 1
         return response
 
-    async def _stream(self, request: web.Request, call: _Call) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, call: Call) -> web.StreamResponse:
         response = web.StreamResponse(
             headers={"content-type": "text/event-stream; charset=utf-8", **self._headers()}
         )
@@ -321,7 +266,7 @@ class SimulatedServer:
         # A token costs one write to the socket; aiohttp's own writer takes twice the time.
         call.stream_to(transport)
         usage = await call.done
-        transport.write(_chunk(call.format.closing(usage)))
+        transport.write(chunk(call.format.closing(usage)))
         await response.write_eof()
         return response
 
