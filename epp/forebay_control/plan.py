@@ -95,6 +95,7 @@ class ScorerName(StrEnum):
 
     LOAD = "Load"
     KV_CACHE_USAGE = "KVCacheUsage"
+    PREFIX_CACHE = "PrefixCache"
 
 
 class PickerName(StrEnum):
@@ -239,9 +240,14 @@ class SelectionPlan:
     """How an endpoint is chosen among those that can take a request."""
 
     scorers: Annotated[tuple[ScorerPlan, ...], Length(1, MAX_SCORERS), Unique("type")] = (
-        ScorerPlan(ScorerName.LOAD),
+        ScorerPlan(ScorerName.PREFIX_CACHE, 3),
+        ScorerPlan(ScorerName.LOAD, 2),
     )
     picker: PickerName = PickerName.MAX_SCORE
+
+    def rates(self, name: ScorerName) -> bool:
+        """Return whether endpoints are rated from this point of view."""
+        return any(scorer.type is name for scorer in self.scorers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import time
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
+from forebay_control.plan import ScorerName
 from forebay_epp import reading
 from forebay_epp.codec.answers import verdict
 from forebay_epp.codec.callers import CallerHeaders
@@ -100,7 +101,10 @@ class DataPlane:
         full = len(self._open) - self._refused >= self._max_streams and not self._give_up_stream()
         unread = self._reading.open(self._next_id, peer, now)
         plan = self.controller.plan
-        stream = ExtProcStream(plan.limits.max_body_bytes, plan.default_model, self._headers)
+        stream = ExtProcStream(
+            *(plan.limits.max_body_bytes, plan.default_model, self._headers),
+            reads_prefix=self._reads_prefix,
+        )
         exchange = Exchange(self, self._next_id, stream, unread, on_output)
         self._open[exchange.id] = exchange
         self._observer.stream_opened()
@@ -243,6 +247,7 @@ class DataPlane:
     def _configure(self, plan: Plan) -> None:
         longest = max((band.ttl_seconds for band in plan.bands), default=0.0)
         self._headers = CallerHeaders(plan)
+        self._reads_prefix = plan.selection.rates(ScorerName.PREFIX_CACHE)
         self._patience_seconds = longest + plan.no_endpoints_ttl_seconds + TIMEOUT_MARGIN_SECONDS
         self._observer.reconfigured(plan)
 
@@ -260,6 +265,7 @@ class DataPlane:
             now + caller.ttl_seconds,
             caller.tenant,
             caller.due_in_seconds,
+            event.prefix,
         )
         exchange.request = request
         self._submitted[exchange.id] = exchange

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from random import Random
 
 
+BLOCK_TOKENS = 512
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Arrival:
     """One request.
@@ -23,12 +26,17 @@ class Arrival:
         model: the InferenceModel that it names.
         prompt_tokens: length of the prompt.
         answer_tokens: length of the answer.
+        blocks: names of the full blocks of `BLOCK_TOKENS` of its prompt, which also say what comes
+            before; empty where no two prompts begin alike.
+        adapter: LoRA adapter that it needs; "" for the base model.
     """
 
     at: float
     model: str
     prompt_tokens: int
     answer_tokens: int
+    blocks: tuple[int, ...] = ()
+    adapter: str = ""
 
 
 def lengths(

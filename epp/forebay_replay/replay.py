@@ -155,7 +155,9 @@ class Replay:
         self._look(self.servers[server])
         self.servers[server].on_the_way -= 1
         arrival = self.answers[number].arrival
-        request = EngineRequest(number, arrival.prompt_tokens, arrival.answer_tokens)
+        request = EngineRequest(
+            number, arrival.prompt_tokens, arrival.answer_tokens, arrival.blocks, arrival.adapter
+        )
         self.servers[server].engine.submit(request, self.now)
         self._advance(server)
 
@@ -208,6 +210,7 @@ class Replay:
             gauges.steps,
             gauges.step_tokens,
             hardware.kv_blocks * hardware.block_size_tokens,
+            gauges.prefix_hits,
         )
 
     def _scraped(self, number: int, page: EndpointMetrics) -> None:

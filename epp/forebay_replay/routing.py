@@ -5,8 +5,10 @@ from __future__ import annotations
 from random import Random
 from typing import TYPE_CHECKING, Protocol
 
+from forebay_control.plan import ScorerName
 from forebay_epp.core.controller import FlowController
 from forebay_epp.core.terms import (
+    PREFIX_BLOCK_BYTES,
     Dispatched,
     Endpoint,
     EndpointMetrics,
@@ -14,6 +16,7 @@ from forebay_epp.core.terms import (
     Usage,
     Verdict,
 )
+from forebay_replay.load import BLOCK_TOKENS
 
 if TYPE_CHECKING:
     from forebay_control.plan import Plan
@@ -112,6 +115,20 @@ class Direct:
         return None
 
 
+class AtRandom(Direct):
+    """Sends each request at once to a server at random."""
+
+    def __init__(self, servers: int) -> None:
+        super().__init__(servers, least_request=False)
+
+    def arrive(self, number: int, arrival: Arrival, now: float) -> list[tuple[int, int]]:  # noqa: ARG002
+        """Send it."""
+        server = self._random.randrange(self._servers)
+        self._unanswered[server] += 1
+        self._server[number] = server
+        return [(number, server)]
+
+
 class Queued:
     """forebay's flow controller.
 
@@ -122,6 +139,7 @@ class Queued:
     """
 
     def __init__(self, servers: int, plan: Plan, seed: int = 1) -> None:
+        self._reads_prefix = plan.selection.rates(ScorerName.PREFIX_CACHE)
         self.controller = FlowController(plan, Random(seed))  # noqa: S311  # lots, not secrets
         self.addresses = [f"10.0.0.{number}:8000" for number in range(servers)]
         self._numbers = {address: number for number, address in enumerate(self.addresses)}
@@ -140,7 +158,11 @@ class Queued:
 
     def arrive(self, number: int, arrival: Arrival, now: float) -> list[tuple[int, int]]:
         """Queue it."""
-        self.submit(Request(number, arrival.model, arrival.prompt_tokens * BYTES_PER_TOKEN), now)
+        size_bytes = arrival.prompt_tokens * BYTES_PER_TOKEN
+        blocks = arrival.blocks if self._reads_prefix else ()
+        names = BLOCK_TOKENS * BYTES_PER_TOKEN // PREFIX_BLOCK_BYTES
+        prefix = tuple(names * block + part for block in blocks for part in range(names))
+        self.submit(Request(number, arrival.model, size_bytes, prefix=prefix), now)
         return self.wake(now)
 
     def submit(self, request: Request, now: float) -> None:

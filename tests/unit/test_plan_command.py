@@ -50,7 +50,7 @@ InferencePool default/chat
 ├── callers may say when a request is due and how long it may wait
 ├── in total at most 10000 requests and 1GiB, one at most 8MiB
 ├── endpoint limit: learned; closed above 95% of its KV cache, prompts wait in it up to 0.5 s
-├── a server is chosen by Load 1, picker MaxScore
+├── a server is chosen by PrefixCache 3, Load 2, picker MaxScore
 ├── without servers requests wait up to 60 s
 └── 0 servers in the files
 """  # noqa: E501  # the command's own lines

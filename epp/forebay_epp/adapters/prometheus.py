@@ -203,6 +203,11 @@ def _endpoints(state: ControllerState) -> Iterator[Metric]:
         "How full the pool is; at or above 1: no free slot.",
         value=state.saturation,
     )
+    yield GaugeMetricFamily(
+        "forebay_prefix_index_blocks",
+        "Blocks of prompts that endpoints are believed to have cached, once for each endpoint.",
+        value=state.prefix_blocks,
+    )
     for name, text, value_of in _ENDPOINT_GAUGES:
         gauge = GaugeMetricFamily(name, text, labels=("endpoint",))
         for endpoint in state.endpoints:

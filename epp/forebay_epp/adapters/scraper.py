@@ -188,6 +188,7 @@ class Scraper:
             page.steps,
             page.step_tokens,
             page.kv_capacity_tokens,
+            page.prefix_hits,
         )
 
     def _failed(self, address: str, error: Exception) -> None:

@@ -92,7 +92,7 @@ class Engine:
 
     Attributes:
         prefix: what names of its metrics begin with, and no other server's; empty: any page is its.
-        running, waiting, kv_usage, steps, step_tokens: see `PageMetrics`.
+        running, waiting, kv_usage, steps, step_tokens, prefix_hits: see `PageMetrics`.
         kv_blocks, kv_block_tokens: the blocks of the KV cache and the tokens that fit in each; both
             have a sample for each engine.
     """
@@ -105,6 +105,7 @@ class Engine:
     step_tokens: tuple[Series, ...] = ()
     kv_blocks: tuple[Series, ...] = ()
     kv_block_tokens: tuple[Series, ...] = ()
+    prefix_hits: tuple[Series, ...] = ()
 
     def publishes(self, page: bytes) -> bool:
         """Return whether the page is one of this kind of server."""
@@ -129,6 +130,10 @@ ENGINES = (
         (Series("vllm:iteration_tokens_total_sum", scattered=True),),
         (Series("vllm:cache_config_info", value_label="num_gpu_blocks"),),
         (Series("vllm:cache_config_info", value_label="block_size"),),
+        (
+            Series("vllm:prefix_cache_hits_total"),
+            Series("vllm:gpu_prefix_cache_hits_total"),  # before the end of 2025
+        ),
     ),
     Engine(
         "sglang:",
@@ -189,6 +194,7 @@ class PageMetrics:
         step_tokens: prompt and answer tokens of these steps, 0 where they are unknown. vLLM counts
             a prompt in the step that ends its prefill.
         kv_capacity_tokens: that fit in the KV cache, summed over engines.
+        prefix_hits: tokens found in the prefix cache since the start, summed over engines.
     """
 
     running: int | None
@@ -197,6 +203,7 @@ class PageMetrics:
     steps: float | None = None
     step_tokens: float = 0.0
     kv_capacity_tokens: int | None = None
+    prefix_hits: float | None = None
 
 
 UNKNOWN = PageMetrics(None, None, None)
@@ -216,6 +223,7 @@ def parse_page(page: bytes, known: tuple[Engine, ...] = ENGINES) -> PageMetrics:
                 steps=steps,
                 step_tokens=step_tokens,
                 kv_capacity_tokens=_kv_capacity(page, engine),
+                prefix_hits=_total(page, engine.prefix_hits),
             )
     return UNKNOWN
 

@@ -39,8 +39,9 @@ a blocked flow holds up no other and costs nothing until one of its endpoints ge
 keeps its rank meanwhile, and so has its turn as soon as it can use it (lanes.py).
 
 **Where to** is decided last, for the request whose turn it is: filters, scorers, a picker
-(selection/). The default evens out relative occupancy and draws among equals; the least loaded of
-all is at least as good as the better of two choices (Mitzenmacher, 2001).
+(selection/). The default goes where the prompt's beginning is cached, as long as that pays, evens
+out relative occupancy otherwise, and draws among equals; the least loaded of all is at least as
+good as the better of two choices (Mitzenmacher, 2001).
 
 **Overload.** A queue turns a burst into delay but cannot serve a lasting overload, so it is bounded
 in number, bytes and time. Requests are *rejected* on arrival when a cap of pool, band or flow is
@@ -55,7 +56,7 @@ locks. No operation takes longer than O(log n) in requests, flows, lanes, or ban
 endpoint looks at those that have a free slot.
 
 The reading order is terms, controller, bands, levels, lanes, flows, fairness, ordering, tracked,
-endpoints, limits, selection. The model for this text, and for flow control in front of a server, is
-Kubernetes' API Priority and Fairness (KEP-1040), whose queues shuffle-shard flows where these are
-one a flow.
+prefixes, endpoints, limits, selection. The model for this text, and for flow control in front of a
+server, is Kubernetes' API Priority and Fairness (KEP-1040), whose queues shuffle-shard flows where
+these are one a flow.
 """

@@ -349,6 +349,7 @@ class FlowController:
             draining=self._draining,
             bands=tuple(band.state(now, max_flows) for band in self._bands.all),
             endpoints=tuple(tracked.state(now) for tracked in self._endpoints.present),
+            prefix_blocks=self._endpoints.prefixes.size,
         )
 
     # --- inside

@@ -10,6 +10,7 @@ from collections import Counter
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
+from forebay_epp.core.prefixes import PrefixIndex
 from forebay_epp.core.terms import NEVER, HealthChange
 from forebay_epp.core.tracked import TrackedEndpoint
 
@@ -32,6 +33,7 @@ class EndpointSet:
         largest_limit: of any of these endpoints.
         slots: of all of them, taken or not.
         next_at: when time alone may change anything; infinity for never.
+        prefixes: what they are believed to have in their prefix caches.
         opened: addresses of endpoints that have got a free slot since the caller cleared this.
     """
 
@@ -41,6 +43,7 @@ class EndpointSet:
         self.largest_limit = 1
         self.slots = 0
         self.next_at = NEVER
+        self.prefixes = PrefixIndex()
         self.opened: list[str] = []
         self._plan = plan
         self._open: list[TrackedEndpoint] = []  # those with a free slot, in no order
@@ -68,6 +71,7 @@ class EndpointSet:
             replaced = address in wanted and tracked.is_another(wanted[address])
             if (address not in wanted and tracked.present) or replaced:
                 tracked.leave()
+                self.prefixes.forget(tracked)
                 self._moved(tracked)
                 if replaced or not tracked.in_flight:
                     del self._states[address]
@@ -86,6 +90,7 @@ class EndpointSet:
         tracked = self._states.get(metrics.address)
         if tracked is not None:
             tracked.observe(metrics, now)
+            self.prefixes.observe(tracked, metrics)
             self._moved(tracked)
 
     def scrape_failed(self, address: str, now: float, *, refused: bool) -> None:
@@ -95,11 +100,15 @@ class EndpointSet:
             was_out, failures = tracked.health.out, tracked.health.failures
             tracked.health.scrape_failed(now, refused=refused)
             tracked.refresh()
+            if refused:
+                self.prefixes.forget(tracked)  # its process has ended
             self._moved(tracked)
             self._note_health(tracked, was_out, failures)
 
     def dispatched(self, tracked: TrackedEndpoint, request: Request, now: float) -> None:
         """One of the endpoint's free slots is taken."""
+        if request.prefix:
+            self.prefixes.sent(tracked, request)
         tracked.dispatched(request, now)
         self._moved(tracked)
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from forebay_epp.core.terms import PREFIX_BLOCK_BYTES
+
 if TYPE_CHECKING:
     from forebay_epp.core.terms import Request, Usage
 
@@ -81,5 +83,7 @@ class Footprints:
         flow = self._flows.get(request.flow) or self._unknown
         prompt_tokens = request.size_bytes / flow.bytes_per_token
         request.prompt_tokens = max(1, int(prompt_tokens))  # so that no dispatch is free
+        if request.prefix:
+            request.block_tokens = PREFIX_BLOCK_BYTES / flow.bytes_per_token
         request.answer_tokens = int(flow.seen_tokens)
         request.kv_tokens = int(prompt_tokens + ANSWER_PART * flow.answer_tokens)

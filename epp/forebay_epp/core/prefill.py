@@ -68,7 +68,7 @@ class Prefill:
         """Add a prompt, and write on its request where it stands."""
         if self.rate:
             self.drain(now)
-        sent = self._sent = self._sent + request.prompt_tokens
+        sent = self._sent = self._sent + request.prompt_tokens - request.cached_tokens
         request.prefill_mark = sent
         if sent - self._done >= LONG_TOKENS and self._long_since == NEVER:
             self._long_mark, self._long_from, self._long_since = sent, self._done, now

@@ -7,6 +7,8 @@ from enum import StrEnum
 from typing import Protocol
 
 NEVER = float("inf")
+PREFIX_BLOCK_BYTES = 1024  # of a prompt, for which it has one name
+PREFIX_BLOCK_TOKENS = 256  # that these are taken for when the size of a cache is counted in them
 
 
 class RandomSource(Protocol):
@@ -86,7 +88,7 @@ class Cost:
 class Request:
     """One request on its way through flow control.
 
-    The first eight fields are the caller's; the rest belongs to the controller and is written by
+    The first nine fields are the caller's; the rest belongs to the controller and is written by
     `FlowController.submit`, at dispatch and later.
 
     Attributes:
@@ -99,6 +101,8 @@ class Request:
             ends the wait where it comes before the end of the band's TTL.
         tenant: whose it is, by a header that the plan trusts; "" when there is none.
         due_in_seconds: how soon the caller wants the answer to begin, None when it does not say.
+        prefix: a name for each `PREFIX_BLOCK_BYTES` of its prompt that is full, which also says
+            what comes before it; empty where the plan has no use for it.
         band: the band's name.
         flow: the name of the plan's model that the request belongs to; "" where it matches none.
         path: the names of the flows that it waits in, outermost first.
@@ -113,6 +117,8 @@ class Request:
         prompt_tokens: that its prompt is expected to have.
         answer_tokens: that its answer is expected to have, and its flow is charged for; more once
             it has come to more.
+        block_tokens: of its prompt that a block of `prefix` is expected to have.
+        cached_tokens: of its prompt that its endpoint is expected to have in its prefix cache.
         kv_tokens: tokens of KV cache that it is expected to take.
         prefill_mark: prompt tokens sent to its endpoint up to its own.
         predicted_seconds: how long it is expected to wait in the queue, None where nothing is
@@ -127,6 +133,7 @@ class Request:
     deadline: float = NEVER
     tenant: str = ""
     due_in_seconds: float | None = None
+    prefix: tuple[int, ...] = ()
     band: str = ""
     flow: str = ""
     path: tuple[str, ...] = ()
@@ -139,6 +146,8 @@ class Request:
     endpoint: str = ""
     prompt_tokens: int = 0
     answer_tokens: int = 0
+    block_tokens: float = 0.0
+    cached_tokens: int = 0
     kv_tokens: int = 0
     prefill_mark: float = 0.0
     predicted_seconds: float | None = None
@@ -202,6 +211,7 @@ class EndpointMetrics:
         steps: of the engine since it started, summed over engines; None when not reported.
         step_tokens: prompt and answer tokens that these steps have processed.
         kv_capacity_tokens: size of the KV cache; None when not reported.
+        prefix_hits: tokens found in the prefix cache since the start; None when not reported.
     """
 
     address: str
@@ -213,6 +223,7 @@ class EndpointMetrics:
     steps: float | None = None
     step_tokens: float = 0.0
     kv_capacity_tokens: int | None = None
+    prefix_hits: float | None = None
 
 
 @dataclass(slots=True, frozen=True)
@@ -295,7 +306,11 @@ class EndpointState:
 
 @dataclass(slots=True, frozen=True)
 class ControllerState:
-    """The whole controller at a moment. `saturation` >= 1.0 means no free slot."""
+    """The whole controller at a moment.
+
+    `saturation` >= 1.0 means no free slot. `prefix_blocks` are what endpoints are believed to have
+    in their prefix caches.
+    """
 
     pool: str
     requests: int
@@ -305,3 +320,4 @@ class ControllerState:
     draining: bool
     bands: tuple[BandState, ...]
     endpoints: tuple[EndpointState, ...]
+    prefix_blocks: int = 0

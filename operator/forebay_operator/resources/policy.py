@@ -248,19 +248,20 @@ class Scorer(Own):
     type: ScorerName
     """Load prefers the server of which the smallest part is occupied.
 
-    KVCacheUsage prefers the one whose KV cache is the emptiest.
+    KVCacheUsage prefers the one whose KV cache is the emptiest. PrefixCache prefers the one that
+    has the most of the prompt in its prefix cache, while waiting there takes less than it saves.
     """
     weight: Weight = 1
     """How much it counts relative to the other scorers. 1 by default."""
 
 
 class Selection(Own):
-    """How a server is chosen among those that can take a request. By Load by default."""
+    """How a server is chosen among those that can take a request."""
 
     scorers: Annotated[
         tuple[Scorer, ...], Field(min_length=1, max_length=MAX_SCORERS), Unique(("type",))
     ] = tuple(Scorer(type=each.type, weight=each.weight) for each in PLAN.selection.scorers)
-    """The points of view; their ratings are added up by weight. Load alone by default."""
+    """The points of view, added up by weight. PrefixCache 3 and Load 2 by default."""
     picker: PickerName = PLAN.selection.picker
     """MaxScore, the default, takes the server that is rated best, at random among equals.
 

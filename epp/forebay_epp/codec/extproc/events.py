@@ -31,6 +31,7 @@ class Arrived(msgspec.Struct, frozen=True, gc=False):
         subset: addresses the proxy restricts the choice to; None means all.
         caller: what its headers say, as far as they are trusted.
         asked_model: the model the client asks about, "" for all of them, None for neither.
+        prefix: names of its prompt's beginnings, as in `core.terms.Request`.
     """
 
     model: str
@@ -38,6 +39,7 @@ class Arrived(msgspec.Struct, frozen=True, gc=False):
     subset: frozenset[str] | None
     caller: Caller
     asked_model: str | None
+    prefix: tuple[int, ...] = ()
 
 
 class Rejected(msgspec.Struct, frozen=True, gc=False):

@@ -44,6 +44,7 @@ class RequestHalf:
         default_model: the model that is meant where a request that could name one does not; None
             where there is none to mean, and the request is rejected if it must name one.
         headers: those that callers are trusted with.
+        reads_prefix: whether the beginnings of prompts are named.
 
     Attributes:
         model: the name the client wrote; "" where none could be read.
@@ -64,6 +65,8 @@ class RequestHalf:
         "_model_field",
         "_outbox",
         "_path",
+        "_prefix",
+        "_reads_prefix",
         "_size_bytes",
         "_subset",
         "_trailers",
@@ -78,11 +81,15 @@ class RequestHalf:
         max_body_bytes: int,
         default_model: str | None,
         headers: CallerHeaders,
+        *,
+        reads_prefix: bool,
     ) -> None:
         self._outbox = outbox
         self._max_body_bytes = max_body_bytes
         self._default_model = default_model
         self._headers = headers
+        self._reads_prefix = reads_prefix
+        self._prefix: tuple[int, ...] = ()
         self.model = ""
         self.conversation = False
         self.renamed = False
@@ -225,11 +232,16 @@ class RequestHalf:
                     )
             except openai.BadRequestError as error:
                 return Rejected(Outcome.REJECTED_BAD_REQUEST, str(error), error.param)
+            if self._reads_prefix and body:
+                self._prefix = openai.read_prefix(body, self.model)
         return self._arrived(body)
 
     def _arrived(self, body: bytes | None) -> Arrived:
         self._body = body
-        return Arrived(self.model, self._size_bytes, self._subset, self._caller, self._asked_model)
+        return Arrived(
+            *(self.model, self._size_bytes, self._subset, self._caller, self._asked_model),
+            self._prefix,
+        )
 
     def _too_large(self) -> Rejected:
         return Rejected(

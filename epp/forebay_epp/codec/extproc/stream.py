@@ -67,6 +67,7 @@ class ExtProcStream:
         default_model: the model that is meant where a request that could name one does not; None
             where there is none to mean, and the request is rejected if it must name one.
         headers: those that callers are trusted with.
+        reads_prefix: whether the beginnings of prompts are named.
     """
 
     __slots__ = (
@@ -75,13 +76,20 @@ class ExtProcStream:
     )
 
     def __init__(
-        self, max_body_bytes: int, default_model: str | None, headers: CallerHeaders
+        self,
+        max_body_bytes: int,
+        default_model: str | None,
+        headers: CallerHeaders,
+        *,
+        reads_prefix: bool = False,
     ) -> None:
         self.state = State.HEADERS
         self.outbox: deque[bytes] = deque()
         self.ended = False
         self.failure: str | None = None
-        self._request = RequestHalf(self.outbox, max_body_bytes, default_model, headers)
+        self._request = RequestHalf(
+            self.outbox, max_body_bytes, default_model, headers, reads_prefix=reads_prefix
+        )
         self._response = ResponseHalf(self.outbox)
         self._echoes = False
         self._half_closed = False

@@ -1,8 +1,8 @@
 """The parts of OpenAI-style HTTP bodies that an EPP reads and writes.
 
-Requests: the model name, and the same body under another one. Answers: usage, the client's model
-name put back. Refusals: OpenAI's error object. The list of models. How bodies travel is
-codec/extproc.
+Requests: the model name, names for the beginnings of the prompt, and the same body under another
+model name. Answers: usage, the client's model name put back. Refusals: OpenAI's error object. The
+list of models. How bodies travel is codec/extproc.
 """
 
 from forebay_epp.codec.openai.catalogue import (
@@ -14,6 +14,7 @@ from forebay_epp.codec.openai.catalogue import (
 )
 from forebay_epp.codec.openai.errors import HTTP_STATUS, BadRequestError, error_body
 from forebay_epp.codec.openai.paths import ModelField, model_field
+from forebay_epp.codec.openai.prompts import read_prefix
 from forebay_epp.codec.openai.renaming import ModelRestorer
 from forebay_epp.codec.openai.requests import read_cut_model, read_model, with_model
 from forebay_epp.codec.openai.usage import EventUsageReader, JSONUsageReader
@@ -35,6 +36,7 @@ __all__ = [
     "model_field",
     "read_cut_model",
     "read_model",
+    "read_prefix",
     "read_served",
     "with_model",
 ]

@@ -12,6 +12,13 @@ log log n / log d balls more than the mean (Azar et al., Balanced Allocations, S
 29(1), 1999), and neighbours do as well as independent lots where d is at least about log n
 (Godfrey, Balls and Bins with Structure, SODA 2008).
 
+Where a request goes never decides when it goes, nor who goes first: affinity is only between
+endpoints that have a free slot for the request whose turn it is. So it reorders nothing. Each flow
+is dispatched, and charged, at the same turns as without any, whatever servers are chosen, and
+bounds on fairness hold unchanged. (Locality-aware fair scheduling, Cao et al., 2025, trades order
+for locality within a deficit; here the deficit is 0, and locality is what is left: several servers
+have room most of the time, as each has many slots.)
+
 To add a step, write a class with the method of `Filter`, `Scorer` or `Picker` and enter it in
 `FILTERS`, `BUDGETS`, `SCORERS` or `PICKERS`; a plan names scorers and the picker. If the filters
 refuse all endpoints, the request's lane waits until one of them gets another free slot, in no one's
@@ -26,7 +33,7 @@ from typing import TYPE_CHECKING, Protocol
 from forebay_control.plan import PickerName, ScorerName
 from forebay_epp.core.selection.budgets import KVRoom, PrefillRoom
 from forebay_epp.core.selection.pickers import MaxScore, PowerOfTwo
-from forebay_epp.core.selection.scorers import KVCacheUsage, Load
+from forebay_epp.core.selection.scorers import KVCacheUsage, Load, PrefixCache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -59,7 +66,10 @@ class Scorer(Protocol):
     def score(
         self, request: Request, endpoints: Sequence[TrackedEndpoint], now: float
     ) -> list[float]:
-        """Return how well each suits the request, from 0 (not at all) to 1."""
+        """Return how well each suits the request, from 0 (not at all) to 1.
+
+        An empty list says that none suits it better than another.
+        """
 
 
 class Picker(Protocol):
@@ -72,10 +82,11 @@ class Picker(Protocol):
 
 
 FILTERS: tuple[Callable[[], Filter], ...] = ()  # besides presence, subset and slots
-BUDGETS: tuple[Callable[[], Filter], ...] = (KVRoom, PrefillRoom)
+BUDGETS: tuple[Callable[[EndpointSet], Filter], ...] = (KVRoom, PrefillRoom)
 SCORERS: dict[ScorerName, Callable[[EndpointSet], Scorer]] = {
     ScorerName.LOAD: Load,
     ScorerName.KV_CACHE_USAGE: KVCacheUsage,
+    ScorerName.PREFIX_CACHE: PrefixCache,
 }
 PICKERS: dict[PickerName, Callable[[RandomSource], Picker]] = {
     PickerName.MAX_SCORE: MaxScore,
@@ -96,7 +107,7 @@ class Selection:
     def __init__(self, pool: EndpointSet, plan: SelectionPlan, random: RandomSource) -> None:
         self._pool = pool
         self._filters = [make() for make in FILTERS]
-        self._budgets = [make() for make in BUDGETS]
+        self._budgets = [make(pool) for make in BUDGETS]
         self._random = random
         self.reconfigure(plan)
 
@@ -122,10 +133,24 @@ class Selection:
             start = self._random.randrange(len(endpoints))
             some = endpoints[start : start + MAX_CANDIDATES]
             some += endpoints[: MAX_CANDIDATES - len(some)]
+            if request.prefix:
+                some += self._holders(request, some)
             found = self._pick(request, some, now)
             if not isinstance(found, Miss):
                 return found
         return self._pick(request, endpoints, now)
+
+    def _holders(
+        self, request: Request, others: Sequence[TrackedEndpoint]
+    ) -> list[TrackedEndpoint]:
+        """Return those that have its prompt's beginning cached, which chance may have passed by."""
+        return [
+            endpoint
+            for endpoint in self._pool.prefixes.holders(request)
+            if endpoint.free > 0
+            and endpoint not in others
+            and (request.subset is None or endpoint.address in request.subset)
+        ]
 
     def _pick(
         self, request: Request, endpoints: Sequence[TrackedEndpoint], now: float
@@ -141,7 +166,15 @@ class Selection:
         totals: list[float] = []
         for scorer, weight in self._scorers:
             scores = scorer.score(request, endpoints, now)
-            if weight != 1.0:
-                scores = [weight * score for score in scores]
-            totals = [sum(pair) for pair in zip(totals, scores, strict=True)] if totals else scores
+            if not scores:
+                continue
+            if totals:
+                pairs = zip(totals, scores, strict=True)
+                totals = [total + weight * score for total, score in pairs]
+            elif weight != 1.0:
+                totals = [weight * score for score in scores]
+            else:
+                totals = scores
+        if not totals:
+            totals = [0.0] * len(endpoints)
         return self._picker.pick(endpoints, totals)

@@ -59,3 +59,48 @@ class KVCacheUsage:
             1.0 - endpoint.kv_usage if endpoint.fresh and endpoint.kv_usage is not None else 0.0
             for endpoint in endpoints
         ]
+
+
+class PrefixCache:
+    """Prefers the endpoint that has the most of the prompt in its prefix cache, while it pays.
+
+    (saved - (wait - least wait)) / whole, and 0 where that is below: `saved` is the time to prefill
+    what the endpoint has of the prompt, `wait` the time until the prompts that it was sent before
+    are prefilled, least where that is of all the candidates, and `whole` the time to prefill the
+    whole prompt. So an endpoint gains nothing by its cache once waiting there takes longer than
+    prefilling again elsewhere. All of these are learned: the blocks from what was sent, checked
+    against the server's own counter of hits (prefixes.py), and the speed from its answers
+    (prefill.py). Before any speed is known the tokens count instead of seconds.
+    """
+
+    def __init__(self, pool: EndpointSet) -> None:
+        self._prefixes = pool.prefixes
+
+    def score(
+        self, request: Request, endpoints: Sequence[TrackedEndpoint], now: float
+    ) -> list[float]:
+        """Return the part of the whole that each saves; nothing where none has any of it."""
+        if not request.prefix:
+            return []
+        cached = self._prefixes.cached_tokens_of(endpoints, request)
+        if not cached:
+            return []
+        prefills = [endpoint.prefill for endpoint in endpoints]
+        rates = [prefill.rate for prefill in prefills]
+        known = [rate for rate in rates if rate]
+        if known:
+            usual = sum(known) / len(known)
+            rates = [rate or usual for rate in rates]
+            for prefill in prefills:
+                prefill.drain(now)
+            waits = [prefill.backlog / rate for prefill, rate in zip(prefills, rates, strict=True)]
+        else:
+            rates = [1.0] * len(rates)
+            waits = [prefill.backlog for prefill in prefills]
+        least = min(waits)
+        whole = request.prompt_tokens
+        saved = zip(cached, waits, rates, strict=True)
+        return [
+            gain / whole if (gain := tokens - (wait - least) * rate) > 0.0 else 0.0
+            for tokens, wait, rate in saved
+        ]
