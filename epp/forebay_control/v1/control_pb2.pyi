@@ -7,32 +7,36 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class FromPicker(_message.Message):
-    __slots__ = ("hello", "ack", "nack", "stats", "bye", "ping")
+    __slots__ = ("hello", "ack", "nack", "stats", "bye", "ping", "demand")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
     NACK_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     BYE_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
+    DEMAND_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     ack: Ack
     nack: Nack
     stats: Stats
     bye: Bye
     ping: Ping
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., nack: _Optional[_Union[Nack, _Mapping]] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ..., bye: _Optional[_Union[Bye, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ...) -> None: ...
+    demand: Demand
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., nack: _Optional[_Union[Nack, _Mapping]] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ..., bye: _Optional[_Union[Bye, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., demand: _Optional[_Union[Demand, _Mapping]] = ...) -> None: ...
 
 class FromOperator(_message.Message):
-    __slots__ = ("program", "not_leader", "ping", "close")
+    __slots__ = ("program", "not_leader", "ping", "close", "shares")
     PROGRAM_FIELD_NUMBER: _ClassVar[int]
     NOT_LEADER_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
     program: Program
     not_leader: NotLeader
     ping: Ping
     close: Close
-    def __init__(self, program: _Optional[_Union[Program, _Mapping]] = ..., not_leader: _Optional[_Union[NotLeader, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ...) -> None: ...
+    shares: Shares
+    def __init__(self, program: _Optional[_Union[Program, _Mapping]] = ..., not_leader: _Optional[_Union[NotLeader, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., shares: _Optional[_Union[Shares, _Mapping]] = ...) -> None: ...
 
 class Version(_message.Message):
     __slots__ = ("epoch", "revision")
@@ -161,6 +165,90 @@ class BandStats(_message.Message):
     rejected: int
     evicted: int
     def __init__(self, band: _Optional[str] = ..., requests: _Optional[int] = ..., bytes: _Optional[int] = ..., oldest_seconds: _Optional[float] = ..., dispatched: _Optional[int] = ..., rejected: _Optional[int] = ..., evicted: _Optional[int] = ...) -> None: ...
+
+class Demand(_message.Message):
+    __slots__ = ("number", "seen", "shared", "full", "bands", "endpoints")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
+    FULL_FIELD_NUMBER: _ClassVar[int]
+    BANDS_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    seen: int
+    shared: bool
+    full: bool
+    bands: _containers.RepeatedCompositeFieldContainer[BandDemand]
+    endpoints: _containers.RepeatedCompositeFieldContainer[HeldSlots]
+    def __init__(self, number: _Optional[int] = ..., seen: _Optional[int] = ..., shared: _Optional[bool] = ..., full: _Optional[bool] = ..., bands: _Optional[_Iterable[_Union[BandDemand, _Mapping]]] = ..., endpoints: _Optional[_Iterable[_Union[HeldSlots, _Mapping]]] = ...) -> None: ...
+
+class BandDemand(_message.Message):
+    __slots__ = ("band", "priority", "reserved_percent", "max_saturation_percent", "flows")
+    BAND_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_PERCENT_FIELD_NUMBER: _ClassVar[int]
+    MAX_SATURATION_PERCENT_FIELD_NUMBER: _ClassVar[int]
+    FLOWS_FIELD_NUMBER: _ClassVar[int]
+    band: str
+    priority: int
+    reserved_percent: int
+    max_saturation_percent: int
+    flows: _containers.RepeatedCompositeFieldContainer[FlowDemand]
+    def __init__(self, band: _Optional[str] = ..., priority: _Optional[int] = ..., reserved_percent: _Optional[int] = ..., max_saturation_percent: _Optional[int] = ..., flows: _Optional[_Iterable[_Union[FlowDemand, _Mapping]]] = ...) -> None: ...
+
+class FlowDemand(_message.Message):
+    __slots__ = ("path", "weights", "waiting", "running")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    path: _containers.RepeatedScalarFieldContainer[str]
+    weights: _containers.RepeatedScalarFieldContainer[int]
+    waiting: int
+    running: int
+    def __init__(self, path: _Optional[_Iterable[str]] = ..., weights: _Optional[_Iterable[int]] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ...) -> None: ...
+
+class HeldSlots(_message.Message):
+    __slots__ = ("address", "slots", "running", "limit", "inside")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    INSIDE_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    slots: int
+    running: int
+    limit: int
+    inside: int
+    def __init__(self, address: _Optional[str] = ..., slots: _Optional[int] = ..., running: _Optional[int] = ..., limit: _Optional[int] = ..., inside: _Optional[int] = ...) -> None: ...
+
+class Shares(_message.Message):
+    __slots__ = ("number", "alone", "total", "full", "epps", "rank", "shares")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    ALONE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    FULL_FIELD_NUMBER: _ClassVar[int]
+    EPPS_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    alone: bool
+    total: int
+    full: bool
+    epps: int
+    rank: int
+    shares: _containers.RepeatedCompositeFieldContainer[Share]
+    def __init__(self, number: _Optional[int] = ..., alone: _Optional[bool] = ..., total: _Optional[int] = ..., full: _Optional[bool] = ..., epps: _Optional[int] = ..., rank: _Optional[int] = ..., shares: _Optional[_Iterable[_Union[Share, _Mapping]]] = ...) -> None: ...
+
+class Share(_message.Message):
+    __slots__ = ("address", "slots", "at_most")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    AT_MOST_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    slots: int
+    at_most: bool
+    def __init__(self, address: _Optional[str] = ..., slots: _Optional[int] = ..., at_most: _Optional[bool] = ...) -> None: ...
 
 class Bye(_message.Message):
     __slots__ = ()
