@@ -18,6 +18,7 @@ from forebay_epp.core.bands import Bands
 from forebay_epp.core.classification import Classifier
 from forebay_epp.core.endpoints import EndpointSet
 from forebay_epp.core.footprints import Footprints
+from forebay_epp.core.holdings import Holdings, holdings
 from forebay_epp.core.selection import Miss, Selection
 from forebay_epp.core.terms import (
     NEVER,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from forebay_control.plan import Plan
+    from forebay_control.shares import Shares
     from forebay_epp.core.bands import Band
     from forebay_epp.core.terms import (
         Endpoint,
@@ -124,6 +126,26 @@ class FlowController:
         if bool(self._endpoints.present) != had_endpoints:
             self._regime_since = now
         self._reschedule(now)
+
+    def set_shares(self, shares: Shares, now: float) -> None:
+        """Take what of the endpoints' slots is this EPP's, because several serve the pool.
+
+        Without shares, all are.
+        """
+        self._endpoints.set_shares(shares)
+        self._reschedule(now)
+
+    def relax_shares(self) -> None:
+        """Go by what scrapes show instead, for no new shares come."""
+        self._endpoints.relax_shares()
+
+    def holdings(self) -> Holdings:
+        """Return what the EPP has and wants, as far as whoever divides the slots needs to know."""
+        return holdings(
+            self._bands.all,
+            self._endpoints,
+            (request for request, _ in self._dispatched.values()),
+        )
 
     def observe(self, metrics: EndpointMetrics, now: float) -> None:
         """Take what a scrape said; an endpoint that is not in the pool is ignored."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
+from zlib import crc32
 
 from forebay_epp.core.prefixes import PrefixIndex
 from forebay_epp.core.terms import NEVER, HealthChange
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from forebay_control.plan import SaturationPlan
+    from forebay_control.shares import Shares
     from forebay_epp.core.terms import Endpoint, EndpointMetrics, Request, Verdict
 
 
@@ -52,6 +54,8 @@ class EndpointSet:
         self._alarms: list[tuple[float, int, TrackedEndpoint]] = []
         self._alarm_number = 0
         self._changes: list[HealthChange] = []
+        self._shares: Shares | None = None
+        self._excess = 0  # slots to give back
 
     def reconfigure(self, plan: SaturationPlan, now: float) -> None:
         """Take a new plan."""
@@ -79,6 +83,8 @@ class EndpointSet:
             known = self._states.get(address)
             if known is None:
                 known = self._states[address] = TrackedEndpoint(endpoint, self._plan, now)
+                if self._shares is not None:
+                    known.set_share(0)
             else:
                 known.rejoin(endpoint)
             self._moved(known)
@@ -130,13 +136,66 @@ class EndpointSet:
     ) -> None:
         """A request that was sent to the endpoint has ended."""
         was_out, failures = tracked.health.out, tracked.health.failures
+        held = tracked.held if self._excess else 0
         tracked.completed(request, verdict, now, blind=blind)
+        if self._excess:
+            tracked.give_back(1)
+            self._excess = max(0, self._excess - held + tracked.held)
         self._moved(tracked)
         if was_out or tracked.health.out:
             self._note_health(tracked, was_out, failures)
         left = not tracked.present and not tracked.in_flight
         if left and self._states.get(tracked.address) is tracked:
             del self._states[tracked.address]
+
+    # --- shares
+
+    @property
+    def shares(self) -> Shares | None:
+        """The shares in force; None for no bound but the limits."""
+        return self._shares
+
+    def set_shares(self, shares: Shares) -> None:
+        """Use these slots only, and give back what is too much as soon as no request takes it."""
+        if shares.total is None:
+            self._shares = None
+            changed: dict[str, int | None] = dict.fromkeys(self._states)
+        else:
+            self._shares = shares
+            changed = dict(shares.slots)
+            if shares.full:
+                changed = {**dict.fromkeys(self._states, 0), **changed}
+        for address, most in shares.most.items():
+            tracked = self._states.get(address)
+            if tracked is not None and (tracked.share or 0) > most:
+                changed.setdefault(address, most)
+        for address, share in changed.items():
+            tracked = self._states.get(address)
+            if tracked is not None:
+                tracked.set_share(share)
+                self._moved(tracked)
+        self._excess = 0
+        if shares.total is not None:
+            held = sum(tracked.held for tracked in self._states.values())
+            self._excess = max(0, held - shares.total)
+        for tracked in self._states.values() if self._excess else ():
+            if back := tracked.give_back(self._excess):
+                self._excess -= back
+                self._moved(tracked)
+
+    def relax_shares(self) -> None:
+        """Share by what scrapes show from now on, until there are new shares.
+
+        Each scrape divides the free slots that it shows by the EPPs that shared at last. So two
+        that scrape at different moments can exceed a limit by what came in between. Where limits
+        are given and scrapes do not count, shares stay as they are.
+        """
+        shares = self._shares
+        if shares is not None:
+            self._excess = 0
+            for tracked in self._states.values():
+                rank = (shares.rank + crc32(tracked.address.encode())) % shares.epps
+                tracked.split(shares.epps, rank)
 
     # --- time
 
@@ -201,7 +260,7 @@ class EndpointSet:
                 self._close(tracked)
             tracked.counted += more
             self.free += more
-        limit = tracked.limit.value if tracked.present else 0
+        limit = tracked.slots if tracked.present else 0
         if limit != tracked.counted_limit:
             self._count_limit(tracked, limit)
         if tracked.crowded and free > 0:

@@ -53,6 +53,7 @@ class TrackedEndpoint:
         crowded: whether a request was kept from it by the room for prompts; whoever makes room
             clears it.
         occupancy: slots taken, by this EPP or others.
+        share: slots that are this EPP's; None where it does not share the pool with others.
         settled: whether the limit says how large the server is.
         spared: used although it is out, because the whole pool is.
         wake_at: when `free` or `settled` may change by time alone, in monotonic seconds.
@@ -70,6 +71,7 @@ class TrackedEndpoint:
         "_observed_at",
         "_peak",
         "_probing",
+        "_split",
         "_stale_at",
         "_started",
         "_ttft_seconds",
@@ -96,6 +98,7 @@ class TrackedEndpoint:
         "running",
         "scheduled_at",
         "settled",
+        "share",
         "spared",
         "uid",
         "waiting",
@@ -108,6 +111,8 @@ class TrackedEndpoint:
         self.name = endpoint.name or endpoint.address
         self.present = True
         self.spared = False
+        self.share: int | None = None
+        self._split: tuple[int, int] | None = None
         self.health = Health()
         self._mode = plan.mode
         self.limit = LIMITS[plan.mode](plan)
@@ -232,7 +237,11 @@ class TrackedEndpoint:
             own = self._peak + len(self._blind)
             self.foreign = max(0, metrics.running + metrics.waiting - own)
             self.occupancy = self.in_flight + len(self._blind) + self.foreign
-            self.limit.observe(metrics, self.occupancy, self._arrivals, self._ended, now)
+            arrivals, ended = self._arrivals, self._ended
+            if self.share is not None:
+                arrivals, ended = self._of_all(metrics)
+                self._divide()
+            self.limit.observe(metrics, self.occupancy, arrivals, ended, now)
             self.settled = now < self.limit.settled_until
         self._peak = self.in_flight
         self._arrivals = self._ended = 0
@@ -266,12 +275,13 @@ class TrackedEndpoint:
             self.free = 0
             self.wake_at = NEVER
             return
+        share = self.share
         capacity = self.kv_capacity_tokens
         if capacity is None or not self.in_flight:
             self.kv_room_tokens = NEVER
         else:
             self.kv_room_tokens = KV_PART * capacity - self.kv_tokens
-        free = limit.value - occupancy
+        free = limit.value - occupancy if share is None else share - self.taken
         wake_at = limit.settled_until if self.settled else NEVER
         if self.fresh:
             wake_at = min(wake_at, self._stale_at)
@@ -287,7 +297,7 @@ class TrackedEndpoint:
             free = 0  # an idle server takes a request whatever it says, or nothing would move
         if free <= 0 and not self.in_flight:
             if self._probing:
-                free = 1
+                free = 1 if share is None or share > 0 else free
             else:
                 wake_at = min(wake_at, self._idle_since + PROBE_SECONDS)
         health = self.health
@@ -296,6 +306,65 @@ class TrackedEndpoint:
             wake_at = min(wake_at, health.wake_at)
         self.free = free
         self.wake_at = wake_at
+
+    # --- shares
+
+    @property
+    def taken(self) -> int:
+        """Slots that this EPP's requests take."""
+        return self.in_flight + len(self._blind)
+
+    @property
+    def slots(self) -> int:
+        """How many there are for this EPP, taken or not."""
+        return self.limit.value if self.share is None else self.share
+
+    @property
+    def held(self) -> int:
+        """Slots that this EPP uses or may use."""
+        return max(self.slots, self.taken)
+
+    def set_share(self, share: int | None) -> None:
+        """Take a share of the slots; None for no bound but the limit."""
+        self.share = share
+        self._split = None
+        self.refresh()
+
+    def give_back(self, most: int) -> int:
+        """Give up slots of the share that no request takes; return how many."""
+        idle = min(most, (self.share or 0) - self.taken)
+        if idle <= 0:
+            return 0
+        self.share = (self.share or 0) - idle
+        self.refresh()
+        return idle
+
+    def split(self, epps: int, rank: int) -> None:
+        """Have each scrape say what the share is: a part of what it shows to be free.
+
+        Args:
+            epps: how many EPPs do the same.
+            rank: which of these takes part of a remainder first, from 0.
+        """
+        self._split = (epps, rank)
+
+    def _divide(self) -> None:
+        if self._split is not None:
+            epps, rank = self._split
+            free = max(0, self.limit.value - self.taken - self.foreign)
+            self.share = self.taken + free // epps + (rank < free % epps)
+
+    def _of_all(self, page: EndpointMetrics) -> tuple[int, int]:
+        """Return about how many requests of all EPPs have come and ended since the last scrape.
+
+        This one's are known, and taken to be as usual; without any, nothing is concluded from how
+        many wait.
+        """
+        own = max(self._peak, self.in_flight)
+        if not own:
+            return page.running + page.waiting, 0
+        part = max(1.0, self.occupancy / own)
+        return math.ceil(self._arrivals * part), round(self._ended * part)
 
     def prefill_room_tokens(self, now: float) -> float:
         """Return how many more tokens of prompts it takes in time, where limits are learned."""
