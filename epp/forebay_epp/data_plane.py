@@ -266,6 +266,7 @@ class DataPlane:
             caller.tenant,
             caller.due_in_seconds,
             event.prefix,
+            event.streamed,
         )
         exchange.request = request
         self._submitted[exchange.id] = exchange

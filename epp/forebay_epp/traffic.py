@@ -113,7 +113,7 @@ class Traffic(Observer):
         waits: seconds in the queue by band, of requests that were queued and have left it.
         wait_errors: seconds by which dispatched requests waited more or less than predicted when
             they were queued, by band.
-        first_tokens: seconds from dispatch to the first chunk of the answer, by band.
+        first_tokens: seconds from dispatch to the first chunk of a streamed answer, by band.
         starts: seconds from arrival to the same, which is what a client sees, by band.
         durations: seconds from arrival to the end of the answer, by band.
         ejections: endpoints that were left out because they failed, by cause.
@@ -210,7 +210,7 @@ class Traffic(Observer):
                 self.wait_errors[band].add(error)
 
     def first_token(self, request: Request, now: float) -> None:
-        """Count the first chunk of an answer."""
+        """Count the first chunk of a streamed answer."""
         self.first_tokens[request.band].add(now - request.dispatched_at)
         self.starts[request.band].add(now - request.enqueued_at)
 

@@ -123,6 +123,22 @@ def test_a_full_kv_cache_takes_one_request_whose_end_nobody_reports():
     assert sent == [0]
 
 
+@pytest.mark.parametrize(("streamed", "limit"), [(False, 4), (True, 2)])
+def test_an_answer_that_is_not_streamed_is_not_stuck(streamed, limit):
+    """Two streams begin after 0.1 s and a third request does not; only a stream should have."""
+    controller = controller_of(Plan(), A)
+    for number in (1, 2):
+        controller.submit(Request(number, "m", 1), 0.0)
+    controller.submit(Request(3, "m", 1, streamed=streamed), 0.0)
+    assert len(controller.poll(0.0)) == 3
+    for number in (1, 2):
+        controller.first_token(number, 0.1)
+
+    controller.complete(1, None, 1.0)
+
+    assert state_of(controller, 1.0).limit == limit
+
+
 # --- an address that another pod has taken over
 
 

@@ -69,6 +69,36 @@ def test_an_answer_that_begins_shows_that_earlier_prompts_are_done():
     assert prefill.backlog == 1000
 
 
+def test_an_end_shows_that_a_prompt_is_done_but_not_when():
+    """An answer that is not streamed is seen to end only; generating it took most of the time."""
+    prefill = Prefill()
+    long = request_of(0, 50_000)
+    prefill.sent(long, 0.0)
+
+    prefill.ended(long)
+
+    assert prefill.backlog == 0
+    assert prefill.rate == 0
+
+    longer = request_of(1, 80_000)
+    prefill.sent(longer, 30.0)
+    prefill.begun(longer, 34.0)
+    assert prefill.rate == pytest.approx(20_000)
+
+
+def test_the_end_of_an_earlier_answer_spoils_no_measurement():
+    """The long prompts behind it go on."""
+    prefill = Prefill()
+    first, second = request_of(0, 100), request_of(1, 50_000)
+    prefill.sent(first, 0.0)
+    prefill.sent(second, 0.0)
+
+    prefill.ended(first)
+    prefill.begun(second, 5.0)
+
+    assert prefill.rate == pytest.approx(50_100 / 5.0)
+
+
 def test_fast_steps_show_that_no_prompt_waits():
     """Of an answer that is not streamed nothing is seen to begin."""
     prefill = Prefill()

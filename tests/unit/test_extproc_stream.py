@@ -362,7 +362,7 @@ def test_a_json_answer_passes_and_its_usage_is_read():
     """The echo is byte for byte; the end frees the slot and closes the stream."""
     peer = dispatched()
     assert peer.say(answer_headers()) is None
-    assert peer.say(answer_body(JSON_ANSWER[:9], end=False)) is FIRST_CHUNK
+    assert peer.say(answer_body(JSON_ANSWER[:9], end=False)) is None
     assert peer.say(answer_body(JSON_ANSWER[9:])) == Finished(200, openai.Usage(7, 9), whole=True)
 
     sent = peer.take()
@@ -382,6 +382,22 @@ def test_the_progress_of_a_streamed_answer_is_told_every_32_tokens():
     ]
 
     assert [event for event in events if event] == [Progress(32), Progress(64)]
+
+
+def test_an_event_stream_is_seen_to_begin():
+    """Its first bytes are the first token; a JSON answer's come when the last token has."""
+    peer = dispatched()
+    peer.say(answer_headers(content_type="text/event-stream; charset=utf-8"))
+
+    assert peer.say(answer_body(b"data: {}\n\n", end=False)) is FIRST_CHUNK
+    assert peer.say(answer_body(b"data: {}\n\n", end=False)) is None
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_request_says_whether_it_asks_for_a_stream(streamed):
+    """So that flow control knows whether to expect a first token."""
+    data = json.dumps({"model": "m", "stream": streamed}).encode()
+    assert Peer().arrived(headers(), body(data)).request.streamed is streamed
 
 
 @given(cut=st.lists(st.integers(1, 160), max_size=4, unique=True))

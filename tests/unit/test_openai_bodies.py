@@ -82,15 +82,15 @@ def test_which_paths_name_a_model(method, path, expected):
 def test_a_body_without_a_usable_model_is_refused_in_words(body, message):
     """The text tells the client what to fix."""
     with pytest.raises(openai.BadRequestError, match=message):
-        openai.read_model(body)
+        openai.read_asked(body)
 
 
 @pytest.mark.parametrize("body", [b"{}", b'{"model":null}'])
 @pytest.mark.parametrize("optional", [True, False])
 def test_a_body_that_names_no_model_means_the_default(body, optional):
     """As a model server takes it that serves one model."""
-    assert openai.read_model(body, optional=optional, default="chat") == "chat"
-    assert openai.read_model(body, optional=optional, default="") == ""
+    assert openai.read_asked(body, optional=optional, default="chat").model == "chat"
+    assert openai.read_asked(body, optional=optional, default="").model == ""
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_body_that_names_no_model_means_the_default(body, optional):
 )
 def test_where_the_model_is_optional_other_bodies_pass(body, content_type):
     """Not everything that is sent to /invocations is JSON."""
-    assert openai.read_model(body, content_type, optional=True) == ""
+    assert openai.read_asked(body, content_type, optional=True).model == ""
 
 
 @pytest.mark.parametrize(
@@ -121,20 +121,31 @@ def test_where_the_model_is_optional_other_bodies_pass(body, content_type):
 def test_where_the_model_is_optional_broken_json_does_not_hide_one(body, content_type):
     """A server may read more leniently what this reader cannot."""
     with pytest.raises(openai.BadRequestError):
-        openai.read_model(body, content_type, optional=True)
+        openai.read_asked(body, content_type, optional=True)
 
 
 def test_a_model_is_read_whatever_the_content_type_says():
     """Many servers do not look at it either."""
-    assert openai.read_model(b'{"model":"m"}', "text/plain") == "m"
-    assert openai.read_model(b'{"model":"m"}', "text/plain", optional=True) == "m"
+    assert openai.read_asked(b'{"model":"m"}', "text/plain").model == "m"
+    assert openai.read_asked(b'{"model":"m"}', "text/plain", optional=True).model == "m"
+
+
+@pytest.mark.parametrize(
+    ("stream", "expected"),
+    [("true", True), ("false", False), ("null", False), ('"true"', False), ('{"a":[1]}', False)],
+)
+def test_whether_a_stream_is_asked_for(stream, expected):
+    """What is neither true nor false is for the server to refuse."""
+    body = b'{"model":"m", "stream" : %s}' % stream.encode()
+    assert openai.read_asked(body) == ("m", expected)
+    assert not openai.read_asked(b'{"model":"m"}').streamed
 
 
 @given(data=st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_no_body_raises_anything_else(data):
     """Whatever the bytes: a printable name of 1 to 256 characters, or BadRequestError."""
     try:
-        model = openai.read_model(data)
+        model = openai.read_asked(data).model
     except openai.BadRequestError:
         return
 
@@ -144,10 +155,10 @@ def test_no_body_raises_anything_else(data):
 
 @given(fields=st.dictionaries(st.text(max_size=6), JSON, max_size=5), target=st.text(min_size=1))
 def test_what_can_be_read_can_be_rewritten_and_only_the_model_changes(fields, target):
-    """`with_model` accepts everything that `read_model` accepts."""
+    """`with_model` accepts everything that `read_asked` accepts."""
     body = json.dumps(fields | {"model": "m"}).encode()
     try:
-        openai.read_model(body)
+        openai.read_asked(body)
         target.encode()
     except (openai.BadRequestError, UnicodeEncodeError):
         return

@@ -67,7 +67,7 @@ def aiohttp_form(fields):
 
 def test_the_model_of_a_form_is_read_and_rewritten_in_place():
     """All other bytes are as they were."""
-    assert openai.read_model(CURL, TYPE) == "whisper"
+    assert openai.read_asked(CURL, TYPE).model == "whisper"
 
     assert openai.with_model(CURL, "whisper-large-v3", TYPE) == CURL.replace(
         b"\r\n\r\nwhisper\r\n", b"\r\n\r\nwhisper-large-v3\r\n"
@@ -84,15 +84,15 @@ def test_the_model_of_a_form_is_read_and_rewritten_in_place():
 )
 def test_the_boundary_may_be_written_in_several_ways(content_type):
     """As clients do."""
-    assert openai.read_model(CURL, content_type) == "whisper"
+    assert openai.read_asked(CURL, content_type).model == "whisper"
 
 
 def test_a_form_without_a_model_means_the_default_and_gets_it():
     """The field is put before the others."""
     body = form(field(b"file", AUDIO, b'; filename="x"'))
-    assert openai.read_model(body, TYPE, default="whisper") == "whisper"
+    assert openai.read_asked(body, TYPE, default="whisper").model == "whisper"
     with pytest.raises(openai.BadRequestError, match="model not found"):
-        openai.read_model(body, TYPE)
+        openai.read_asked(body, TYPE)
 
     assert openai.with_model(body, "large", TYPE) == form(field(b"model", b"large"), end=b"") + body
 
@@ -121,7 +121,7 @@ def test_what_a_client_library_writes_is_read_and_only_the_model_changes(
     assert body[place] == model.encode()
     rewritten = openai.with_model(body, target, content_type)
     assert rewritten == body[: place.start] + target.encode() + body[place.stop :]
-    assert openai.read_model(rewritten, content_type) == target
+    assert openai.read_asked(rewritten, content_type).model == target
     assert rewritten.count(b"--" + boundary) == body.count(b"--" + boundary)
 
 
@@ -177,7 +177,7 @@ def test_a_form_that_could_be_read_in_two_ways_is_refused(body, what):
     """In words that tell the client what is wrong; also where no model need be named."""
     for optional in (False, bool(body)):
         with pytest.raises(openai.BadRequestError, match=what):
-            openai.read_model(body, TYPE, optional=optional)
+            openai.read_asked(body, TYPE, optional=optional)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_a_form_that_could_be_read_in_two_ways_is_refused(body, what):
 def test_a_form_needs_one_boundary(content_type):
     """Two readers might take different ones."""
     with pytest.raises(openai.BadRequestError, match="not a valid multipart/form-data"):
-        openai.read_model(CURL, content_type)
+        openai.read_asked(CURL, content_type)
 
 
 def test_a_target_that_is_no_plain_text_is_not_written_into_a_form():
@@ -232,7 +232,7 @@ def test_whatever_is_accepted_another_reader_understands_in_the_same_way(at, cut
     """The judge is the standard library's parser, which forgives."""
     body = CURL[:at] + text + CURL[at + cut :]
     try:
-        model = openai.read_model(body, TYPE, default="")
+        model = openai.read_asked(body, TYPE, default="").model
     except openai.BadRequestError:
         return
 

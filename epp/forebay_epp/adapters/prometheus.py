@@ -263,7 +263,7 @@ def _requests(traffic: Traffic) -> Iterator[Metric]:
     )
     yield _histogram_by_band(
         "forebay_time_to_first_token_seconds",
-        "Time from dispatch to the first chunk of the answer.",
+        "Time from dispatch to the first chunk of a streamed answer.",
         traffic.first_tokens,
     )
     yield _histogram_by_band(

@@ -74,10 +74,21 @@ class Prefill:
             self._long_mark, self._long_from, self._long_since = sent, self._done, now
 
     def begun(self, request: Request, now: float) -> None:
-        """Take note that an answer has begun or ended: its prompt is done, and all before it."""
+        """Take note that an answer has begun: its prompt is done, and all before it."""
         mark = request.prefill_mark
         if mark > self._done:
             self._finish(mark, now)
+
+    def ended(self, request: Request) -> None:
+        """Take note that an answer has ended, so that its prompt is done, though not since when.
+
+        That of an answer that is not streamed was done long before.
+        """
+        mark = request.prefill_mark
+        if mark > self._done:
+            self._done = mark
+            if mark >= self._long_mark:
+                self._long_since = NEVER
 
     def idle(self) -> None:
         """Take note that nothing of ours is in the server."""

@@ -88,7 +88,7 @@ class Cost:
 class Request:
     """One request on its way through flow control.
 
-    The first nine fields are the caller's; the rest belongs to the controller and is written by
+    The first ten fields are the caller's; the rest belongs to the controller and is written by
     `FlowController.submit`, at dispatch and later.
 
     Attributes:
@@ -103,6 +103,7 @@ class Request:
         due_in_seconds: how soon the caller wants the answer to begin, None when it does not say.
         prefix: a name for each `PREFIX_BLOCK_BYTES` of its prompt that is full, which also says
             what comes before it; empty where the plan has no use for it.
+        streamed: whether its answer is expected to be seen to begin.
         band: the band's name.
         flow: the name of the plan's model that the request belongs to; "" where it matches none.
         path: the names of the flows that it waits in, outermost first.
@@ -134,6 +135,7 @@ class Request:
     tenant: str = ""
     due_in_seconds: float | None = None
     prefix: tuple[int, ...] = ()
+    streamed: bool = True
     band: str = ""
     flow: str = ""
     path: tuple[str, ...] = ()

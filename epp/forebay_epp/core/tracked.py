@@ -62,6 +62,7 @@ class TrackedEndpoint:
 
     __slots__ = (
         "_arrivals",
+        "_awaited",
         "_blind",
         "_ended",
         "_foreign_then",
@@ -143,6 +144,7 @@ class TrackedEndpoint:
         self._arrivals = 0
         self._ended = 0
         self._started = 0  # requests in flight whose answers have begun
+        self._awaited = 0  # those whose answers will be seen to begin and have not
         self._unstarted_since = now  # when one was sent, or another began, and did not yet begin
         self._ttft_seconds = NEVER  # usual time from dispatch to the first token
         self._blind: deque[float] = deque()
@@ -166,8 +168,10 @@ class TrackedEndpoint:
         """Count one more request in flight."""
         self.kv_tokens += request.kv_tokens
         self.prefill.sent(request, now)
-        if self.in_flight == self._started:
-            self._unstarted_since = now
+        if request.streamed:
+            if not self._awaited:
+                self._unstarted_since = now
+            self._awaited += 1
         self.in_flight += 1
         self._arrivals += 1
         self._peak = max(self._peak, self.in_flight)
@@ -180,6 +184,7 @@ class TrackedEndpoint:
         """An answer to a request in flight has begun."""
         self.prefill.begun(request, now)
         self._started += 1
+        self._awaited -= request.streamed
         self._unstarted_since = now
         seconds = now - request.dispatched_at
         if self._ttft_seconds == NEVER:
@@ -197,14 +202,16 @@ class TrackedEndpoint:
         Holding needs metrics that will show the truth later; without them the slot is free.
         """
         self.in_flight -= 1
-        self.prefill.begun(request, now)
+        self.prefill.ended(request)
         if not self.in_flight:
             self.prefill.idle()
         self.kv_tokens -= request.kv_tokens
         self._ended += 1
         if request.first_token_at < NEVER:
             self._started -= 1
-        unstarted = self.in_flight > self._started > 0
+        else:
+            self._awaited -= request.streamed
+        unstarted = self._awaited and self._started
         if unstarted and now > self._unstarted_since + STUCK_TTFTS * self._ttft_seconds:
             self.limit.stuck()
         self._idle_since = now

@@ -32,6 +32,7 @@ class Arrived(msgspec.Struct, frozen=True, gc=False):
         caller: what its headers say, as far as they are trusted.
         asked_model: the model the client asks about, "" for all of them, None for neither.
         prefix: names of its prompt's beginnings, as in `core.terms.Request`.
+        streamed: whether its body is known to ask for a stream.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Arrived(msgspec.Struct, frozen=True, gc=False):
     caller: Caller
     asked_model: str | None
     prefix: tuple[int, ...] = ()
+    streamed: bool = False
 
 
 class Rejected(msgspec.Struct, frozen=True, gc=False):
@@ -58,7 +60,10 @@ class Abandoned(msgspec.Struct, frozen=True, gc=False):
 
 
 class FirstChunk(msgspec.Struct, frozen=True, gc=False):
-    """The answer has begun."""
+    """The answer is a stream of events and has begun.
+
+    Of others the first bytes say nothing: they come with the last token.
+    """
 
 
 class Progress(msgspec.Struct, frozen=True, gc=False):

@@ -68,6 +68,7 @@ class RequestHalf:
         "_prefix",
         "_reads_prefix",
         "_size_bytes",
+        "_streamed",
         "_subset",
         "_trailers",
         "conversation",
@@ -104,6 +105,7 @@ class RequestHalf:
         self._chunks: list[bytes] = []
         self._body: bytes | None = None
         self._trailers = False
+        self._streamed = False
 
     def set_mode(self, number: int) -> None:
         """Expect the body in this mode of ext_proc.proto; without a call, in full duplex."""
@@ -224,7 +226,7 @@ class RequestHalf:
                 if self._mode.cut:
                     self.model = openai.read_cut_model(body or b"", self._content_type)
                 else:
-                    self.model = openai.read_model(
+                    self.model, self._streamed = openai.read_asked(
                         body or b"",
                         self._content_type,
                         optional=field is openai.ModelField.OPTIONAL,
@@ -240,7 +242,7 @@ class RequestHalf:
         self._body = body
         return Arrived(
             *(self.model, self._size_bytes, self._subset, self._caller, self._asked_model),
-            self._prefix,
+            *(self._prefix, self._streamed),
         )
 
     def _too_large(self) -> Rejected:

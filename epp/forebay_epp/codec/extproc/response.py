@@ -30,13 +30,16 @@ class ResponseHalf:
         status: of HTTP; 0 as long as no answer has been seen.
     """
 
-    __slots__ = ("_begun", "_mode", "_outbox", "_reader", "_report_at", "_restorer", "status")
+    __slots__ = (
+        *("_mode", "_outbox", "_reader", "_report_at", "_restorer", "_unbegun_stream"),
+        "status",
+    )
 
     def __init__(self, outbox: deque[bytes]) -> None:
         self._outbox = outbox
         self.status = 0
         self._mode: ResponseMode = DUPLEX_RESPONSE
-        self._begun = False
+        self._unbegun_stream = False
         self._report_at = PROGRESS_TOKENS
         self._restorer: openai.ModelRestorer | None = None
         self._reader: openai.JSONUsageReader | openai.EventUsageReader | None = None
@@ -68,6 +71,7 @@ class ResponseHalf:
                 case "content-encoding":
                     encoded = value not in (b"", b"identity")
         self.status = self.status or 200
+        self._unbegun_stream = events
         if not encoded and not conversation:
             self._reader = openai.EventUsageReader() if events else openai.JSONUsageReader()
         else:
@@ -116,8 +120,8 @@ class ResponseHalf:
             self._reader.feed(body)
         if end_of_stream:
             return self.finished(whole=True)
-        if body and not self._begun:
-            self._begun = True
+        if body and self._unbegun_stream:
+            self._unbegun_stream = False
             return FIRST_CHUNK
         if self._reader is not None and self._reader.tokens >= self._report_at:
             self._report_at = self._reader.tokens + PROGRESS_TOKENS

@@ -16,7 +16,7 @@ from forebay_epp.codec.openai.errors import HTTP_STATUS, BadRequestError, error_
 from forebay_epp.codec.openai.paths import ModelField, model_field
 from forebay_epp.codec.openai.prompts import read_prefix
 from forebay_epp.codec.openai.renaming import ModelRestorer
-from forebay_epp.codec.openai.requests import read_cut_model, read_model, with_model
+from forebay_epp.codec.openai.requests import read_asked, read_cut_model, with_model
 from forebay_epp.codec.openai.usage import EventUsageReader, JSONUsageReader
 from forebay_epp.core.terms import Usage
 
@@ -34,8 +34,8 @@ __all__ = [
     "asked_model",
     "error_body",
     "model_field",
+    "read_asked",
     "read_cut_model",
-    "read_model",
     "read_prefix",
     "read_served",
     "with_model",

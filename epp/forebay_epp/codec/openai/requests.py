@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 import msgspec
 
@@ -24,20 +25,28 @@ class _NotAnObjectError(BadRequestError):
     """The body is JSON that has no members."""
 
 
+class Asked(NamedTuple):
+    """What a body asks for: the name of the model, "" where it says none, and a stream or not."""
+
+    model: str = ""
+    streamed: bool = False
+
+
 class _Fields(msgspec.Struct):
     model: str | None = None
+    stream: msgspec.Raw = msgspec.Raw()  # a server judges what is neither true nor false
 
 
 _fields = msgspec.json.Decoder(_Fields)
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
-def read_model(
+def read_asked(
     body: bytes, content_type: str = "", *, optional: bool = False, default: str | None = None
-) -> str:
-    """Return the name of the model that a request is for, or "" where it says none.
+) -> Asked:
+    """Return what a request asks for. Of a form only the model is known.
 
-    Only that field is decoded; the rest is checked to be JSON, or a form, and skipped.
+    Only these fields are decoded; the rest is checked to be JSON, or a form, and skipped.
 
     Args:
         body: the whole body.
@@ -49,22 +58,23 @@ def read_model(
         BadRequestError: not UTF-8, not JSON or not a form, too deeply nested, or no usable model.
     """
     if optional and not body:
-        return ""
+        return Asked()
+    streamed = False
     if forms.is_form(content_type):
         place = forms.find_field(body, content_type, "model")
         model = None if place is None else _decode(body[place], "model")
     else:
         try:
-            model = _read_json(body)
+            model, streamed = _read_json(body)
         except BadRequestError as error:
             if optional and _without_model(error, content_type):
-                return ""
+                return Asked()
             raise
     if model is not None:
-        return _checked(model)
+        return Asked(_checked(model), streamed)
     if default is None and not optional:
         raise BadRequestError(_MISSING, "model")
-    return default or ""
+    return Asked(default or "", streamed)
 
 
 def read_cut_model(body: bytes, content_type: str = "") -> str:
@@ -101,7 +111,7 @@ def with_model(body: bytes, model: str, content_type: str = "") -> bytes:
 
     Raises:
         BadRequestError: nested too deeply for what is left of the stack, which may be less than
-            `read_model` had; or the name cannot be written into a form.
+            `read_asked` had; or the name cannot be written into a form.
     """
     if forms.is_form(content_type):
         return forms.with_field(body, content_type, "model", model)
@@ -125,10 +135,10 @@ def _checked(model: str) -> str:
     return model
 
 
-def _read_json(body: bytes) -> str | None:
+def _read_json(body: bytes) -> tuple[str | None, bool]:
     _decode(body, None)
     try:
-        return _fields.decode(body).model
+        fields = _fields.decode(body)
     except msgspec.ValidationError as error:
         if "$.model" in str(error):
             raise BadRequestError("model must be a string", "model") from None
@@ -138,6 +148,7 @@ def _read_json(body: bytes) -> str | None:
         raise BadRequestError(f"the body is not valid JSON: {reason}") from None
     except RecursionError:
         raise BadRequestError(_TOO_DEEP) from None
+    return fields.model, bytes(fields.stream) == b"true"
 
 
 def _decode(text: bytes, param: str | None) -> str:
