@@ -25,9 +25,10 @@ def figures(replay: Replay, critical: str, slo_seconds: Mapping[str, float]) -> 
         Times of Critical's first tokens, the end of the last answer, answers in time per second of
         load, and the state of the servers while they were measured: requests waiting inside one,
         the part of batches that was used, preemptions, and milliseconds in which a server had room
-        and nothing to fill it with while a request waited in the queue.
+        and nothing to fill it with while a request waited in the queue; and attempts at requests
+        that failed, which are tried again.
     """
-    answers = replay.answers
+    answers = [answer for answer in replay.answers if not answer.failed]
     ttft = [a.ttft_seconds * 1e3 for a in answers if a.arrival.model == critical]
     load_seconds = max(a.arrival.at for a in answers) or 1.0
     start, end = replay.measured
@@ -46,6 +47,7 @@ def figures(replay: Replay, critical: str, slo_seconds: Mapping[str, float]) -> 
         ),
         "preemptions": float(sum(s.engine.preemptions for s in servers)),
         "idle_beside_waiting_ms": round(max(s.idle_seconds for s in servers) * 1e3, 1),
+        "failed_attempts": float(len(replay.answers) - len(answers)),
     }
 
 

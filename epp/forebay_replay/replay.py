@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from forebay_epp.core.terms import NEVER, EndpointMetrics
 from forebay_sim.stepping import StepEngine
-from forebay_sim.terms import EngineRequest, Finished, FirstToken
+from forebay_sim.terms import EngineRequest, Finished, FirstToken, NotReadyError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 HOP_SECONDS = 0.001
 SCRAPE_SECONDS = 0.2
+RETRY_SECONDS = 1.0
 
 
 @dataclass(slots=True)
 class Answer:
-    """What became of one request. Times are seconds after the start; infinity until then.
+    """What became of one attempt at a request. Times are seconds after the start, or infinity.
 
     Attributes:
         arrival: the request.
@@ -31,6 +32,7 @@ class Answer:
         sent_at: when it left the queue.
         first_at: when its answer began.
         ended_at: when its answer ended.
+        failed: whether it was broken off; its client has tried again `RETRY_SECONDS` later.
     """
 
     arrival: Arrival
@@ -38,6 +40,7 @@ class Answer:
     sent_at: float = NEVER
     first_at: float = NEVER
     ended_at: float = NEVER
+    failed: bool = False
 
     @property
     def ttft_seconds(self) -> float:
@@ -105,7 +108,7 @@ class Replay:
         self.measured = measured
         self._events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
         self._number = 0
-        self._open = len(self.answers)
+        self._arrivals = self._open = len(self.answers)
         self._next = 0
         for number in range(len(self.servers)):
             phase = (1 + number) / len(self.servers)
@@ -120,7 +123,7 @@ class Replay:
         """Go on until all requests are answered, or a moment has come."""
         answers = self.answers
         while self._open:
-            arrival = answers[self._next].arrival.at if self._next < len(answers) else NEVER
+            arrival = answers[self._next].arrival.at if self._next < self._arrivals else NEVER
             wakeup = self.routing.next_wakeup()
             event = self._events[0][0]
             when = min(arrival, event, NEVER if wakeup is None else wakeup)
@@ -142,6 +145,28 @@ class Replay:
         """Let the pool consist of the first so many servers; the others answer what they have."""
         self.send(self.routing.replace(servers, self.now))
 
+    def restart(self, number: int, away_seconds: float) -> None:
+        """Kill a server; its successor is empty, and takes requests after so many seconds."""
+        server = self.servers[number]
+        self._look(server)
+        hardware = replace(server.engine.hardware, startup_seconds=away_seconds)
+        server.engine = StepEngine(hardware, self.now)
+        server.waking_at = NEVER
+        for request, answer in enumerate(self.answers):
+            if answer.server == number and not answer.failed and answer.ended_at == NEVER:
+                self._fail(request)
+
+    def _fail(self, number: int) -> None:
+        answer = self.answers[number]
+        answer.failed = True
+        self.send(self.routing.fail(number, self.now))
+        self.at(self.now + RETRY_SECONDS, self._retry, answer.arrival)
+
+    def _retry(self, arrival: Arrival) -> None:
+        self.answers.append(Answer(arrival))
+        number = len(self.answers) - 1
+        self.send(self.routing.arrive(number, arrival, self.now))
+
     def send(self, sent: list[tuple[int, int]]) -> None:
         """Bring dispatched requests to their servers."""
         for number, server in sent:
@@ -154,11 +179,17 @@ class Replay:
     def _submit(self, number: int, server: int) -> None:
         self._look(self.servers[server])
         self.servers[server].on_the_way -= 1
+        if self.answers[number].failed:  # its server was killed while it was on the way
+            return
         arrival = self.answers[number].arrival
         request = EngineRequest(
             number, arrival.prompt_tokens, arrival.answer_tokens, arrival.blocks, arrival.adapter
         )
-        self.servers[server].engine.submit(request, self.now)
+        try:
+            self.servers[server].engine.submit(request, self.now)
+        except NotReadyError:
+            self._fail(number)
+            return
         self._advance(server)
 
     def _advance(self, number: int) -> None:
@@ -179,18 +210,26 @@ class Replay:
             self._advance(number)
 
     def _first_token(self, number: int) -> None:
+        if self.answers[number].failed:
+            return
         self.answers[number].first_at = self.now
         self.send(self.routing.first_token(number, self.now))
 
     def _end(self, number: int) -> None:
         answer = self.answers[number]
+        if answer.failed:
+            return
         answer.ended_at = self.now
         self._open -= 1
         self.send(self.routing.end(number, answer.arrival, self.now))
 
     def _scrape(self, number: int) -> None:
         server = self.servers[number]
-        page: EndpointMetrics | None = self._page(number)
+        page: EndpointMetrics | None = None
+        if self.now >= server.engine.ready_at:
+            page = self._page(number)
+        else:
+            self.send(self.routing.scrape_refused(number, self.now))
         if server.page is not None and page is not None:
             page = server.page(page)
         if page is not None:
@@ -228,5 +267,6 @@ class Replay:
             excess = engine.running + engine.waiting - server.slots
             server.most_excess = max(server.most_excess, excess)
             held = engine.running + engine.waiting + server.on_the_way
-            if self.routing.waiting and held < server.slots:
+            up = self.now - seconds >= engine.ready_at
+            if up and self.routing.waiting and held < server.slots:
                 server.idle_seconds += seconds

@@ -43,8 +43,14 @@ class Routing(Protocol):
     def end(self, number: int, arrival: Arrival, now: float) -> list[tuple[int, int]]:
         """An answer has ended."""
 
+    def fail(self, number: int, now: float) -> list[tuple[int, int]]:
+        """A server could not be reached, or has broken off the answer."""
+
     def scrape(self, server: int, page: EndpointMetrics, now: float) -> list[tuple[int, int]]:
         """A server's metrics have been read."""
+
+    def scrape_refused(self, server: int, now: float) -> list[tuple[int, int]]:
+        """A server could not be reached to read its metrics."""
 
     def replace(self, servers: int, now: float) -> list[tuple[int, int]]:
         """Only the first so many servers are in the pool."""
@@ -99,10 +105,18 @@ class Direct:
 
     def end(self, number: int, arrival: Arrival, now: float) -> list[tuple[int, int]]:  # noqa: ARG002
         """Count it."""
+        return self.fail(number, now)
+
+    def fail(self, number: int, now: float) -> list[tuple[int, int]]:  # noqa: ARG002
+        """Count it."""
         self._unanswered[self._server.pop(number)] -= 1
         return []
 
     def scrape(self, server: int, page: EndpointMetrics, now: float) -> list[tuple[int, int]]:  # noqa: ARG002
+        """Nothing is scraped."""
+        return []
+
+    def scrape_refused(self, server: int, now: float) -> list[tuple[int, int]]:  # noqa: ARG002
         """Nothing is scraped."""
         return []
 
@@ -180,9 +194,19 @@ class Queued:
         self.controller.complete(number, usage, now, Verdict.GOOD)
         return self.wake(now)
 
+    def fail(self, number: int, now: float) -> list[tuple[int, int]]:
+        """Tell the controller."""
+        self.controller.complete(number, None, now, Verdict.UNREACHABLE)
+        return self.wake(now)
+
     def scrape(self, server: int, page: EndpointMetrics, now: float) -> list[tuple[int, int]]:  # noqa: ARG002
         """Tell the controller."""
         self.controller.observe(page, now)
+        return self.wake(now)
+
+    def scrape_refused(self, server: int, now: float) -> list[tuple[int, int]]:
+        """Tell the controller."""
+        self.controller.scrape_failed(self.addresses[server], now, refused=True)
         return self.wake(now)
 
     def wake(self, now: float) -> list[tuple[int, int]]:

@@ -197,6 +197,21 @@ def scale() -> Scenario:
     )
 
 
+def restart() -> Scenario:
+    """One after another the four servers are killed, and are back, empty, 6 seconds later."""
+
+    def prepare(replay: Replay) -> None:
+        for server in range(4):
+            replay.at(12.0 + 12.0 * server, replay.restart, server, 6.0)
+
+    random = Random(11)  # noqa: S311  # a load, not a secret
+    arrivals = together(
+        poisson(CHAT, 6, 60, lengths(200, 100), random),
+        poisson(BATCH, 18, 60, lengths(500, 200), random),
+    )
+    return Scenario("restart", [SMALL] * 4, arrivals, (12.0, 60.0), (7, 8, 9, 10), prepare=prepare)
+
+
 def scenarios(data: Path | None) -> dict[str, Callable[[], Scenario]]:
     """Return all of them by name; those that replay a trace only where it can be read."""
     found: dict[str, Callable[[], Scenario]] = {
@@ -210,6 +225,7 @@ def scenarios(data: Path | None) -> dict[str, Callable[[], Scenario]]:
         "interactive": interactive,
         "interactive-alone": interactive_alone,
         "scale": scale,
+        "restart": restart,
     }
     if data is not None:
         found["bursty"] = lambda: bursty(data)

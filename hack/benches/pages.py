@@ -21,7 +21,7 @@ ROUNDS, READS = 7, 50
 LABELS = 'engine="0",model_name="meta-llama/Llama-3.1-8B-Instruct"'
 
 
-def page() -> bytes:
+def page(size_bytes: int = PAGE_BYTES) -> bytes:
     """Return a page with the gauges that matter among histograms that do not."""
     lines = [
         f"vllm:{name}{{{LABELS}}} {value}"
@@ -32,7 +32,7 @@ def page() -> bytes:
         )
     ]
     number = 0
-    while sum(map(len, lines)) + len(lines) < PAGE_BYTES:
+    while sum(map(len, lines)) + len(lines) < size_bytes:
         for _ in range(100):
             family, bound = f"vllm:request_time_{number // 60}_seconds", number % 60 * 0.05
             lines.append(f'{family}_bucket{{le="{bound:.2f}",{LABELS}}} {number * 7}.0')

@@ -9,6 +9,7 @@ not trusted: a number that cannot be true makes its signal unknown, and never 0.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from dataclasses import dataclass
@@ -28,14 +29,14 @@ MAX_LINE_BYTES = 16 << 10
 # What follows the name: labels in which braces and blanks may be quoted, the value, a timestamp
 # (OpenMetrics: a fraction) and OpenMetrics' exemplar.
 _SAMPLE = re.compile(
-    rb"""(?:[ \t]*(\{ (?: [^"}] | "(?:[^"\\]|\\.)*+" )*+ \}))?
+    rb"""(?:[ \t]*(\{ (?: [^"}]++ | "[^"\\]*+(?:\\.[^"\\]*+)*+" )*+ \}))?
          [ \t]+ ([^ \t\r{}]++)
          (?:[ \t]+ -?[0-9][0-9.eE+-]*+)?
          (?:[ \t]+ \#[ ][^\r]*+)?
          [ \t]*\r?""",
     re.VERBOSE,
 )
-_LABEL = re.compile(rb'([a-zA-Z_][a-zA-Z0-9_]*+)[ \t]*=[ \t]*"((?:[^"\\]|\\.)*+)"')
+_LABEL = re.compile(rb'([a-zA-Z_][a-zA-Z0-9_]*+)[ \t]*=[ \t]*"([^"\\]*+(?:\\.[^"\\]*+)*+)"')
 # Counts and fractions start with a digit: this refuses NaN, Inf and what is below zero.
 _NUMBER = re.compile(rb"[0-9][0-9.eE+-]*+")
 
@@ -54,11 +55,11 @@ class Series:
         labels: label names and values as a page writes them.
         scattered: whether other lines come between the samples, as in a histogram, whose count and
             sum follow the buckets of the same labels.
-        value_label: the label that has the value, as in a metric of information, which is always 1;
-            empty: the sample has it.
+        value_labels: those whose product is the value, as in a metric of information, which is
+            always 1; empty: the sample has it.
     """
 
-    __slots__ = ("labels", "line_start", "name", "scattered", "value_label")
+    __slots__ = ("labels", "line_start", "name", "scattered", "value_labels")
 
     def __init__(
         self,
@@ -66,11 +67,11 @@ class Series:
         labels: tuple[tuple[str, str], ...] = (),
         *,
         scattered: bool = False,
-        value_label: str = "",
+        value_labels: tuple[str, ...] = (),
     ) -> None:
         self.name = name.encode()
         self.scattered = scattered
-        self.value_label = value_label.encode()
+        self.value_labels = tuple(label.encode() for label in value_labels)
         self.line_start = b"\n" + self.name
         self.labels = tuple((label.encode(), _escaped(value)) for label, value in labels)
 
@@ -93,6 +94,7 @@ class Engine:
     Attributes:
         prefix: what names of its metrics begin with, and no other server's; empty: any page is its.
         running, waiting, kv_usage, steps, step_tokens, prefix_hits: see `PageMetrics`.
+        kv_tokens: that fit in the KV cache; where that is empty:
         kv_blocks, kv_block_tokens: the blocks of the KV cache and the tokens that fit in each; both
             have a sample for each engine.
     """
@@ -103,6 +105,7 @@ class Engine:
     kv_usage: tuple[Series, ...] = ()
     steps: tuple[Series, ...] = ()
     step_tokens: tuple[Series, ...] = ()
+    kv_tokens: tuple[Series, ...] = ()
     kv_blocks: tuple[Series, ...] = ()
     kv_block_tokens: tuple[Series, ...] = ()
     prefix_hits: tuple[Series, ...] = ()
@@ -128,9 +131,8 @@ ENGINES = (
         ),
         (Series("vllm:iteration_tokens_total_count", scattered=True),),
         (Series("vllm:iteration_tokens_total_sum", scattered=True),),
-        (Series("vllm:cache_config_info", value_label="num_gpu_blocks"),),
-        (Series("vllm:cache_config_info", value_label="block_size"),),
-        (
+        (Series("vllm:cache_config_info", value_labels=("num_gpu_blocks", "block_size")),),
+        prefix_hits=(
             Series("vllm:prefix_cache_hits_total"),
             Series("vllm:gpu_prefix_cache_hits_total"),  # before the end of 2025
         ),
@@ -140,8 +142,7 @@ ENGINES = (
         (Series("sglang:num_running_reqs"),),
         (Series("sglang:num_queue_reqs"),),
         (Series("sglang:token_usage"),),
-        kv_blocks=(Series("sglang:cache_config_info", value_label="num_pages"),),
-        kv_block_tokens=(Series("sglang:cache_config_info", value_label="page_size"),),
+        kv_tokens=(Series("sglang:cache_config_info", value_labels=("num_pages", "page_size")),),
     ),
     Engine(
         "trtllm_",  # trtllm-serve
@@ -243,11 +244,14 @@ def _total(page: bytes, series: tuple[Series, ...]) -> float | None:
 
 
 def _kv_capacity(page: bytes, engine: Engine) -> int | None:
-    blocks = _values(page, engine.kv_blocks)
-    tokens = _values(page, engine.kv_block_tokens)
-    if len(blocks) != len(tokens):
-        return None
-    capacity = sum(map(operator.mul, blocks, tokens))
+    if engine.kv_tokens:
+        capacity = sum(_values(page, engine.kv_tokens))
+    else:
+        blocks = _values(page, engine.kv_blocks)
+        tokens = _values(page, engine.kv_block_tokens)
+        if len(blocks) != len(tokens):
+            return None
+        capacity = sum(map(operator.mul, blocks, tokens))
     return int(capacity) if 0 < capacity <= MAX_TOTAL else None  # vLLM has no blocks at first
 
 
@@ -328,11 +332,13 @@ def _sample(page: bytes, start: int, end: int, series: Series) -> Iterator[float
     labels, value = match.groups()
     if series.labels and not series.selects(labels):
         return
-    if series.value_label:
-        value = dict(_LABEL.findall(labels or b"")).get(series.value_label, b"")
-    if not _NUMBER.fullmatch(value):
+    factors = [value]
+    if series.value_labels:
+        given = dict(_LABEL.findall(labels or b""))
+        factors = [given.get(label, b"") for label in series.value_labels]
+    if not all(map(_NUMBER.fullmatch, factors)):
         raise _UnbelievableError
     try:
-        yield float(value)
+        yield math.prod(map(float, factors))
     except ValueError as error:  # 1.2.3
         raise _UnbelievableError from error
