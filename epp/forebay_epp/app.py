@@ -29,7 +29,7 @@ from forebay_epp.adapters.served import ServedModels
 from forebay_epp.core.controller import FlowController
 from forebay_epp.data_plane import DataPlane
 from forebay_epp.handover import ask, hand_over
-from forebay_epp.observers import Observer, Observers
+from forebay_epp.observers import Observer, Observers, Watch
 from forebay_epp.sources import Operator, PlanFile, PlanFileError
 from forebay_epp.traffic import Traffic
 from forebay_epp.transport import Connections, credentials, health
@@ -54,6 +54,13 @@ TRANSPORTS: dict[
 ] = {
     "completion-queue": CompletionQueueTransport,
     "aio": AioTransport,
+}
+
+_LACKS = {
+    Watch.MISSING: "an answer was not shown: the proxy needs an ext_proc filter that observes "
+    "behind the one that decides",
+    Watch.UNTIED: "an answer without a tie was shown: the proxy needs an ext_proc filter that "
+    "decides before the one that observes, and the metadata forebay.responses before both",
 }
 
 _T = TypeVar("_T")
@@ -97,8 +104,11 @@ class EndpointPicker:
             self._controller.delete_pool(time.monotonic())
         self._data_plane = DataPlane(
             self._controller,
-            Observers(self._traffic, self._policy, _HealthLog()),
+            Observers(self._traffic, self._policy, _Log()),
             settings.max_streams,
+            address=host_port(settings.advertised_address, settings.grpc_port)
+            if settings.advertised_address
+            else "",
         )
         self._scraper = Scraper(
             lambda metrics: self._data_plane.post(
@@ -377,8 +387,16 @@ def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
         raise StartError(f"--cert-path: {error}") from error
 
 
-class _HealthLog(Observer):
-    """Logs which endpoints are left out."""
+class _Log(Observer):
+    """Logs which endpoints are left out, and once each what a proxy lacks to observe answers."""
+
+    def __init__(self) -> None:
+        self._lacks: set[Watch] = set()
+
+    def watched(self, kind: Watch) -> None:
+        if kind in _LACKS and kind not in self._lacks:
+            self._lacks.add(kind)
+            _log.warning("%s; until then scrapes free the slots", _LACKS[kind])
 
     def health_changed(self, change: HealthChange) -> None:
         extra = {"endpoint": change.address, "pod": change.name, "cause": change.cause}

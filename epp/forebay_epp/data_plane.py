@@ -24,17 +24,22 @@ from forebay_epp.codec.extproc.events import (
     FirstChunk,
     Progress,
     Rejected,
+    Untied,
 )
 from forebay_epp.codec.extproc.stream import ExtProcStream
+from forebay_epp.codec.extproc.watching import PLAIN
 from forebay_epp.codec.openai import Catalogue
 from forebay_epp.core.terms import Dispatched, Outcome, Request
 from forebay_epp.exchange import Exchange
+from forebay_epp.observers import Watch
+from forebay_epp.ties import Ties
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from forebay_control.plan import Plan
     from forebay_epp.codec.extproc.events import Event
+    from forebay_epp.codec.extproc.watching import Filter
     from forebay_epp.core.controller import FlowController
     from forebay_epp.core.terms import Decision
     from forebay_epp.observers import Observer
@@ -43,6 +48,7 @@ if TYPE_CHECKING:
 BUSY_TICK_SECONDS = 0.005
 IDLE_TICK_SECONDS = 0.05
 TIMEOUT_MARGIN_SECONDS = 10.0
+UNSEEN = Finished(0, blind=True)
 
 
 class DataPlane:
@@ -54,6 +60,7 @@ class DataPlane:
         max_streams: how many may be open. One more costs the slowest unread request of the
             connection that has most of them its stream; where there is none it is refused with 429.
         clock: monotonic seconds.
+        address: host:port where a proxy that knows several EPPs finds this one.
 
     Attributes:
         catalogue: the models that clients may ask for.
@@ -65,6 +72,7 @@ class DataPlane:
         observer: Observer,
         max_streams: int = 40_000,
         clock: Callable[[], float] = time.monotonic,
+        address: str = "",
     ) -> None:
         self.controller = controller
         self.clock = clock
@@ -76,7 +84,9 @@ class DataPlane:
         self._open: dict[int, Exchange] = {}
         self._submitted: dict[int, Exchange] = {}
         self._reading = reading.Reading()
+        self._ties = Ties(address)
         self._refused = 0
+        self._watching = 0
         self._current: Exchange | None = None
         self._tick_at = 0.0
         self.catalogue = Catalogue(controller.plan, int(time.time()))
@@ -94,20 +104,26 @@ class DataPlane:
 
     # --- for transports
 
-    def open(self, on_output: Callable[[], None], peer: str = "") -> Exchange:
+    def open(
+        self, on_output: Callable[[], None], peer: str = "", filter_: Filter = PLAIN
+    ) -> Exchange:
         """Begin a stream of the connection `peer`. It may already have a refusal to send."""
-        now = self.clock()
         self._next_id += 1
-        full = len(self._open) - self._refused >= self._max_streams and not self._give_up_stream()
-        unread = self._reading.open(self._next_id, peer, now)
         plan = self.controller.plan
         stream = ExtProcStream(
             *(plan.limits.max_body_bytes, plan.default_model, self._headers),
             reads_prefix=self._reads_prefix,
+            observed=filter_.observed,
         )
-        exchange = Exchange(self, self._next_id, stream, unread, on_output)
-        self._open[exchange.id] = exchange
+        exchange = Exchange(self, self._next_id, stream, on_output)
         self._observer.stream_opened()
+        if filter_.secret is not None:
+            self._open[exchange.id] = exchange
+            self._watch(exchange, filter_.secret)
+            return exchange
+        full = self._asking >= self._max_streams and not self._give_up_stream()
+        exchange.unread = self._reading.open(self._next_id, peer, self.clock())
+        self._open[exchange.id] = exchange
         if full:
             self._observer.stream_refused()
             self._refuse_unread(
@@ -145,6 +161,8 @@ class DataPlane:
             call(now)
         self._time_out(now)
         self._settle(now)
+        for request, usage in self.controller.take_estimates():
+            self._observer.estimated(request, usage)
         for change in self.controller.take_health_changes():
             self._observer.health_changed(change)
         self._tick_at = now + (BUSY_TICK_SECONDS if self.controller.waiting else IDLE_TICK_SECONDS)
@@ -166,6 +184,11 @@ class DataPlane:
         self.controller.reconfigure(plan, now)
         self.catalogue.configure(plan)
         self._configure(plan)
+
+    @property
+    def _asking(self) -> int:
+        """How many streams bring requests and were not refused."""
+        return len(self._open) - self._refused - self._watching
 
     @property
     def open_streams(self) -> int:
@@ -221,7 +244,9 @@ class DataPlane:
                 self._current = None
                 return
             case Finished():
-                self._complete(exchange, event, now)
+                self._complete(exchange.watches or exchange, event, now)
+            case Untied():
+                self._observer.watched(Watch.UNTIED)
             case Abandoned():
                 self.controller.cancel(exchange.id, now)
             case Rejected():
@@ -234,6 +259,7 @@ class DataPlane:
         if self._open.pop(exchange.id, None) is not None:
             self._observer.stream_closed()
             self._refused -= exchange.refused
+            self._watching -= exchange.watches is not None
         self.stop_reading(exchange)
 
     def stop_reading(self, exchange: Exchange) -> None:
@@ -266,7 +292,7 @@ class DataPlane:
             caller.tenant,
             caller.due_in_seconds,
             event.prefix,
-            event.streamed,
+            event.streamed and not exchange.stream.observed,
         )
         exchange.request = request
         self._submitted[exchange.id] = exchange
@@ -295,6 +321,19 @@ class DataPlane:
         self.controller.complete(exchange.id, event.usage, now, judged, blind=event.blind)
         self._observer.completed(request, event, now)
 
+    def _watch(self, exchange: Exchange, secret: str) -> None:
+        """Find out whose answer a stream shows; one that shows none of ours ends."""
+        request_id = self._ties.claim(secret)
+        watched = None if request_id is None else self._submitted.get(request_id)
+        exchange.watches = watched
+        if watched is not None:
+            self._watching += 1
+            exchange.stream.watch()
+            self._observer.watched(Watch.TIED)
+        else:
+            exchange.stream.ignore()
+            self._observer.watched(Watch.UNKNOWN if secret else Watch.UNTIED)
+
     def _settle(self, now: float) -> None:
         """Apply decisions until there are none; one may free a slot and so bring the next."""
         poll = self.controller.poll
@@ -309,7 +348,9 @@ class DataPlane:
             raise AssertionError("a decision on a request that was not submitted")
         self._observer.decided(request, decision, now)
         if isinstance(decision, Dispatched):
-            finished = exchange.stream.dispatch(decision.endpoint, decision.target_model)
+            stream = exchange.stream
+            tie = self._ties.give(exchange.id, now) if stream.observed else None
+            finished = stream.dispatch(decision.endpoint, decision.target_model, tie)
             if finished is not None:
                 self._complete(exchange, finished, now)
         else:
@@ -354,6 +395,11 @@ class DataPlane:
 
     def _time_out(self, now: float) -> None:
         """End streams that say nothing and requests that do not come to an end."""
+        while (request_id := self._ties.lose(now)) is not None:
+            lost = self._submitted.get(request_id)
+            if lost is not None:
+                self._observer.watched(Watch.MISSING)
+                self._complete(lost, UNSEEN, now)
         while (unread := self._reading.silent(now)) is not None:
             exchange = self._open[unread.exchange_id]
             self.stop_reading(exchange)

@@ -41,14 +41,15 @@ class Exchange:
 
     Attributes:
         outbox: messages to send, in order; the transport takes them out.
-        unread: the request as long as it is not complete.
+        unread: the request as long as it is not complete; None where there is to be none.
         request: what was submitted.
         refused: refused while it was read; it does not count as open any more.
+        watches: the exchange whose answer this stream shows.
     """
 
     __slots__ = (
         *("_owner", "id", "on_output"),
-        *("outbox", "refused", "request", "stream", "unread"),
+        *("outbox", "refused", "request", "stream", "unread", "watches"),
     )
 
     def __init__(
@@ -56,7 +57,6 @@ class Exchange:
         owner: Owner,
         exchange_id: int,
         stream: ExtProcStream,
-        unread: Unread,
         on_output: Callable[[], None],
     ) -> None:
         self._owner = owner
@@ -64,9 +64,10 @@ class Exchange:
         self.on_output = on_output
         self.stream = stream
         self.outbox = self.stream.outbox
-        self.unread: Unread | None = unread
+        self.unread: Unread | None = None
         self.request: Request | None = None
         self.refused = False
+        self.watches: Exchange | None = None
 
     @property
     def ended(self) -> bool:

@@ -6,6 +6,7 @@ well under a microsecond, does not block and does not raise. `now` is monotonic 
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,7 +14,16 @@ if TYPE_CHECKING:
 
     from forebay_control.plan import Plan
     from forebay_epp.codec.extproc.events import Arrived, Finished
-    from forebay_epp.core.terms import Decision, HealthChange, Outcome, Request
+    from forebay_epp.core.terms import Decision, HealthChange, Outcome, Request, Usage
+
+
+class Watch(StrEnum):
+    """What became of a stream that shows an answer."""
+
+    TIED = "tied"
+    UNTIED = "untied"  # the proxy has no filter that ties, or passed this request by it
+    UNKNOWN = "unknown"  # the tie is another EPP's, was claimed before, or was given up
+    MISSING = "missing"  # none has come for a request that was dispatched
 
 
 class Observer:
@@ -45,6 +55,12 @@ class Observer:
 
     def completed(self, request: Request, event: Finished, now: float) -> None:
         """A dispatched request has ended."""
+
+    def estimated(self, request: Request, usage: Usage) -> None:
+        """A completed request that had no usage is taken to have used so much."""
+
+    def watched(self, kind: Watch) -> None:
+        """A stream that shows an answer has come, or one that was expected has not."""
 
     def health_changed(self, change: HealthChange) -> None:
         """An endpoint is left out because it fails, or is back."""

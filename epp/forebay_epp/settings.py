@@ -42,6 +42,7 @@ class Settings:
     plan_file: Path | None
     control: ControlSettings | None
     bind_address: str
+    advertised_address: str
     grpc_port: int
     grpc_health_port: int
     metrics_port: int
@@ -111,6 +112,13 @@ def parse(arguments: list[str] | None = None) -> Settings:
     )
     _add_control(parser)
     add("--bind-address", default="0.0.0.0", help="address of all ports")  # noqa: S104  # pods
+    add(
+        "--advertised-address",
+        default=os.environ.get("POD_IP", ""),
+        metavar="IP",
+        help="where a proxy that knows several EPPs finds this one, to show it its answers "
+        "(default: $POD_IP)",
+    )
     add("--grpc-port", type=_port, default=9002, help="ext_proc")
     add("--grpc-health-port", type=_port, default=9003, help="grpc.health.v1, plaintext")
     add("--metrics-port", type=_port, default=9090, help="/metrics, /live and /debug/queues")
@@ -166,6 +174,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
         plan_file=given.plan_file,
         control=_control(parser, given) if given.control_address else None,
         bind_address=given.bind_address,
+        advertised_address=given.advertised_address,
         grpc_port=given.grpc_port,
         grpc_health_port=given.grpc_health_port,
         metrics_port=given.metrics_port,

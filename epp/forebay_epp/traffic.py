@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 from forebay_epp.core.classification import UNMATCHED_FLOW
 from forebay_epp.core.health import CAUSES
 from forebay_epp.core.terms import Dispatched, Outcome
-from forebay_epp.observers import Observer
+from forebay_epp.observers import Observer, Watch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from forebay_control.plan import Plan
     from forebay_epp.codec.extproc.events import Arrived, Finished
-    from forebay_epp.core.terms import Decision, HealthChange, Request
+    from forebay_epp.core.terms import Decision, HealthChange, Request, Usage
 
 MAX_MODEL_LABELS = 100
 MAX_LABEL_LENGTH = 128
@@ -120,11 +120,13 @@ class Traffic(Observer):
         responses: answers by class of HTTP status, "2xx"; `NO_STATUS` when none was seen.
         prompt_tokens: as the model servers counted them, by model label.
         completion_tokens: likewise.
+        estimated_tokens: completion tokens of answers without usage, by residency, by model label.
         body_bytes: of request bodies.
         plan_reloads: plans that were offered while running, by "taken" or "refused".
         streams_opened: ext_proc streams, ever.
         streams_refused: streams that were one too many; they are among the opened ones.
         streams_open: streams open now.
+        watches: streams that show answers, by what became of them (`Watch`).
         stalls: seconds by which turns of the data plane came late.
     """
 
@@ -134,6 +136,7 @@ class Traffic(Observer):
         "completion_tokens",
         "durations",
         "ejections",
+        "estimated_tokens",
         "first_tokens",
         "models",
         "outcomes",
@@ -147,6 +150,7 @@ class Traffic(Observer):
         "streams_refused",
         "wait_errors",
         "waits",
+        "watches",
     )
 
     def __init__(self) -> None:
@@ -161,12 +165,14 @@ class Traffic(Observer):
         self.responses: defaultdict[str, int] = defaultdict(int)
         self.prompt_tokens: defaultdict[str, int] = defaultdict(int)
         self.completion_tokens: defaultdict[str, int] = defaultdict(int)
+        self.estimated_tokens: defaultdict[str, int] = defaultdict(int)
         self.ejections = dict.fromkeys(CAUSES, 0)
         self.plan_reloads = {"taken": 0, "refused": 0}
         self.body_bytes = 0
         self.streams_opened = 0
         self.streams_refused = 0
         self.streams_open = 0
+        self.watches = {str(kind): 0 for kind in Watch}
         self.stalls = Histogram(STALL_BUCKETS)
 
     def reconfigured(self, plan: Plan) -> None:
@@ -188,6 +194,7 @@ class Traffic(Observer):
         self.outcomes = outcomes
         self.prompt_tokens = _merged(self.prompt_tokens, gone)
         self.completion_tokens = _merged(self.completion_tokens, gone)
+        self.estimated_tokens = _merged(self.estimated_tokens, gone)
 
     def arrived(self, request_id: int, event: Arrived, now: float) -> None:  # noqa: ARG002
         """Count the bytes of a request body."""
@@ -231,6 +238,10 @@ class Traffic(Observer):
         if 0 < usage.completion_tokens <= MAX_TOKENS:
             self.completion_tokens[label] += usage.completion_tokens
 
+    def estimated(self, request: Request, usage: Usage) -> None:
+        """Count the tokens that an answer without usage is taken to have."""
+        self.estimated_tokens[self.models.label(request.flow)] += usage.completion_tokens
+
     def stream_opened(self) -> None:
         """Count a new ext_proc stream."""
         self.streams_opened += 1
@@ -243,6 +254,10 @@ class Traffic(Observer):
     def stream_closed(self) -> None:
         """Count the end of a stream."""
         self.streams_open -= 1
+
+    def watched(self, kind: Watch) -> None:
+        """Count a stream that shows an answer, or one that did not come."""
+        self.watches[kind] += 1
 
     def health_changed(self, change: HealthChange) -> None:
         """Count an endpoint that is left out from now on; one that is back counts nothing."""

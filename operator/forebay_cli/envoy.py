@@ -34,6 +34,12 @@ KEEPALIVE = {"keepalive_time": 30, "keepalive_interval": 10, "keepalive_probes":
 BUFFER_BYTES = 32_768
 WHOLE_BODY_BYTES = 64 << 20
 
+# How the EPP learns of answers, see `bootstrap`.
+OBSERVE, READ = "Observe", "Read"
+EPP_NAMESPACE = "forebay"
+# What the EPP and its cluster read in the metadata of a call; clients cannot write it.
+RESPONSES_KEY, TIE_KEY, OWNER_KEY = "x-forebay-responses", "x-forebay-tie", "x-forebay-owner"
+
 _TYPE = "type.googleapis.com/envoy."
 
 
@@ -56,6 +62,7 @@ def bootstrap(
     subset: tuple[str, ...] = (),
     max_message_timeout: str = MESSAGE_TIMEOUT,
     message_timeout: str = MESSAGE_TIMEOUT,
+    responses: str = READ,
 ) -> dict[str, Any]:
     """Return the configuration of an Envoy that asks the EPP where requests go.
 
@@ -68,7 +75,12 @@ def bootstrap(
         subset: addresses to hint the EPP at, as a gateway would.
         max_message_timeout: how far the EPP may extend `message_timeout`.
         message_timeout: how long Envoy waits for an answer in modes with a timeout.
+        responses: OBSERVE shows the EPP an answer's headers and its end, in a stream of their own;
+            with READ the answer passes through the EPP in `response_body_mode`.
     """
+    observe = responses == OBSERVE
+    if observe:
+        response_body_mode = "NONE"
     trailers = "SEND" if "FULL_DUPLEX" in request_body_mode + response_body_mode else "SKIP"
     filters = [
         _filter(
@@ -102,25 +114,29 @@ def bootstrap(
         _filter(
             "ext_proc",
             "ext_proc.v3.ExternalProcessor",
-            grpc_service={"envoy_grpc": {"cluster_name": "epp", "authority": "epp"}},
+            grpc_service=_grpc_service(**({RESPONSES_KEY: OBSERVE} if observe else {})),
             # Without the EPP there is no destination: fail rather than guess.
             failure_mode_allow=False,
             processing_mode={
                 "request_header_mode": "SEND",
                 "request_body_mode": request_body_mode,
                 "request_trailer_mode": trailers,
-                "response_header_mode": "SEND",
+                "response_header_mode": "SKIP" if observe else "SEND",
                 "response_body_mode": response_body_mode,
-                "response_trailer_mode": trailers,
+                "response_trailer_mode": "SKIP" if observe else trailers,
             },
             message_timeout=message_timeout,
             max_message_timeout=max_message_timeout,
             metadata_options={
                 "forwarding_namespaces": {"untyped": ["envoy.lb", "envoy.lb.subset_hint"]},
-                "receiving_namespaces": {"untyped": ["envoy.lb"]},
+                "receiving_namespaces": {
+                    "untyped": ["envoy.lb", EPP_NAMESPACE] if observe else ["envoy.lb"]
+                },
             },
         )
     )
+    if observe:
+        filters.append(_observer())
     model_servers = _model_servers(
         type="ORIGINAL_DST",
         lb_policy="CLUSTER_PROVIDED",
@@ -133,6 +149,46 @@ def bootstrap(
         [model_servers, _epp_cluster(ports, secure=secure)],
         WHOLE_BODY_BYTES if whole else BUFFER_BYTES,
     )
+
+
+def _observer() -> dict[str, Any]:
+    """Return the filter that shows the EPP the answer's headers and its end, and waits for nothing.
+
+    The EPP's answer to the filter before it has left the metadata with which this one calls.
+    """
+    return _filter(
+        "ext_proc",
+        "ext_proc.v3.ExternalProcessor",
+        grpc_service=_grpc_service(
+            **{
+                TIE_KEY: f"%DYNAMIC_METADATA({EPP_NAMESPACE}:tie)%",
+                OWNER_KEY: f"%DYNAMIC_METADATA({EPP_NAMESPACE}:owner)%",
+            }
+        ),
+        observability_mode=True,
+        # An answer goes on without an EPP that sees it.
+        failure_mode_allow=True,
+        # By default a stream is kept for 5 s after its answer has ended. Its end frees the slot,
+        # but the EPP must have read the headers before it.
+        deferred_close_timeout="0.003s",
+        processing_mode={
+            "request_header_mode": "SEND",  # or the stream would begin with the answer
+            "request_body_mode": "NONE",
+            "request_trailer_mode": "SKIP",
+            "response_header_mode": "SEND",
+            "response_body_mode": "NONE",
+            "response_trailer_mode": "SEND",
+        },
+    )
+
+
+def _grpc_service(**metadata: str) -> dict[str, Any]:
+    service: dict[str, Any] = {"envoy_grpc": {"cluster_name": "epp", "authority": "epp"}}
+    if metadata:
+        service["initial_metadata"] = [
+            {"key": key, "value": value} for key, value in metadata.items()
+        ]
+    return service
 
 
 def direct(ports: Ports, endpoints: tuple[str, ...]) -> dict[str, Any]:
@@ -207,12 +263,26 @@ def _model_servers(**options: Any) -> dict[str, Any]:
     }
 
 
+def _policies(kind: str, **config: Any) -> dict[str, Any]:
+    name = kind.partition(".")[0]
+    policy = {
+        "name": f"envoy.load_balancing_policies.{name}",
+        "typed_config": {"@type": f"{_TYPE}extensions.load_balancing_policies.{kind}", **config},
+    }
+    return {"policies": [{"typed_extension_config": policy}]}
+
+
 def _epp_cluster(ports: Ports, *, secure: bool) -> dict[str, Any]:
     cluster: dict[str, Any] = {
         "name": "epp",
         "type": "STATIC",
         "connect_timeout": "5s",
-        "lb_policy": "LEAST_REQUEST",
+        # To the owner of an answer, else to the least loaded.
+        "load_balancing_policy": _policies(
+            "override_host.v3.OverrideHost",
+            override_host_sources=[{"header": OWNER_KEY}],
+            fallback_policy=_policies("least_request.v3.LeastRequest"),
+        ),
         # With the default of 50 % a dead EPP would go on getting requests.
         "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
         "circuit_breakers": _breakers(),

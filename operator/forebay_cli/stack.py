@@ -47,6 +47,7 @@ class StackSettings(argparse.Namespace):
     envoy_admin_port: int
     no_proxy: bool
     proxy_concurrency: int
+    responses: str
     secure_serving: bool
     transport: str
     live_to_all: bool
@@ -146,7 +147,9 @@ class Stack:
         if self._envoy is None:
             return
         ports = envoy.Ports(given.http_port, given.grpc_port, self._admin_port, given.listen)
-        config = json.dumps(envoy.bootstrap(ports, secure=given.secure_serving))
+        config = json.dumps(
+            envoy.bootstrap(ports, secure=given.secure_serving, responses=given.responses)
+        )
         command = (
             *(self._envoy, "--config-yaml", config, "-l", "error", "--use-dynamic-base-id"),
             *("--concurrency", str(given.proxy_concurrency)),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from forebay_cli import OPERATOR_PORT, CommandError
+from forebay_cli import OPERATOR_PORT, CommandError, envoy
 from forebay_cli.output import console
 from forebay_cli.stack import Stack, StackSettings
 from forebay_control.channel import host_port
@@ -71,6 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--envoy-admin-port", type=_port, default=0, metavar="PORT", help="0 picks one")
     add("--proxy-concurrency", type=_threads, default=1, metavar="N", help="Envoy's threads")
+    add(
+        "--responses",
+        choices=(envoy.OBSERVE, envoy.READ),
+        default=envoy.OBSERVE,
+        help="Observe: the EPP sees when an answer ends, and no token passes through it. Read: "
+        "answers pass through it, for exact token counts, times to first token, and the client's "
+        "name of a model that a target renames",
+    )
     add(
         "--secure-serving",
         action=argparse.BooleanOptionalAction,

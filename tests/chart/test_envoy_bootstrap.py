@@ -24,11 +24,15 @@ from forebay_cli import envoy
 VALUES = Path(__file__).parent / "values" / "standalone.yaml"
 
 
+@pytest.fixture(scope="module", params=["Observe", "Read"])
+def responses(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def text() -> str:
-    return chart.one(chart.objects(f"--values={VALUES}"), "ConfigMap", "chat-envoy")["data"][
-        "envoy.yaml"
-    ]
+def text(responses) -> str:
+    objects = chart.objects(f"--values={VALUES}", f"--set=standalone.proxy.responses={responses}")
+    return chart.one(objects, "ConfigMap", "chat-envoy")["data"]["envoy.yaml"]
 
 
 @pytest.fixture
@@ -37,9 +41,9 @@ def bootstrap(text) -> dict:
 
 
 @pytest.fixture
-def reference() -> dict:
+def reference(responses) -> dict:
     ports = envoy.Ports(http=8081, grpc=9002, admin=19000, address="0.0.0.0")
-    return envoy.bootstrap(ports, secure=True)
+    return envoy.bootstrap(ports, secure=True, responses=responses)
 
 
 def parts(config: dict, kind: str) -> dict[str, dict]:

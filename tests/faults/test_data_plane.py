@@ -52,6 +52,24 @@ def test_an_epp_that_is_killed_costs_what_waited_in_it(start):
     plane.until_idle()
 
 
+def test_an_epp_that_is_killed_cuts_no_observed_answer(start):
+    """T1: of 20 that run and 50 that wait only those that wait fail; then service is back."""
+    plane = start(answering(3.0), slots=20, responses="Observe")
+    pending = plane.send("standard", 70)
+    plane.until_waiting(50)
+    until(lambda: len(plane.servers.served) == 21)  # and the one that showed that all is up
+
+    plane.epp.kill()
+    for future in pending:
+        future.result(60)
+    plane.epp.restart()
+    until(lambda: plane.send("critical")[0].result(60).outcome == "200", 30)
+
+    assert sum(answer.outcome == "200" for answer in plane.answers if "standard" in answer.id) == 20
+    plane.check()
+    plane.until_idle()
+
+
 def test_requests_whose_time_ran_out_in_a_frozen_epp_are_not_dispatched(start):
     """T3: frozen for longer than the TTL; when it wakes it evicts them and sends none of them."""
     plane = start(answering(1.0), slots=1, ttl_seconds=2)

@@ -188,11 +188,17 @@ class DataPlane:
         folder: for plan, log and configuration.
         behaviours: one model server each.
         addresses: model servers that run elsewhere, instead.
+        responses: whether answers are observed or pass through the EPP.
         plan: arguments of `snapshot`.
     """
 
     def __init__(
-        self, folder: Path, *behaviours: Behaviour, addresses: list[str] | None = None, **plan
+        self,
+        folder: Path,
+        *behaviours: Behaviour,
+        addresses: list[str] | None = None,
+        responses: str = "Read",
+        **plan,
     ) -> None:
         self.thread = LoopThread()
         self.servers = Servers(self.thread)
@@ -200,7 +206,7 @@ class DataPlane:
             self.servers.add(behaviour)
         self.content = snapshot(addresses or self.servers.addresses, **plan)
         self.epp = PlanFileEpp(folder, self.content)
-        self.envoy = Envoy(folder, self.epp.grpc)
+        self.envoy = Envoy(folder, self.epp.grpc, responses=responses)
         self.answers: list[Answer] = []
         self._sent = 0
         self._first = 0

@@ -13,6 +13,7 @@ from queue import Queue
 from typing import TYPE_CHECKING
 
 import grpc
+from ports import free_port
 
 from forebay_control.plan import Plan, SaturationMode, SaturationPlan
 from forebay_epp.core.controller import FlowController
@@ -59,6 +60,7 @@ class EPPThread:
         credentials: grpc.ServerCredentials | None = None,
         max_streams: int = 1000,
         connections: Connections | None = None,
+        advertised: bool = False,
     ) -> None:
         self.plan = plan or Plan(
             saturation=SaturationPlan(SaturationMode.CONCURRENCY, max_concurrency=slots)
@@ -66,10 +68,13 @@ class EPPThread:
         self.controller = FlowController(self.plan, random.Random(1))
         self.controller.set_endpoints([Endpoint(e) for e in endpoints], time.monotonic())
         self.traffic = Traffic()
-        self.data_plane = DataPlane(self.controller, self.traffic, max_streams)
+        address = f"127.0.0.1:{free_port() if advertised else 0}"
+        self.data_plane = DataPlane(
+            self.controller, self.traffic, max_streams, address=address if advertised else ""
+        )
         self.data_plane.serving = True
         self.transport = TRANSPORTS[transport](
-            self.data_plane, "127.0.0.1:0", credentials, connections or Connections()
+            self.data_plane, address, credentials, connections or Connections()
         )
         self._thread = threading.Thread(target=self.transport.serve)
         self._thread.start()
@@ -131,13 +136,17 @@ def body_message(body: bytes = b'{"model":"m"}', *, end: bool = True) -> pb.Proc
 class Stream:
     """One ext_proc stream as a proxy holds it."""
 
-    def __init__(self, channel: grpc.Channel) -> None:
+    def __init__(self, channel: grpc.Channel, **metadata: str) -> None:
         self._outgoing = Queue()
         self.call = channel.stream_stream(
             PROCESS,
             request_serializer=pb.ProcessingRequest.SerializeToString,
             response_deserializer=pb.ProcessingResponse.FromString,
-        )(iter(self._outgoing.get, None), timeout=60)
+        )(
+            iter(self._outgoing.get, None),
+            timeout=60,
+            metadata=[(key.replace("_", "-"), value) for key, value in metadata.items()],
+        )
 
     def send(self, **fields) -> None:
         self._outgoing.put(pb.ProcessingRequest(**fields))

@@ -21,6 +21,7 @@ CONFIGS = {
     "streamed": envoy.bootstrap(
         PORTS, secure=True, request_body_mode="STREAMED", response_body_mode="STREAMED"
     ),
+    "observe": envoy.bootstrap(PORTS, secure=True, responses=envoy.OBSERVE),
     "subset": envoy.bootstrap(PORTS, secure=True, subset=("10.0.0.1:80",)),
     "ipv6": envoy.bootstrap(envoy.Ports(18080, 19002, address="::1"), secure=True),
     "direct": envoy.direct(PORTS, ("127.0.0.1:1", "[::1]:2")),

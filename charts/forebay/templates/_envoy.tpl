@@ -1,11 +1,12 @@
 {{- /* The bootstrap of a pool's Envoy: (dict "root" $ "values" PROXY VALUES "name" SERVICE OF THE
-ENDPOINT PICKERS "namespace" NAMESPACE "port" NUMBER). It is what operator/forebay_cli/envoy.py makes for one machine, where
+ENDPOINT PICKERS "namespace" NAMESPACE "port" NUMBER "responses" Observe OR Read). It is what operator/forebay_cli/envoy.py makes for one machine, where
 each setting's reason stands, and what pods need besides: a test holds the two together. */}}
 {{- define "forebay.envoyBreakers" -}}
 thresholds:
 - {max_connections: 40000, max_pending_requests: 40000, max_requests: 40000, max_retries: 1024}
 {{- end }}
 {{- define "forebay.envoy" -}}
+{{- $observe := eq .responses "Observe" }}
 admin:
   address: {socket_address: {address: 127.0.0.1, port_value: 19000}}
 static_resources:
@@ -44,23 +45,55 @@ static_resources:
                 - {remove: x-gateway-destination-endpoint}
                 - {remove: x-gateway-destination-endpoint-subset}
                 - {remove: x-gateway-destination-endpoint-served}
+          # Decides where a request goes.
           - name: envoy.filters.http.ext_proc
             typed_config:
               "@type": type.googleapis.com/envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor
-              grpc_service: {envoy_grpc: {cluster_name: epp, authority: epp}}
+              grpc_service:
+                envoy_grpc: {cluster_name: epp, authority: epp}
+                {{- if $observe }}
+                initial_metadata: [{key: x-forebay-responses, value: Observe}]
+                {{- end }}
               failure_mode_allow: false
               processing_mode:
                 request_header_mode: SEND
                 request_body_mode: FULL_DUPLEX_STREAMED
                 request_trailer_mode: SEND
+                {{- if $observe }}
+                response_header_mode: SKIP
+                response_body_mode: NONE
+                response_trailer_mode: SKIP
+                {{- else }}
                 response_header_mode: SEND
                 response_body_mode: FULL_DUPLEX_STREAMED
                 response_trailer_mode: SEND
+                {{- end }}
               message_timeout: 3600s
               max_message_timeout: 3600s
               metadata_options:
                 forwarding_namespaces: {untyped: [envoy.lb, envoy.lb.subset_hint]}
-                receiving_namespaces: {untyped: [envoy.lb]}
+                receiving_namespaces: {untyped: [envoy.lb{{ if $observe }}, forebay{{ end }}]}
+          {{- if $observe }}
+          # Shows when the answer ends, to the endpoint picker that has decided.
+          - name: envoy.filters.http.ext_proc
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor
+              grpc_service:
+                envoy_grpc: {cluster_name: epp, authority: epp}
+                initial_metadata:
+                - {key: x-forebay-tie, value: "%DYNAMIC_METADATA(forebay:tie)%"}
+                - {key: x-forebay-owner, value: "%DYNAMIC_METADATA(forebay:owner)%"}
+              observability_mode: true
+              failure_mode_allow: true
+              deferred_close_timeout: 0.003s
+              processing_mode:
+                request_header_mode: SEND
+                request_body_mode: NONE
+                request_trailer_mode: SKIP
+                response_header_mode: SEND
+                response_body_mode: NONE
+                response_trailer_mode: SEND
+          {{- end }}
           - name: envoy.filters.http.router
             typed_config:
               "@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router
@@ -111,7 +144,19 @@ static_resources:
         dns_refresh_rate: 2s
         dns_lookup_family: V4_PREFERRED  # endpoint pickers listen on 0.0.0.0
     connect_timeout: 5s
-    lb_policy: LEAST_REQUEST
+    load_balancing_policy:
+      policies:
+      - typed_extension_config:
+          name: envoy.load_balancing_policies.override_host
+          typed_config:
+            "@type": type.googleapis.com/envoy.extensions.load_balancing_policies.override_host.v3.OverrideHost
+            override_host_sources: [{header: x-forebay-owner}]
+            fallback_policy:
+              policies:
+              - typed_extension_config:
+                  name: envoy.load_balancing_policies.least_request
+                  typed_config:
+                    "@type": type.googleapis.com/envoy.extensions.load_balancing_policies.least_request.v3.LeastRequest
     common_lb_config: {healthy_panic_threshold: {value: 0}}
     # A pod that DNS does not name any more gets no more requests; those that it has, it finishes.
     ignore_health_on_host_removal: true

@@ -287,7 +287,16 @@ def _requests(traffic: Traffic) -> Iterator[Metric]:
     )
     yield _counter("forebay_prompt_tokens", "Prompt tokens.", "model", traffic.prompt_tokens)
     yield _counter(
-        "forebay_completion_tokens", "Generated tokens.", "model", traffic.completion_tokens
+        "forebay_completion_tokens",
+        "Generated tokens, as usage tells.",
+        "model",
+        traffic.completion_tokens,
+    )
+    yield _counter(
+        "forebay_estimated_completion_tokens",
+        "Generated tokens of answers whose usage is not seen, by residency.",
+        "model",
+        traffic.estimated_tokens,
     )
     yield CounterMetricFamily(
         "forebay_request_body_bytes", "Request bodies read.", value=traffic.body_bytes
@@ -305,6 +314,12 @@ def _streams(traffic: Traffic) -> Iterator[Metric]:
         "forebay_streams_refused",
         "ext_proc streams refused beyond the limit.",
         value=traffic.streams_refused,
+    )
+    yield _counter(
+        "forebay_observed_answers",
+        "Answers in streams of their own: tied to their requests, or why not.",
+        "stream",
+        traffic.watches,
     )
     lag = HistogramMetricFamily(
         "forebay_loop_lag_seconds", "How late turns of the data-plane loop are."

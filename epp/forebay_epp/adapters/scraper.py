@@ -189,6 +189,7 @@ class Scraper:
             page.step_tokens,
             page.kv_capacity_tokens,
             page.prefix_hits,
+            page.answer_tokens,
         )
 
     def _failed(self, address: str, error: Exception) -> None:

@@ -93,7 +93,8 @@ class Engine:
 
     Attributes:
         prefix: what names of its metrics begin with, and no other server's; empty: any page is its.
-        running, waiting, kv_usage, steps, step_tokens, prefix_hits: see `PageMetrics`.
+        running, waiting, kv_usage, steps, step_tokens, prefix_hits, answer_tokens: see
+            `PageMetrics`.
         kv_tokens: that fit in the KV cache; where that is empty:
         kv_blocks, kv_block_tokens: the blocks of the KV cache and the tokens that fit in each; both
             have a sample for each engine.
@@ -109,6 +110,7 @@ class Engine:
     kv_blocks: tuple[Series, ...] = ()
     kv_block_tokens: tuple[Series, ...] = ()
     prefix_hits: tuple[Series, ...] = ()
+    answer_tokens: tuple[Series, ...] = ()
 
     def publishes(self, page: bytes) -> bool:
         """Return whether the page is one of this kind of server."""
@@ -136,6 +138,7 @@ ENGINES = (
             Series("vllm:prefix_cache_hits_total"),
             Series("vllm:gpu_prefix_cache_hits_total"),  # before the end of 2025
         ),
+        answer_tokens=(Series("vllm:generation_tokens_total"),),
     ),
     Engine(
         "sglang:",
@@ -143,6 +146,7 @@ ENGINES = (
         (Series("sglang:num_queue_reqs"),),
         (Series("sglang:token_usage"),),
         kv_tokens=(Series("sglang:cache_config_info", value_labels=("num_pages", "page_size")),),
+        answer_tokens=(Series("sglang:generation_tokens_total"),),
     ),
     Engine(
         "trtllm_",  # trtllm-serve
@@ -196,6 +200,7 @@ class PageMetrics:
             a prompt in the step that ends its prefill.
         kv_capacity_tokens: that fit in the KV cache, summed over engines.
         prefix_hits: tokens found in the prefix cache since the start, summed over engines.
+        answer_tokens: generated since the start, summed over engines.
     """
 
     running: int | None
@@ -205,6 +210,7 @@ class PageMetrics:
     step_tokens: float = 0.0
     kv_capacity_tokens: int | None = None
     prefix_hits: float | None = None
+    answer_tokens: float | None = None
 
 
 UNKNOWN = PageMetrics(None, None, None)
@@ -225,6 +231,7 @@ def parse_page(page: bytes, known: tuple[Engine, ...] = ENGINES) -> PageMetrics:
                 step_tokens=step_tokens,
                 kv_capacity_tokens=_kv_capacity(page, engine),
                 prefix_hits=_total(page, engine.prefix_hits),
+                answer_tokens=_total(page, engine.answer_tokens),
             )
     return UNKNOWN
 

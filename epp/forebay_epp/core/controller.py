@@ -27,6 +27,7 @@ from forebay_epp.core.terms import (
     Dispatched,
     Outcome,
     Refused,
+    Usage,
     Verdict,
 )
 from forebay_epp.core.waits import Waits
@@ -37,13 +38,13 @@ if TYPE_CHECKING:
     from forebay_control.plan import Plan
     from forebay_control.shares import Shares
     from forebay_epp.core.bands import Band
+    from forebay_epp.core.residency import Produced
     from forebay_epp.core.terms import (
         Endpoint,
         EndpointMetrics,
         HealthChange,
         RandomSource,
         Request,
-        Usage,
     )
     from forebay_epp.core.tracked import TrackedEndpoint
 
@@ -86,6 +87,7 @@ class FlowController:
         self._waiting: dict[int, Request] = {}
         self._size_bytes = 0
         self._dispatched: dict[int, tuple[Request, TrackedEndpoint]] = {}
+        self._estimates: list[tuple[Request, Usage]] = []
         self._decisions: list[Decision] = []
         self._draining = False
         self._served_until = NEVER
@@ -149,7 +151,16 @@ class FlowController:
 
     def observe(self, metrics: EndpointMetrics, now: float) -> None:
         """Take what a scrape said; an endpoint that is not in the pool is ignored."""
-        self._endpoints.observe(metrics, now)
+        for produced in self._endpoints.observe(metrics, now):
+            self._charge_produced(produced, now)
+
+    def take_estimates(self) -> list[tuple[Request, Usage]]:
+        """Return the answers that have ended without usage, and what they are taken to have used.
+
+        Each comes once, with the first scrape after its end; none where servers do not count.
+        """
+        estimates, self._estimates = self._estimates, []
+        return estimates
 
     def scrape_failed(self, address: str, now: float, *, refused: bool) -> None:
         """Note that a scrape of an endpoint has failed through the server's fault.
@@ -315,7 +326,8 @@ class FlowController:
             self._footprints.learn(request, usage)
             if request.band in self._bands.by_name:
                 self._bands.by_name[request.band].charge(request, usage, now)
-        self._endpoints.completed(endpoint, request, verdict, now, blind=blind)
+        counted = usage is not None
+        self._endpoints.completed(endpoint, request, verdict, now, blind=blind, counted=counted)
 
     def poll(self, now: float) -> list[Decision]:
         """Return the decisions made since the last poll, including those that time brings."""
@@ -390,6 +402,20 @@ class FlowController:
         if requests > 0:
             return f"the pool's queue is full ({limits.max_requests} requests)"
         return f"the pool's queue is full ({limits.max_bytes} bytes)"
+
+    def _charge_produced(self, produced: Produced, now: float) -> None:
+        """Charge a flow for what an answer is seen to have come to."""
+        request, tokens = produced.request, round(produced.tokens)
+        band = self._bands.by_name.get(request.band)
+        if produced.ended:
+            usage = Usage(request.prompt_tokens, tokens)
+            self._estimates.append((request, usage))
+            if request.size_bytes:
+                self._footprints.learn(request, usage)
+            if band is not None:
+                band.charge(request, usage, now)
+        elif band is not None and tokens > request.answer_tokens:
+            band.charge_more(request, tokens, now)
 
     def _displace(self, band: Band, requests: int, size_bytes: int, now: float) -> bool:
         """Evict what waits in lower bands, the lowest first and of each the newest, or nothing.

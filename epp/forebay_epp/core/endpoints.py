@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from forebay_control.plan import SaturationPlan
     from forebay_control.shares import Shares
+    from forebay_epp.core.residency import Produced
     from forebay_epp.core.terms import Endpoint, EndpointMetrics, Request, Verdict
 
 
@@ -91,13 +92,20 @@ class EndpointSet:
         self.present = tuple(tracked for tracked in self._states.values() if tracked.present)
         self._spare()
 
-    def observe(self, metrics: EndpointMetrics, now: float) -> None:
-        """Take what a scrape said; an endpoint that is not known is ignored."""
+    def observe(self, metrics: EndpointMetrics, now: float) -> list[Produced]:
+        """Take what a scrape said; an endpoint that is not known is ignored.
+
+        Returns:
+            What its answers have come to, as far as the scrape tells.
+        """
         tracked = self._states.get(metrics.address)
-        if tracked is not None:
-            tracked.observe(metrics, now)
-            self.prefixes.observe(tracked, metrics)
-            self._moved(tracked)
+        if tracked is None:
+            return []
+        tracked.observe(metrics, now)
+        self.prefixes.observe(tracked, metrics)
+        self._moved(tracked)
+        produced, tracked.produced = tracked.produced, []
+        return produced
 
     def scrape_failed(self, address: str, now: float, *, refused: bool) -> None:
         """Note that a scrape has failed; an unknown endpoint is ignored."""
@@ -133,11 +141,12 @@ class EndpointSet:
         now: float,
         *,
         blind: bool,
+        counted: bool = True,
     ) -> None:
         """A request that was sent to the endpoint has ended."""
         was_out, failures = tracked.health.out, tracked.health.failures
         held = tracked.held if self._excess else 0
-        tracked.completed(request, verdict, now, blind=blind)
+        tracked.completed(request, verdict, now, blind=blind, counted=counted)
         if self._excess:
             tracked.give_back(1)
             self._excess = max(0, self._excess - held + tracked.held)

@@ -214,6 +214,7 @@ class EndpointMetrics:
         step_tokens: prompt and answer tokens that these steps have processed.
         kv_capacity_tokens: size of the KV cache; None when not reported.
         prefix_hits: tokens found in the prefix cache since the start; None when not reported.
+        answer_tokens: generated since the start; None when not reported.
     """
 
     address: str
@@ -226,6 +227,7 @@ class EndpointMetrics:
     step_tokens: float = 0.0
     kv_capacity_tokens: int | None = None
     prefix_hits: float | None = None
+    answer_tokens: float | None = None
 
 
 @dataclass(slots=True, frozen=True)

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 from forebay_epp.core.health import Health
 from forebay_epp.core.limits import LIMITS
 from forebay_epp.core.prefill import Prefill
+from forebay_epp.core.residency import Residency
 from forebay_epp.core.terms import NEVER, EndpointState
 
 if TYPE_CHECKING:
     from forebay_control.plan import SaturationPlan
+    from forebay_epp.core.residency import Produced
     from forebay_epp.core.terms import Endpoint, EndpointMetrics, Request, Verdict
 
 STALE_SECONDS = 2.0
@@ -50,6 +52,8 @@ class TrackedEndpoint:
         kv_room_tokens: how many more tokens its KV cache has room for, by all that is known of it;
             an endpoint that holds nothing has room for any request.
         prefill: the prompts that wait in it.
+        residency: the answers that it gives.
+        produced: what these have come to by the last page; whoever charges for it clears it.
         crowded: whether a request was kept from it by the room for prompts; whoever makes room
             clears it.
         occupancy: slots taken, by this EPP or others.
@@ -96,6 +100,8 @@ class TrackedEndpoint:
         "open_index",
         "prefill",
         "present",
+        "produced",
+        "residency",
         "running",
         "scheduled_at",
         "settled",
@@ -131,6 +137,8 @@ class TrackedEndpoint:
         self.counted = self.counted_limit = 0
         self.open_index = -1
         self.prefill = Prefill()
+        self.residency = Residency()
+        self.produced: list[Produced] = []
         self.crowded = False
         self._goal_seconds = plan.time_to_first_token_seconds
         self.occupancy = 0
@@ -168,6 +176,7 @@ class TrackedEndpoint:
         """Count one more request in flight."""
         self.kv_tokens += request.kv_tokens
         self.prefill.sent(request, now)
+        self.residency.joined(request)
         if request.streamed:
             if not self._awaited:
                 self._unstarted_since = now
@@ -196,11 +205,21 @@ class TrackedEndpoint:
             self.settled = now < self.limit.settled_until
             self.refresh()
 
-    def completed(self, request: Request, verdict: Verdict, now: float, *, blind: bool) -> None:
+    def completed(
+        self,
+        request: Request,
+        verdict: Verdict,
+        now: float,
+        *,
+        blind: bool = False,
+        counted: bool = True,
+    ) -> None:
         """Count one request less, or go on holding its slot when its end is unknown.
 
         Holding needs metrics that will show the truth later; without them the slot is free.
+        `counted` says that the answer's tokens are known.
         """
+        self.residency.left(request, now, known=counted or blind)
         self.in_flight -= 1
         self.prefill.ended(request)
         if not self.in_flight:
@@ -250,6 +269,9 @@ class TrackedEndpoint:
                 self._divide()
             self.limit.observe(metrics, self.occupancy, arrivals, ended, now)
             self.settled = now < self.limit.settled_until
+        self.produced += self.residency.page(
+            metrics.answer_tokens, metrics.started_at, self.foreign
+        )
         self._peak = self.in_flight
         self._arrivals = self._ended = 0
         was_open = self.free > 0
@@ -264,6 +286,7 @@ class TrackedEndpoint:
             self.fresh = False
             self._foreign_then = self.foreign
             self._blind.clear()
+            self.residency.forget()
         if not self.fresh and self.foreign:
             halvings = (now - self._stale_at) / FOREIGN_HALF_LIFE_SECONDS
             left = self._foreign_then * 0.5**halvings

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 
+from forebay_epp.codec.extproc.watching import calling
 from forebay_epp.transport import PROCESS, health
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ class AioTransport:
     async def process(self, _: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         """Carry one exchange."""
         wake = asyncio.Event()
-        exchange = self._data_plane.open(wake.set, context.peer())
+        filter_ = calling(context.invocation_metadata() or ())
+        exchange = self._data_plane.open(wake.set, context.peer(), filter_)
         reader = asyncio.create_task(self._read(exchange, context, wake))
         try:
             while True:

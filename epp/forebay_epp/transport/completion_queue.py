@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # a C module without stubs
 
+from forebay_epp.codec.extproc.watching import calling
 from forebay_epp.transport import PROCESS, health
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     import grpc
 
+    from forebay_epp.codec.extproc.watching import Filter
     from forebay_epp.data_plane import DataPlane
     from forebay_epp.transport import Connections
 
@@ -151,7 +153,7 @@ class CompletionQueueTransport:
     def _accept(self, event: Any) -> None:
         method = event.call_details.method.decode("latin-1")
         if method == PROCESS:
-            _Stream(event.call, self._data_plane)
+            _Stream(event.call, self._data_plane, calling(event.invocation_metadata))
         elif method == health.CHECK:
             _check(event.call, serving=self._data_plane.serving)
         else:
@@ -171,14 +173,14 @@ class _Stream:
         "_sending",
     )
 
-    def __init__(self, call: Any, data_plane: DataPlane) -> None:
+    def __init__(self, call: Any, data_plane: DataPlane, filter_: Filter) -> None:
         self._call = call
         self._answered = False
         self._half_closed = False
         self._over = False
         self._receiving = False
         self._sending = False
-        self._exchange = data_plane.open(self.pump, call.peer().decode())
+        self._exchange = data_plane.open(self.pump, call.peer().decode(), filter_)
         call.start_server_batch(
             (cygrpc.ReceiveCloseOnServerOperation(_EMPTY_FLAGS),), self._on_close
         )

@@ -88,7 +88,12 @@ class Finished(msgspec.Struct, frozen=True, gc=False):
     blind: bool = False
 
 
-Event = BodyPart | Arrived | Rejected | Abandoned | FirstChunk | Progress | Finished
+class Untied(msgspec.Struct, frozen=True, gc=False):
+    """The stream shows an answer, and not whose; it ends."""
+
+
+Event = BodyPart | Arrived | Rejected | Abandoned | FirstChunk | Progress | Finished | Untied
 
 ABANDONED = Abandoned()
+UNTIED = Untied()
 FIRST_CHUNK = FirstChunk()

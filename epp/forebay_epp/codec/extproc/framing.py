@@ -22,6 +22,7 @@ LB_NAMESPACE = "envoy.lb"
 REQUEST_BODY = b"\x1a"
 RESPONSE_BODY = b"\x22"
 IN_RESPONSE_BODY = 0x2A
+IN_REQUEST_HEADERS = b"\x12"
 _BODY_FIELD = 0x0A
 _END_OF_STREAM = b"\x10\x01"
 _SHORT_VARINT = 0x80
@@ -35,6 +36,11 @@ def _varint(value: int) -> bytes:
         value >>= 7
     out.append(value)
     return bytes(out)
+
+
+def field(number: int, value: bytes) -> bytes:
+    """Write a field of protobuf that is a string or a message; its number is at most 15."""
+    return bytes((number << 3 | 2,)) + _varint(len(value)) + value
 
 
 @lru_cache(maxsize=4096)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from forebay_epp.codec import openai
 from forebay_epp.codec.callers import SILENT, BadHeaderError
-from forebay_epp.codec.extproc import framing
+from forebay_epp.codec.extproc import framing, watching
 from forebay_epp.codec.extproc.events import Arrived, BodyPart, Rejected
 from forebay_epp.codec.extproc.modes import DUPLEX_REQUEST, RequestMode, request_mode
 from forebay_epp.core.terms import Outcome
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections import deque
 
     from forebay_epp.codec.callers import CallerHeaders
+    from forebay_epp.codec.extproc.watching import Tie
     from forebay_extproc.v3 import external_processor_pb2 as pb
 
 SUBSET_NAMESPACE = "envoy.lb.subset_hint"
@@ -110,6 +111,11 @@ class RequestHalf:
     def set_mode(self, number: int) -> None:
         """Expect the body in this mode of ext_proc.proto; without a call, in full duplex."""
         self._mode = request_mode(number)
+
+    @property
+    def duplex(self) -> bool:
+        """Whether nothing more passes through the stream once the whole body has gone."""
+        return self._mode.duplex
 
     @property
     def arms_timeout(self) -> bool:
@@ -289,13 +295,16 @@ class RequestHalf:
         self.renamed = True
         return None
 
-    def route(self, endpoint: str) -> None:
-        """Send the request to `endpoint` (ip:port)."""
+    def route(self, endpoint: str, tie: Tie | None = None) -> None:
+        """Send the request to `endpoint` (ip:port), and leave a tie for its answer."""
         body, self._body = self._body, None
         early, self._chunks = self._chunks, []
         length = len(body) if self.renamed and body is not None else None
         outbox = self._outbox
+        first = len(outbox)
         self._mode.route(outbox, endpoint, body, length, end_of_stream=not self._trailers)
+        if tie is not None:
+            outbox[first] += watching.tied(tie)
         for piece in early:
             outbox.extend(framing.pieces(framing.REQUEST_BODY, piece, end_of_stream=False))
         if self._trailers:

@@ -110,6 +110,14 @@ class ResponseHalf:
         self._outbox.append(framing.CONTINUE_RESPONSE_TRAILERS)
         return self.finished(whole=True)
 
+    def glance(self, message: pb.ProcessingRequest) -> None:
+        """Read the status of an answer that is only shown."""
+        for header in message.response_headers.headers.headers:
+            if header.key == ":status":
+                value = header.raw_value or header.value.encode()
+                self.status = int(value) if len(value) == 3 and value.isdigit() else 500
+                return
+
     def finished(self, *, whole: bool = False, blind: bool = False) -> Finished:
         """Sum up the answer as far as it was seen."""
         usage = self._reader.usage() if self._reader else None

@@ -9,6 +9,7 @@ answer to it, because a proxy that sees a clean end without one forwards the req
 
 HEADERS: nothing seen. BODY: reading the request. QUEUED: the request is the flow controller's.
 RESPONSE: dispatched, every message is answered at once. DONE: nothing more is expected.
+WATCHING: the stream shows the answer to another one's request, and nothing is ever answered.
 
 This module says which message may come when; request.py and response.py say what is in them, and
 modes.py how bodies travel. A WebSocket or CONNECT is decided on its headers in every mode: what
@@ -29,7 +30,7 @@ from google.protobuf.message import DecodeError
 
 from forebay_epp.codec import openai
 from forebay_epp.codec.extproc import framing
-from forebay_epp.codec.extproc.events import ABANDONED, Arrived, Finished, Rejected
+from forebay_epp.codec.extproc.events import ABANDONED, UNTIED, Arrived, Finished, Rejected
 from forebay_epp.codec.extproc.request import ProtocolError, RequestHalf
 from forebay_epp.codec.extproc.response import ResponseHalf
 from forebay_epp.core.terms import Outcome
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from forebay_epp.codec.callers import CallerHeaders
     from forebay_epp.codec.extproc.events import Abandoned, BodyPart, Event
     from forebay_epp.codec.extproc.response import Seen
+    from forebay_epp.codec.extproc.watching import Tie
 
 OUTCOME = "x-forebay-outcome"
 DROPPED_REASON = "x-llm-d-request-dropped-reason"  # the same under upstream's name, on refusals
@@ -53,6 +55,7 @@ class State(Enum):
     BODY = auto()
     QUEUED = auto()
     RESPONSE = auto()
+    WATCHING = auto()
     DONE = auto()
 
 
@@ -68,10 +71,11 @@ class ExtProcStream:
             where there is none to mean, and the request is rejected if it must name one.
         headers: those that callers are trusted with.
         reads_prefix: whether the beginnings of prompts are named.
+        observed: another stream shows the answer.
     """
 
     __slots__ = (
-        *("_echoes", "_half_closed", "_request", "_response"),
+        *("_echoes", "_half_closed", "_observed", "_request", "_response", "_tied"),
         *("ended", "failure", "outbox", "state"),
     )
 
@@ -82,6 +86,7 @@ class ExtProcStream:
         headers: CallerHeaders,
         *,
         reads_prefix: bool = False,
+        observed: bool = False,
     ) -> None:
         self.state = State.HEADERS
         self.outbox: deque[bytes] = deque()
@@ -93,6 +98,13 @@ class ExtProcStream:
         self._response = ResponseHalf(self.outbox)
         self._echoes = False
         self._half_closed = False
+        self._observed = observed
+        self._tied = False
+
+    @property
+    def observed(self) -> bool:
+        """Whether another stream shows the answer to the request, if `dispatch` ties it."""
+        return self._observed and self._request.duplex
 
     @property
     def lockstep(self) -> bool:
@@ -115,11 +127,15 @@ class ExtProcStream:
                 streamed = None
             if streamed is not None:
                 return self._pass(self._response.echo(*streamed))
+        if self.state is State.WATCHING and data[:1] == framing.IN_REQUEST_HEADERS:
+            return None
         try:
             message = pb.ProcessingRequest.FromString(data)
         except DecodeError:
             return self.fail("not a ProcessingRequest")
         kind = message.WhichOneof("request")
+        if self.state is State.WATCHING:
+            return self._glance(message, kind)
         handler = _HANDLERS.get((self.state, kind or ""))
         if handler is None:
             return self.fail(f"unexpected {kind or 'empty message'} in state {self.state.name}")
@@ -140,8 +156,12 @@ class ExtProcStream:
                 return self._read(Rejected(Outcome.REJECTED_BAD_REQUEST, text))
             case State.QUEUED:
                 self._half_closed = True
+            case State.RESPONSE if self._tied:
+                self._end(None)
             case State.RESPONSE:
                 return self._end(self._response.finished(blind=not self._response.status))
+            case State.WATCHING:
+                return self._end(self._response.finished(whole=True))
             case State.HEADERS | State.DONE:
                 self._end(None)
         return None
@@ -156,7 +176,9 @@ class ExtProcStream:
         self._request.drop()
         if state is State.QUEUED:
             return ABANDONED
-        return self._response.finished() if state is State.RESPONSE else None
+        if state is State.WATCHING:  # Envoy does not say how an answer that it shows has ended
+            return self._response.finished(whole=True)
+        return self._response.finished() if state is State.RESPONSE and not self._tied else None
 
     def fail(self, failure: str) -> Event | None:
         """End the stream with an error, which a proxy that fails closed turns into a 500."""
@@ -168,8 +190,12 @@ class ExtProcStream:
 
     # --- what flow control says
 
-    def dispatch(self, endpoint: str, target_model: str | None) -> Finished | None:
+    def dispatch(
+        self, endpoint: str, target_model: str | None, tie: Tie | None = None
+    ) -> Finished | None:
         """Send the queued request to `endpoint`, under another model name if one is given.
+
+        With a `tie` another stream shows the answer: this one ends, unless it is a conversation.
 
         Returns:
             The end, where the proxy shows nothing more, or where the body cannot be rewritten, so
@@ -180,10 +206,14 @@ class ExtProcStream:
             if rejected := request.rename(target_model):
                 self.refuse(rejected.outcome, rejected.message)
                 return response.finished()
-            if request.renamed:
+            if request.renamed and tie is None:
                 response.restore(target_model, request.model)
-        request.route(endpoint)
-        if self._half_closed:
+        request.route(endpoint, tie)
+        if tie is not None:
+            self._tied = True
+            if not request.conversation:
+                return self._end(None)
+        elif self._half_closed:
             return self._end(response.finished(blind=True))
         self.state = State.RESPONSE
         self._echoes = response.echoes
@@ -224,6 +254,9 @@ class ExtProcStream:
     # --- request
 
     def _on_headers(self, message: pb.ProcessingRequest) -> Event | None:
+        if message.observability_mode:
+            self._end(None)
+            return UNTIED
         self._read_modes(message)
         self.state = State.BODY
         return self._read(self._request.take_headers(message))
@@ -260,6 +293,22 @@ class ExtProcStream:
         return None
 
     # --- response
+
+    def watch(self) -> None:
+        """Expect the answer to another stream's request, and nothing else, from the beginning."""
+        self.state = State.WATCHING
+
+    def ignore(self) -> None:
+        """End the stream, which shows an answer of no interest; the proxy does not mind."""
+        self._end(None)
+
+    def _glance(self, message: pb.ProcessingRequest, kind: str | None) -> Finished | None:
+        if kind == "response_headers":
+            self._response.glance(message)
+            ended = message.response_headers.end_of_stream
+        else:
+            ended = kind == "response_trailers"
+        return self._end(self._response.finished(whole=True)) if ended else None
 
     def _on_local_reply(self, message: pb.ProcessingRequest) -> Abandoned:
         """The proxy answers the request itself (a timeout, a limit), or shows answers only."""
