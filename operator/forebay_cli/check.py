@@ -1,7 +1,7 @@
 """`forebay check FILE...`: report errors in manifests, without a cluster.
 
 Errors are those the API server would give, and those of rules that no schema can hold. Warnings
-are about what has no effect, or is valid but surely not intended.
+are about what has no effect, or is valid but probably not intended.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The verdict of an answer's status about the server that gave it.
+"""What the status of an answer says about the server that gave it.
 
 Acting on it belongs in core/health.py.
 """

@@ -1,6 +1,6 @@
 """What callers say of their requests in headers, as far as the plan trusts them.
 
-Headers that the plan does not trust are not read. What comes of what they say is flow control's.
+Headers that the plan does not trust are not read. Flow control acts on the others.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class CallerHeaders:
 
 
 def _first(headers: Mapping[str, str], names: tuple[str, ...]) -> tuple[str, str]:
-    """Return the first of these names that there is, and its value; empty where there is none."""
+    """Return the first of these headers that is present, and its value; empty if none is."""
     return next(((name, headers[name]) for name in names if name in headers), ("", ""))
 
 

@@ -1,4 +1,4 @@
-"""Advice about settings that are valid but surely not intended. Pure.
+"""Advice about settings that are valid but probably not intended. Pure.
 
 Nothing here changes the plan, and none of it is an error: each setting could be intended. What has
 no effect at all is reported by planning.

@@ -60,7 +60,7 @@ def of_pool(attachment: Attachment) -> dict[str, Any]:
 
 
 def reports(epps: Sequence[EPP]) -> list[pb.Stats]:
-    """Return what EPPs report; what one that cannot be reached said last is no longer so."""
+    """Return the EPPs' reports; the last one of an EPP that cannot be reached is out of date."""
     return [epp.stats for epp in epps if epp.stats is not None and epp.state is not EPPState.STALE]
 
 

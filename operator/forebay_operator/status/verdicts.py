@@ -203,7 +203,7 @@ def _programmed(subject: Subject, attachment: Attachment | None) -> Verdict:
 
 
 def _unsupported(rejected: Sequence[EPP]) -> str:
-    """Return the reason of EPPs that refuse: another one where all do not know a field."""
+    """Return why EPPs refuse: each of them does not know a field, or any other reason."""
     errors = [epp.error for epp in rejected if epp.state is EPPState.REJECTED]
     if all(error.startswith("Unsupported") for error in errors):
         return "UnsupportedByEndpointPicker"

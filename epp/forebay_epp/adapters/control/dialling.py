@@ -25,7 +25,7 @@ class NotReadyError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Dial:
-    """Where the operator is, and how it and we prove who we are.
+    """Where the operator is, and how both ends prove their identity.
 
     Attributes:
         host: name or address; a name may have several addresses, one per replica.
@@ -89,7 +89,7 @@ class Dial:
         return grpc.aio.secure_channel(address, credentials, options)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Return what a call shows beside the certificate.
+        """Return the metadata of a call: the token, if there is one.
 
         Raises:
             NotReadyError: the token's file is not there (yet).

@@ -67,7 +67,7 @@ class FirstChunk(msgspec.Struct, frozen=True, gc=False):
 
 
 class Progress(msgspec.Struct, frozen=True, gc=False):
-    """The answer has come to about so many tokens; it was fewer the last time this was said."""
+    """The answer has about so many tokens by now, more than the event before said."""
 
     answer_tokens: int
 

@@ -45,7 +45,7 @@ class RequestMode:
         return body.end_of_stream
 
     def take_late(self, outbox: deque[bytes], *, decided: bool) -> bool:  # noqa: ARG002  # likewise
-        """Take one behind a request that was complete without; False where none may come."""
+        """Take a message that comes after the request was complete; False where none may come."""
         return False
 
     def route(

@@ -183,7 +183,7 @@ class RequestHalf:
         return self._complete(self._join())
 
     def take_late_body(self, body: pb.HttpBody, *, decided: bool) -> None:
-        """Take more body behind a request that was complete without it.
+        """Take a part of the body that comes after the request was complete without it.
 
         Raises:
             ProtocolError: there may be none in this mode, or too much of it before the decision.
@@ -196,7 +196,7 @@ class RequestHalf:
             raise ProtocolError("unexpected request_body after its end")
 
     def take_late_trailers(self, *, decided: bool) -> None:
-        """Take trailers behind a request that was complete without them."""
+        """Take trailers that come after the request was complete without them."""
         if decided:
             self._outbox.append(framing.CONTINUE_TRAILERS)
         else:
