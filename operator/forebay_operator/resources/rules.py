@@ -16,8 +16,6 @@ from forebay_operator.resources.fields import Check, Rule, misplaced
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from forebay_operator.resources.policy import PolicySpec
-
 # The bands that every pool has: a criticality is the name of one of them.
 BUILT_IN = {band.name: band.priority for band in DEFAULT_BANDS}
 _NAMES, _PRIORITIES = list(BUILT_IN), list(BUILT_IN.values())
@@ -36,7 +34,7 @@ class BandsExist(Check):
 
     field: str
     cel: str
-    names: Callable[[PolicySpec], Iterable[str]]
+    names: Callable[[Any], Iterable[str]]
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -52,7 +50,7 @@ class BandsExist(Check):
         }
         return {"x-kubernetes-validations": [rule]}
 
-    def checked(self, value: PolicySpec) -> PolicySpec:
+    def checked(self, value: Any) -> Any:
         """Return the spec; the error has the first name that no band has."""
         bands = BUILT_IN.keys() | {band.name for band in value.bands}
         for name in self.names(value):

@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import grpc
 
 from forebay_control.channel import SILENCE_SECONDS
 from forebay_control.v1 import control_pb2 as pb
-
-if TYPE_CHECKING:
-    from forebay_epp.adapters.control.client import ControlClient
 
 PING_SECONDS = 10.0
 MAX_RETRY_AFTER_SECONDS = 60.0
@@ -22,10 +19,32 @@ GOODBYE_SECONDS = 1.0
 _log = logging.getLogger("forebay_epp")
 
 
+class Client(Protocol):
+    """What a stream asks of the client that has opened it."""
+
+    connected: bool
+
+    @property
+    def stats_seconds(self) -> float:
+        """How often stats are sent."""
+
+    def hello(self) -> pb.FromPicker:
+        """Return the first message."""
+
+    def opened(self) -> None:
+        """Note that the operator talks to us."""
+
+    async def answer(self, program: pb.Program) -> pb.FromPicker:
+        """Judge a program and put it into force; return the answer."""
+
+    async def report(self) -> pb.FromPicker:
+        """Return stats to send; TimeoutError: the data plane is busy."""
+
+
 class Stream:
     """One stream: a reader, one that answers programs, and a writer that also reports."""
 
-    def __init__(self, client: ControlClient) -> None:
+    def __init__(self, client: Client) -> None:
         self._client = client
         self._heard_at = time.monotonic()
         self._programs: asyncio.Queue[pb.Program] = asyncio.Queue()
