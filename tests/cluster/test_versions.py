@@ -10,6 +10,7 @@ import json
 
 import pytest
 import yaml
+from api_server import MERGE
 from control_plane import policy
 from ext_proc_peer import until
 
@@ -19,7 +20,6 @@ GROUP = "versions.forebay.test"
 CRD = f"{POLICY.plural}.{GROUP}"
 SECONDS = 30
 CRDS_PATH = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{CRD}"
-MERGE = "application/merge-patch+json"
 
 
 class Definition:

@@ -25,6 +25,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 import yaml
+from api_server import MERGE, Namespace
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -35,7 +36,7 @@ from ports import free_port
 from prometheus_client.parser import text_string_to_metric_families
 
 from forebay_cli.child import dying_with_us
-from forebay_operator.resources import CONTROLLER_LABEL, POOL_LABEL
+from forebay_operator.resources import BY_NAME, CONTROLLER_LABEL, POOL_LABEL
 
 if TYPE_CHECKING:
     from api_server import ApiServer
@@ -299,6 +300,7 @@ class EPPPod:
         self, cluster: ApiServer, namespace: str, name: str, app: str, ip: str = LOOPBACK
     ) -> None:
         self.cluster, self.namespace, self.name = cluster, namespace, name
+        self.path = f"/api/v1/namespaces/{namespace}/pods/{name}"
         self._create(app)
         self.uid = cluster.get("pod", name, "-n", namespace)["metadata"]["uid"]
         self.run(ip)
@@ -315,7 +317,7 @@ class EPPPod:
             # No scheduler takes it; on a node that does not exist it would be garbage in a minute.
             "spec": {"containers": [{"name": "epp", "image": "epp"}], "schedulerName": "none"},
         }
-        self.cluster.kubectl("create", "-f", "-", input=json.dumps(pod))
+        Namespace(self.cluster, self.namespace).create(pod)
 
     def run(self, ip: str = LOOPBACK, *, ready: bool = True) -> None:
         """Write the status a kubelet would; by default with the address processes here have."""
@@ -325,23 +327,23 @@ class EPPPod:
             "podIPs": [{"ip": ip}],
             "conditions": [{"type": "Ready", "status": str(ready)}],
         }
-        patch = json.dumps({"status": status})
-        self.cluster.kubectl(
-            *("patch", "pod", self.name, "-n", self.namespace, "--subresource=status"),
-            *("--type=merge", "-p", patch),
-        )
+        code, answer = self.cluster.ask("PATCH", f"{self.path}/status", {"status": status}, MERGE)
+        assert code == 200, answer
 
     def token(self, audience: str = AUDIENCE) -> str:
         """A token bound to the pod, as a projected volume holds it."""
-        return self.cluster.kubectl(
-            *("create", "token", self.account, "-n", self.namespace, f"--audience={audience}"),
-            *("--bound-object-kind=Pod", f"--bound-object-name={self.name}"),
-        ).stdout.strip()
+        pod = {"apiVersion": "v1", "kind": "Pod", "name": self.name, "uid": self.uid}
+        status, answer = self.cluster.ask(
+            "POST",
+            f"/api/v1/namespaces/{self.namespace}/serviceaccounts/{self.account}/token",
+            {"spec": {"audiences": [audience], "boundObjectRef": pod}},
+        )
+        assert status == 201, answer
+        return answer["status"]["token"]
 
     def delete(self) -> None:
-        self.cluster.kubectl(
-            "delete", "pod", self.name, "-n", self.namespace, "--grace-period=0", "--force"
-        )
+        status, answer = self.cluster.ask("DELETE", self.path, {"gracePeriodSeconds": 0})
+        assert status == 200, answer
 
 
 class EPPProcess(Process):
@@ -677,7 +679,11 @@ def model(name: str, pool_name: str, model_name: str, criticality: str = "Standa
 
 
 def apply(cluster: ApiServer, namespace: str, *manifests: dict) -> None:
-    """Apply as kubectl does."""
+    """Apply as kubectl does, and by it where there is a kind that forebay does not read."""
+    if all((each["apiVersion"], each["kind"]) in BY_NAME for each in manifests):
+        for manifest in manifests:
+            Namespace(cluster, namespace).apply(manifest, manager="kubectl")
+        return
     text = json.dumps({"apiVersion": "v1", "kind": "List", "items": manifests})
     cluster.kubectl("apply", "--server-side", "-n", namespace, "-f", "-", input=text)
 
