@@ -26,7 +26,7 @@ from ext_proc_peer import until
 from operator_account import kubeconfig
 
 # Before a release: 20.
-REPEATS = int(os.environ.get("FOREBAY_API_FAULTS", "3"))
+REPEATS = int(os.environ.get("FOREBAY_API_FAULTS", "2"))
 SECONDS = 75.0
 POLICIES = 50
 
