@@ -63,6 +63,12 @@ class _EPP:
         """Whether it may use whatever it sees, because it has, or may have, no shares."""
         return not self.shared or any(shares.total is None for shares in self.sent.values())
 
+    @property
+    def offer(self) -> Mapping[str, int] | None:
+        """The first shares that it was sent, as long as it is not known to have taken them."""
+        last = max(self.sent.values(), key=lambda shares: shares.number, default=None)
+        return last.slots if last is not None and last.full else None
+
     def bound(self, address: str) -> int:
         """Return the most slots of an endpoint that it may hold."""
         held = self.endpoints.get(address) or NOTHING
@@ -296,13 +302,24 @@ class Ledger:
     def _bind(
         self, room: Mapping[str, int], epps: list[_EPP], changed: list[dict[str, int]]
     ) -> None:
-        """Give EPPs that had no shares what the others leave, in equal parts."""
-        free = [number for number, known in enumerate(epps) if known.free]
+        """Give EPPs that had no shares what the others leave, in equal parts.
+
+        What such an EPP was sent before, it is sent again: it may have taken it.
+        """
+        offers = [known.offer if known.free else None for known in epps]
+        new = [n for n, known in enumerate(epps) if known.free and offers[n] is None]
         for turn, (address, slots) in enumerate(room.items()):
-            kept = sum(known.bounds.get(address, 0) for known in epps if not known.free)
-            part, rest = divmod(max(0, slots - kept), len(free))
-            for place, number in enumerate(free):
-                changed[number][address] = part + ((place + turn) % len(free) < rest)
+            kept = 0
+            for number, known in enumerate(epps):
+                offer = offers[number]
+                if offer is not None:
+                    changed[number][address] = offer.get(address, 0)
+                    kept += changed[number][address]
+                elif not known.free:
+                    kept += known.bounds.get(address, 0)
+            part, rest = divmod(max(0, slots - kept), max(1, len(new)))
+            for place, number in enumerate(new):
+                changed[number][address] = part + ((place + turn) % len(new) < rest)
 
     def _give(
         self,
