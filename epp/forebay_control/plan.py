@@ -345,7 +345,12 @@ class Plan:
     ] = ""
     tenants: Annotated[tuple[TenantPlan, ...], Length(0, MAX_TENANTS), Unique("name")] = ()
     trust_deadline_headers: bool = False
-    selection: SelectionPlan = field(default_factory=SelectionPlan)
+    selection: SelectionPlan | None = None
+
+    @property
+    def choice(self) -> SelectionPlan:
+        """How endpoints are chosen: by the default where the plan does not say."""
+        return self.selection or SelectionPlan()
 
     @property
     def default_model(self) -> str | None:

@@ -273,7 +273,7 @@ class DataPlane:
     def _configure(self, plan: Plan) -> None:
         longest = max((band.ttl_seconds for band in plan.bands), default=0.0)
         self._headers = CallerHeaders(plan)
-        self._reads_prefix = plan.selection.rates(ScorerName.PREFIX_CACHE)
+        self._reads_prefix = plan.choice.rates(ScorerName.PREFIX_CACHE)
         self._patience_seconds = longest + plan.no_endpoints_ttl_seconds + TIMEOUT_MARGIN_SECONDS
         self._observer.reconfigured(plan)
 

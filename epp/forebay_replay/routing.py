@@ -153,7 +153,7 @@ class Queued:
     """
 
     def __init__(self, servers: int, plan: Plan, seed: int = 1) -> None:
-        self._reads_prefix = plan.selection.rates(ScorerName.PREFIX_CACHE)
+        self._reads_prefix = plan.choice.rates(ScorerName.PREFIX_CACHE)
         self.controller = FlowController(plan, Random(seed))  # noqa: S311  # lots, not secrets
         self.addresses = [f"10.0.0.{number}:8000" for number in range(servers)]
         self._numbers = {address: number for number, address in enumerate(self.addresses)}

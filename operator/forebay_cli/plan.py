@@ -116,8 +116,8 @@ def _add_plan(root: Tree, plan: Plan, priorities: dict[str, int]) -> None:
         f"prompts wait in it up to {saturation.time_to_first_token_seconds:g} s"
     )
     root.add(f"endpoint limit: {room}")
-    scorers = ", ".join(f"{scorer.type} {scorer.weight}" for scorer in plan.selection.scorers)
-    root.add(f"a server is chosen by {scorers}, picker {plan.selection.picker}")
+    scorers = ", ".join(f"{scorer.type} {scorer.weight}" for scorer in plan.choice.scorers)
+    root.add(f"a server is chosen by {scorers}, picker {plan.choice.picker}")
     if plan.metrics is not None:
         _add_metrics(root, plan.metrics)
     root.add(f"without servers requests wait up to {plan.no_endpoints_ttl_seconds:g} s")

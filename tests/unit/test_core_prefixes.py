@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from random import Random
 
 import pytest
@@ -287,4 +286,4 @@ def test_a_plan_without_prefix_cache_does_not_use_it():
     first = sent(controller, request(1, 2, 3))
 
     assert sent(controller, request(1, 2, 3, number=2)) != first
-    assert not replace(controller.plan).selection.rates(ScorerName.PREFIX_CACHE)
+    assert not controller.plan.choice.rates(ScorerName.PREFIX_CACHE)

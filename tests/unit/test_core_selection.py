@@ -128,5 +128,5 @@ def test_the_default_picker_draws_among_equals():
         controller.set_endpoints(map(Endpoint, ADDRESSES), 0.0)
         first.add(chosen(controller, 1))
 
-    assert controller.plan.selection.picker is PickerName.MAX_SCORE
+    assert controller.plan.choice.picker is PickerName.MAX_SCORE
     assert first == set(ADDRESSES)

@@ -22,6 +22,7 @@ from forebay_control.plan import (
     ModelPlan,
     Plan,
     PlanError,
+    SelectionPlan,
 )
 from forebay_control.v1 import control_pb2 as pb
 from forebay_epp.codec.control import Nacked, Programs
@@ -218,6 +219,17 @@ def test_what_its_message_cannot_hold_names_the_field(plan, path):
         mapping.plan_to_message(plan)
 
     assert [problem for problem, _ in raised.value.problems] == [path]
+
+
+def test_a_plan_of_an_operator_that_knows_no_selection_has_the_default():
+    """It comes without that field, and so does a last good program of an earlier release."""
+    message = mapping.plan_to_message(Plan())
+    assert not message.HasField("selection")
+
+    plan = mapping.plan_from_message(message)
+
+    assert plan.choice == SelectionPlan()
+    assert plan.choice.scorers
 
 
 def test_what_is_not_valid_is_not_sent():

@@ -80,7 +80,7 @@ class FlowController:
         self._classifier = Classifier(plan)
         self._bands = Bands(plan)
         self._endpoints = EndpointSet(plan.saturation)
-        self._selection = Selection(self._endpoints, plan.selection, random)
+        self._selection = Selection(self._endpoints, plan.choice, random)
         self._footprints = Footprints()
         self._waits = Waits()
         self._regime_since = -NEVER
@@ -115,7 +115,7 @@ class FlowController:
         self._classifier = Classifier(plan)
         self._bands.reconfigure(plan, now)
         self._endpoints.reconfigure(plan.saturation, now)
-        self._selection.reconfigure(plan.selection)
+        self._selection.reconfigure(plan.choice)
         self._reschedule(now)
 
     def set_endpoints(self, endpoints: Iterable[Endpoint], now: float) -> None:

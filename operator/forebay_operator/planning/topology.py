@@ -49,7 +49,12 @@ from forebay_operator.resources.rules import BUILT_IN
 if TYPE_CHECKING:
     from forebay_operator.planning.problem import Problem
     from forebay_operator.resources import Resource
-    from forebay_operator.resources.policy import FairnessLevel, ModelServerMetrics, Saturation
+    from forebay_operator.resources.policy import (
+        FairnessLevel,
+        ModelServerMetrics,
+        Saturation,
+        Selection,
+    )
 
 _NO_POLICY = PolicySpec.model_validate(
     {
@@ -115,7 +120,7 @@ def topology_of(pool: AnyPool, resources: list[Resource], problems: list[Problem
         tenant_header=spec.tenants.header if "Tenant" in spec.trusted_headers else "",
         tenants=tuple(drawn(TenantPlan, tenant) for tenant in spec.tenants.weights),
         trust_deadline_headers="Deadline" in spec.trusted_headers,
-        selection=drawn(SelectionPlan, spec.selection),
+        selection=_selection(spec.selection),
         metrics=_metrics(spec.model_server_metrics),
     )
     return Topology(plan, policy, sources, priorities)
@@ -189,6 +194,11 @@ def _saturation(given: Saturation) -> SaturationPlan:
         kv_cache_usage_threshold=adaptive.max_kv_cache_usage_percent / 100,
         max_concurrency=concurrency.max_requests_per_endpoint,
     )
+
+
+def _selection(given: Selection) -> SelectionPlan | None:
+    selection = drawn(SelectionPlan, given)
+    return None if selection == SelectionPlan() else selection
 
 
 def _metrics(given: ModelServerMetrics | None) -> MetricsPlan | None:

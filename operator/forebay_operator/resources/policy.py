@@ -260,9 +260,9 @@ class Selection(Own):
 
     scorers: Annotated[
         tuple[Scorer, ...], Field(min_length=1, max_length=MAX_SCORERS), Unique(("type",))
-    ] = tuple(Scorer(type=each.type, weight=each.weight) for each in PLAN.selection.scorers)
+    ] = tuple(Scorer(type=each.type, weight=each.weight) for each in PLAN.choice.scorers)
     """The points of view, added up by weight. PrefixCache 3 and Load 2 by default."""
-    picker: PickerName = PLAN.selection.picker
+    picker: PickerName = PLAN.choice.picker
     """MaxScore, the default, takes the server that is rated best, at random among equals.
 
     PowerOfTwo takes the better one of two that are drawn at random.
