@@ -225,7 +225,7 @@ class Ledger:
 
     def _tally(self) -> None:
         """Bring the tallies up to date."""
-        for address in self._changed:
+        for address in sorted(self._changed):  # an order that no hash seed changes
             limit = running = inside = bound = 0
             for known in self._epps.values():
                 held = known.endpoints.get(address)
