@@ -60,6 +60,7 @@ FEATURES = (
     Feature("Tenants", "Plan.tenants", without=""),
     Feature("DeadlineHeaders", "Plan.trust_deadline_headers", without=""),
     Feature("Selection", "Plan.selection", without=""),
+    Feature("Observe", "Plan.mode"),
 )
 
 NAMES = frozenset({SEPARATE_ENDPOINTS, *(feature.name for feature in FEATURES)})

@@ -51,6 +51,13 @@ Seconds = Annotated[float, Range(0, MAX_SECONDS, above=True)]
 Weight = Annotated[int, Range(1, MAX_WEIGHT)]
 
 
+class Mode(StrEnum):
+    """Whether a plan decides about requests, or only tells what it would decide."""
+
+    ENFORCE = "Enforce"
+    OBSERVE = "Observe"
+
+
 class SaturationMode(StrEnum):
     """How an endpoint's limit is determined: learned from its metrics, or given."""
 
@@ -324,6 +331,7 @@ class Plan:
     only the flow. Without `metrics` the series of the known model servers are looked for.
     `tenant_header` names the header that says whose a request is; "": no header is trusted to.
     `trust_deadline_headers`: callers may say when a request is due and how long it may wait.
+    In mode Observe requests are sent at once, and what the rest would do is computed beside them.
     """
 
     pool: Annotated[str, Length(0, MAX_NAME_LENGTH + 64)] = "default/default"
@@ -346,6 +354,7 @@ class Plan:
     tenants: Annotated[tuple[TenantPlan, ...], Length(0, MAX_TENANTS), Unique("name")] = ()
     trust_deadline_headers: bool = False
     selection: SelectionPlan | None = None
+    mode: Mode = Mode.ENFORCE
 
     @property
     def choice(self) -> SelectionPlan:

@@ -26,7 +26,7 @@ from forebay_epp.adapters.live.history import History
 from forebay_epp.adapters.live.report import MAX_FLOWS, PolicyInForce, describe
 from forebay_epp.adapters.scraper import Scraper
 from forebay_epp.adapters.served import ServedModels
-from forebay_epp.core.controller import FlowController
+from forebay_epp.core.observation.shadowed import ShadowedController
 from forebay_epp.data_plane import DataPlane
 from forebay_epp.handover import ask, hand_over
 from forebay_epp.observers import Observer, Observers, Watch
@@ -98,7 +98,7 @@ class EndpointPicker:
         self._source = self._open_source()
         first = self._source.first
         plan, endpoints = first.plan or Plan(), first.endpoints or ()
-        self._controller = FlowController(plan, random.Random())  # noqa: S311  # spreads load
+        self._controller = ShadowedController(plan, random.Random())  # noqa: S311  # spreads load
         self._controller.set_endpoints(endpoints, time.monotonic())
         if first.deleted:
             self._controller.delete_pool(time.monotonic())

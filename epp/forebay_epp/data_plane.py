@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from forebay_control.plan import Plan
     from forebay_epp.codec.extproc.events import Event
     from forebay_epp.codec.extproc.watching import Filter
-    from forebay_epp.core.controller import FlowController
+    from forebay_epp.core.observation.shadowed import ShadowedController
     from forebay_epp.core.terms import Decision
     from forebay_epp.observers import Observer
     from forebay_epp.reading import Unread
@@ -68,7 +68,7 @@ class DataPlane:
 
     def __init__(
         self,
-        controller: FlowController,
+        controller: ShadowedController,
         observer: Observer,
         max_streams: int = 40_000,
         clock: Callable[[], float] = time.monotonic,
@@ -165,6 +165,8 @@ class DataPlane:
             self._observer.estimated(request, usage)
         for change in self.controller.take_health_changes():
             self._observer.health_changed(change)
+        for shadowed in self.controller.take_shadowed(now):
+            self._observer.shadowed(shadowed)
         self._tick_at = now + (BUSY_TICK_SECONDS if self.controller.waiting else IDLE_TICK_SECONDS)
 
     # --- for other threads

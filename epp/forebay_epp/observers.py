@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from forebay_control.plan import Plan
     from forebay_epp.codec.extproc.events import Arrived, Finished
-    from forebay_epp.core.terms import Decision, HealthChange, Outcome, Request, Usage
+    from forebay_epp.core.terms import Decision, HealthChange, Outcome, Request, Shadowed, Usage
 
 
 class Watch(StrEnum):
@@ -61,6 +61,9 @@ class Observer:
 
     def watched(self, kind: Watch) -> None:
         """A stream that shows an answer has come, or one that was expected has not."""
+
+    def shadowed(self, shadowed: Shadowed) -> None:
+        """A plan that only observes would have decided this about a request."""
 
     def health_changed(self, change: HealthChange) -> None:
         """An endpoint is left out because it fails, or is back."""

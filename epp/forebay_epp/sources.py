@@ -320,4 +320,4 @@ class Operator:
         )
 
     async def _stats(self) -> pb.Stats:
-        return stats(await self._ask_state(), dict(self._traffic.outcomes))
+        return stats(await self._ask_state(), dict(self._traffic.outcomes), self._traffic.shadow)

@@ -18,11 +18,11 @@ from forebay_epp.core.terms import Dispatched, Outcome
 from forebay_epp.observers import Observer, Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from forebay_control.plan import Plan
     from forebay_epp.codec.extproc.events import Arrived, Finished
-    from forebay_epp.core.terms import Decision, HealthChange, Request, Usage
+    from forebay_epp.core.terms import Decision, HealthChange, Request, Shadowed, Usage
 
 MAX_MODEL_LABELS = 100
 MAX_LABEL_LENGTH = 128
@@ -104,6 +104,47 @@ class ModelLabels:
         return gone
 
 
+class ShadowCounts:
+    """What a plan that only observes would have done. Keys are label values.
+
+    Attributes:
+        outcomes: requests by (band, model label, outcome).
+        waits: seconds that dispatched requests would have waited, by band.
+        waited: their sum by (band, model label).
+        overtaken: requests that would have been sent after a later one, by (band, model label).
+    """
+
+    __slots__ = ("outcomes", "overtaken", "waited", "waits")
+
+    def __init__(self) -> None:
+        self.outcomes: defaultdict[tuple[str, str, Outcome], int] = defaultdict(int)
+        self.waits: defaultdict[str, Histogram] = defaultdict(Histogram)
+        self.waited: defaultdict[tuple[str, str], float] = defaultdict(float)
+        self.overtaken: defaultdict[tuple[str, str], int] = defaultdict(int)
+
+    def add(self, shadowed: Shadowed, label: str) -> None:
+        """Count a decision about a request of this model label."""
+        band, decision = shadowed.request.band, shadowed.decision
+        if shadowed.overtaken:
+            self.overtaken[band, label] += 1
+        if isinstance(decision, Dispatched):
+            self.outcomes[band, label, Outcome.DISPATCHED] += 1
+            self.waits[band].add(decision.waited_seconds)
+            self.waited[band, label] += decision.waited_seconds
+        else:
+            self.outcomes[band, label, decision.outcome] += 1
+
+    def merge(self, gone: set[str]) -> None:
+        """Count what has one of these labels under `OTHER_MODEL` from now on."""
+        self.outcomes = _merged_outcomes(self.outcomes, gone)
+        waited, overtaken = self.waited, self.overtaken
+        self.waited, self.overtaken = defaultdict(float), defaultdict(int)
+        for (band, label), seconds in waited.items():
+            self.waited[band, OTHER_MODEL if label in gone else label] += seconds
+        for (band, label), count in overtaken.items():
+            self.overtaken[band, OTHER_MODEL if label in gone else label] += count
+
+
 class Traffic(Observer):
     """The counters. Attributes are for reading; their keys are label values.
 
@@ -127,6 +168,7 @@ class Traffic(Observer):
         streams_refused: streams that were one too many; they are among the opened ones.
         streams_open: streams open now.
         watches: streams that show answers, by what became of them (`Watch`).
+        shadow: what a plan that only observes would have done.
         stalls: seconds by which turns of the data plane came late.
     """
 
@@ -143,6 +185,7 @@ class Traffic(Observer):
         "plan_reloads",
         "prompt_tokens",
         "responses",
+        "shadow",
         "stalls",
         "starts",
         "streams_open",
@@ -173,6 +216,7 @@ class Traffic(Observer):
         self.streams_refused = 0
         self.streams_open = 0
         self.watches = {str(kind): 0 for kind in Watch}
+        self.shadow = ShadowCounts()
         self.stalls = Histogram(STALL_BUCKETS)
 
     def reconfigured(self, plan: Plan) -> None:
@@ -188,10 +232,8 @@ class Traffic(Observer):
         gone = self.models.configure(models)
         if not gone:
             return
-        outcomes: defaultdict[tuple[str, str, Outcome], int] = defaultdict(int)
-        for (band, label, outcome), count in self.outcomes.items():
-            outcomes[band, OTHER_MODEL if label in gone else label, outcome] += count
-        self.outcomes = outcomes
+        self.outcomes = _merged_outcomes(self.outcomes, gone)
+        self.shadow.merge(gone)
         self.prompt_tokens = _merged(self.prompt_tokens, gone)
         self.completion_tokens = _merged(self.completion_tokens, gone)
         self.estimated_tokens = _merged(self.estimated_tokens, gone)
@@ -215,6 +257,10 @@ class Traffic(Observer):
             if request.predicted_seconds is not None and outcome is Outcome.DISPATCHED:
                 error = abs(decision.waited_seconds - request.predicted_seconds)
                 self.wait_errors[band].add(error)
+
+    def shadowed(self, shadowed: Shadowed) -> None:
+        """Count what a plan that only observes would have done."""
+        self.shadow.add(shadowed, self.models.label(shadowed.request.flow))
 
     def first_token(self, request: Request, now: float) -> None:
         """Count the first chunk of a streamed answer."""
@@ -284,6 +330,16 @@ def _merged(counts: defaultdict[str, int], gone: set[str]) -> defaultdict[str, i
     merged: defaultdict[str, int] = defaultdict(int)
     for label, count in counts.items():
         merged[OTHER_MODEL if label in gone else label] += count
+    return merged
+
+
+def _merged_outcomes(
+    counts: Mapping[tuple[str, str, Outcome], int], gone: set[str]
+) -> defaultdict[tuple[str, str, Outcome], int]:
+    """Likewise, of counts by (band, model label, outcome)."""
+    merged: defaultdict[tuple[str, str, Outcome], int] = defaultdict(int)
+    for (band, label, outcome), count in counts.items():
+        merged[band, OTHER_MODEL if label in gone else label, outcome] += count
     return merged
 
 

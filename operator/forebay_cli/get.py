@@ -72,7 +72,7 @@ def run(settings: Settings) -> int:
 def table(items: list[dict[str, Any]]) -> Table:
     """Lay the objects out with the columns that kubectl has."""
     columns = (
-        *("kind", "name", "pools", "accepted", "programmed", "reason"),
+        *("kind", "name", "pools", "mode", "accepted", "programmed", "reason"),
         *("epps", "queued", "saturation"),
     )
     found = Table(box=None, pad_edge=False)
@@ -86,6 +86,7 @@ def table(items: list[dict[str, Any]]) -> Table:
             item["kind"],
             item["metadata"]["name"],
             status.get("poolNames", ""),
+            next((pool.get("mode", "") for pool in status.get("pools", [])), ""),
             conditions.get("Accepted", ""),
             conditions.get("Programmed", ""),
             reasons.get("Programmed", ""),

@@ -15,7 +15,7 @@ from rich.tree import Tree
 
 from forebay_cli import CommandError
 from forebay_cli.output import console
-from forebay_control.plan import Between, FairnessName, WhenFull
+from forebay_control.plan import Between, FairnessName, Mode, WhenFull
 from forebay_operator import planning
 from forebay_operator.resources import messages
 from forebay_operator.standalone import sources
@@ -73,6 +73,8 @@ def tree(planned: Planned) -> Tree:
     if planned.plan is None:
         root.add("no plan that an EPP would take: see the warnings")
     else:
+        if planned.plan.mode is Mode.OBSERVE:
+            root.add("mode Observe: requests are sent at once; the rest is computed beside them")
         _add_plan(root, planned.plan, planned.priorities)
     endpoints = planned.snapshot.endpoints.endpoints
     servers = root.add(f"{len(endpoints)} servers in the files")

@@ -135,6 +135,18 @@ class Case:
 LONG = {"a1": 4000, "a2": 4000}
 CASES = [
     Case(
+        "mode",
+        *("a1 s1", "b1", "| a1 b1 s1", "a1 s1 b1 |"),
+        before={"mode": "Enforce"},
+        after={"mode": "Observe"},
+    ),
+    Case(
+        "mode",
+        *("", "a1", "a1 |", "| a1"),
+        before={"mode": "Observe"},
+        after={"mode": "Enforce"},
+    ),
+    Case(
         "bands[].name models[].band",
         *("a1", "b1", "| a1 b1", "| b1 a1"),
         before={},

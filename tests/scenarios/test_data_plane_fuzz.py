@@ -27,7 +27,7 @@ from forebay_control.plan import (
     UnmatchedAction,
     UnmatchedPlan,
 )
-from forebay_epp.core.controller import FlowController
+from forebay_epp.core.observation.shadowed import ShadowedController
 from forebay_epp.core.terms import Endpoint, EndpointMetrics
 from forebay_epp.data_plane import DataPlane
 from forebay_epp.traffic import Traffic
@@ -52,7 +52,7 @@ GARBAGE = (b"", b"\x00", b"\xff" * 40, b"\x0a\x02\x08\x01", b"\x3a\x01\x08", b"n
 DESTINATION = "x-gateway-destination-endpoint"
 
 
-class Recording(FlowController):
+class Recording(ShadowedController):
     """The controller, and what it was asked and has decided."""
 
     def __init__(self, plan, random):

@@ -19,6 +19,7 @@ from forebay_control.plan import (
     FairnessName,
     InnerPlan,
     LimitsPlan,
+    Mode,
     ModelPlan,
     OrderingName,
     Plan,
@@ -32,7 +33,7 @@ from forebay_control.plan import (
     WhenFull,
 )
 from forebay_epp.codec.answers import verdict
-from forebay_epp.core.controller import FlowController
+from forebay_epp.core.observation.shadowed import ShadowedController
 from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Request, Usage
 
 FOLDER = Path(__file__).parent / "transcripts"
@@ -67,14 +68,19 @@ class Story:
 
     def poll(self):
         for decision in self.controller.poll(self.now):
-            waited = f"waited {decision.waited_seconds:g}"
-            if isinstance(decision, Dispatched):
-                target = f" as {decision.target_model}" if decision.target_model else ""
-                what = f"dispatched to {decision.endpoint}{target}, {waited}"
-            else:
-                retry = f"retry after {decision.retry_after_seconds}"
-                what = f"{decision.outcome}, {waited}, {retry}: {decision.message}"
-            self.lines.append(f"{self.now:g}s {decision.request_id} {what}")
+            self.tell(decision)
+        for shadowed in self.controller.take_shadowed(self.now):
+            self.tell(shadowed.decision, " would be", " overtaken" if shadowed.overtaken else "")
+
+    def tell(self, decision, would="", overtaken=""):
+        waited = f"waited {decision.waited_seconds:g}"
+        if isinstance(decision, Dispatched):
+            target = f" as {decision.target_model}" if decision.target_model else ""
+            what = f"dispatched to {decision.endpoint}{target}, {waited}{overtaken}"
+        else:
+            retry = f"retry after {decision.retry_after_seconds}"
+            what = f"{decision.outcome}, {waited}, {retry}: {decision.message}"
+        self.lines.append(f"{self.now:g}s {decision.request_id}{would} {what}")
 
     # --- commands
 
@@ -82,7 +88,7 @@ class Story:
         """Build the controller, or reconfigure it."""
         plan = read_plan(options, more)
         if self.controller is None:
-            self.controller = FlowController(plan, self.lots)
+            self.controller = ShadowedController(plan, self.lots)
             return
         try:
             self.controller.reconfigure(plan, self.now)
@@ -180,7 +186,8 @@ def name_of(flow):
 def read_plan(options, more):
     """Read `plan` and its lines.
 
-    `band NAME PRIORITY [FAIRNESS]`, `model NAME BAND TARGET:W weight=W` and `tenant NAME WEIGHT`.
+    `plan limit=1 mode=Observe`, then `band NAME PRIORITY [FAIRNESS]`,
+    `model NAME BAND TARGET:W weight=W` and `tenant NAME WEIGHT`.
     """
     bands, models, tenants = [], [], []
     for line in more:
@@ -238,6 +245,7 @@ def read_plan(options, more):
             options.get("unmatched-band", "Standard"),
         ),
         no_endpoints_ttl_seconds=float(options.get("no-endpoints-ttl", 60)),
+        mode=Mode(options.get("mode", "Enforce")),
     )
 
 

@@ -16,7 +16,7 @@ import grpc
 from ports import free_port
 
 from forebay_control.plan import Plan, SaturationMode, SaturationPlan
-from forebay_epp.core.controller import FlowController
+from forebay_epp.core.observation.shadowed import ShadowedController
 from forebay_epp.core.terms import Endpoint
 from forebay_epp.data_plane import DataPlane
 from forebay_epp.traffic import Traffic
@@ -65,7 +65,7 @@ class EPPThread:
         self.plan = plan or Plan(
             saturation=SaturationPlan(SaturationMode.CONCURRENCY, max_concurrency=slots)
         )
-        self.controller = FlowController(self.plan, random.Random(1))
+        self.controller = ShadowedController(self.plan, random.Random(1))
         self.controller.set_endpoints([Endpoint(e) for e in endpoints], time.monotonic())
         self.traffic = Traffic()
         address = f"127.0.0.1:{free_port() if advertised else 0}"

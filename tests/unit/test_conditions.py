@@ -390,6 +390,30 @@ def stats(requests=7, saturation=0.5, **more):
     return pb.Stats(saturation=saturation, bands=[band])
 
 
+def test_the_status_tells_the_mode_and_what_enforce_would_do():
+    """Summed over EPPs; a pool is observing when all of them are."""
+    would = pb.ShadowStats(
+        band="Standard", requests=5, dispatched=40, rejected=2, overtaken=7, waited_seconds=20.0
+    )
+    one = pb.Stats(mode="Observe", shadow=[would])
+    (both,) = conditions.policy_status(SUBJECT, [at(epp(stats=one), epp(stats=one))])["pools"]
+    (mixed,) = conditions.policy_status(SUBJECT, [at(epp(stats=one), epp(stats=stats()))])["pools"]
+
+    assert both["mode"] == "Observe"
+    assert both["shadow"] == [
+        {
+            "band": "Standard",
+            "requests": 10,
+            "dispatched": 80,
+            "rejected": 4,
+            "evicted": 0,
+            "overtaken": 14,
+            "meanWaitMilliseconds": 500,
+        }
+    ]
+    assert mixed["mode"] == "Enforce"
+
+
 def desired(**more):
     return conditions.policy_status(SUBJECT, [at(epp(stats=stats(**more)))])
 

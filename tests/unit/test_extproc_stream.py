@@ -27,7 +27,7 @@ from forebay_epp.codec.extproc.events import (
 )
 from forebay_epp.codec.extproc.framing import DESTINATION
 from forebay_epp.codec.extproc.stream import ExtProcStream, State
-from forebay_epp.core.controller import FlowController
+from forebay_epp.core.observation.shadowed import ShadowedController
 from forebay_epp.core.terms import Endpoint, EndpointMetrics, Outcome
 from forebay_epp.data_plane import DataPlane
 from forebay_epp.traffic import Traffic
@@ -816,7 +816,7 @@ def test_a_body_that_cannot_be_rewritten_costs_neither_the_loop_nor_a_slot():
         saturation=SaturationPlan(SaturationMode.ADAPTIVE),
         models=(ModelPlan("m", "Standard", targets=(TargetPlan("other"),)),),
     )
-    controller = FlowController(plan, random.Random(1))
+    controller = ShadowedController(plan, random.Random(1))
     controller.set_endpoints([Endpoint("10.0.0.1:8000")], 0.0)
     controller.observe(EndpointMetrics("10.0.0.1:8000", 0, 0, 0.0, 0.0), 0.0)
     free = controller.state(0.0).endpoints[0].free

@@ -78,7 +78,11 @@ def test_sizes_are_quantities(text, size):
             "spec.bands[0].fairness[0].policy",
             "is not one of FCFS, RoundRobin",
         ),
-        ("limts: {}", "spec.limts", "known fields are bands, limits, modelServerMetrics, models"),
+        (
+            "limts: {}",
+            "spec.limts",
+            "known fields are bands, limits, mode, modelServerMetrics, models",
+        ),
         (
             "bands: [{name: Critical, queue: {maxRequest: 1}}]",
             "spec.bands[0].queue.maxRequest",

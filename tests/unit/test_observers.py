@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from forebay_control.plan import Plan, SaturationMode, SaturationPlan
-from forebay_epp.core.controller import FlowController
+from forebay_epp.core.observation.shadowed import ShadowedController
 from forebay_epp.core.terms import Dispatched, Endpoint, Outcome
 from forebay_epp.data_plane import DataPlane
 from forebay_epp.observers import Observer, Observers
@@ -46,7 +46,7 @@ class Site:
     def __init__(self):
         self.now = 100.0
         plan = Plan(saturation=SaturationPlan(SaturationMode.CONCURRENCY, max_concurrency=1))
-        controller = FlowController(plan, random.Random(1))
+        controller = ShadowedController(plan, random.Random(1))
         controller.set_endpoints([Endpoint(ADDRESS)], self.now)
         self.traffic, self.spans = Traffic(), Spans()
         both = Observers(self.traffic, self.spans)

@@ -15,15 +15,19 @@ from observed import complete, decide, request
 from prometheus_client.openmetrics import parser as openmetrics_parser
 from prometheus_client.parser import text_string_to_metric_families
 
+from forebay_control.plan import Mode
 from forebay_epp.adapters import prometheus
 from forebay_epp.codec.callers import SILENT
 from forebay_epp.codec.extproc.events import Arrived
 from forebay_epp.core.terms import (
     BandState,
     ControllerState,
+    Dispatched,
     EndpointState,
     FlowState,
     Outcome,
+    Request,
+    Shadowed,
 )
 from forebay_epp.traffic import MAX_MODEL_LABELS, OTHER_MODEL, Traffic
 
@@ -158,6 +162,26 @@ async def test_publishes_the_traffic():
     assert page["forebay_streams_opened_total"] == {(): 1}
     assert page["forebay_streams_refused_total"] == {(): 0}
     assert page["forebay_plan_reloads_total"] == {("taken",): 1, ("refused",): 0}
+
+
+async def test_publishes_what_a_plan_that_observes_would_do():
+    """Outcomes, waits, overtaken requests, and what would wait now."""
+    traffic = Traffic()
+    traffic.configure(["chat"])
+    late = Request(1, "chat", 1, band="Standard", flow="chat")
+    traffic.shadowed(Shadowed(late, Dispatched(1, "10.0.0.1:8000", 2.5), overtaken=True))
+    observing = replace(STATE, mode=Mode.OBSERVE, shadow=STATE)
+
+    page = samples(await read(traffic, observing))
+
+    chat = ("Standard", "chat")
+    assert page["forebay_observing"] == {(): 1}
+    assert page["forebay_shadow_queue_requests"] == {("Critical",): 2, ("Standard",): 3}
+    assert page["forebay_shadow_requests_total"] == {(*chat, "Dispatched"): 1}
+    assert page["forebay_shadow_queue_wait_seconds_sum"] == {("Standard",): 2.5}
+    assert page["forebay_shadow_waited_seconds_total"] == {chat: 2.5}
+    assert page["forebay_shadow_overtaken_requests_total"] == {chat: 1}
+    assert samples(await read())["forebay_observing"] == {(): 0}
 
 
 async def test_histogram_buckets_are_cumulative_and_end_in_infinity():

@@ -8,7 +8,7 @@ import pytest
 from ext_proc_peer import http_headers
 
 from forebay_control.plan import LimitsPlan, Plan, SaturationMode, SaturationPlan
-from forebay_epp.core.controller import FlowController
+from forebay_epp.core.observation.shadowed import ShadowedController
 from forebay_epp.core.terms import Endpoint, Outcome
 from forebay_epp.data_plane import DataPlane
 from forebay_epp.traffic import Traffic
@@ -27,7 +27,7 @@ class Site:
             saturation=SaturationPlan(SaturationMode.CONCURRENCY, max_concurrency=1000),
         )
         self.now = 100.0
-        self.controller = FlowController(plan, random.Random(1))
+        self.controller = ShadowedController(plan, random.Random(1))
         self.controller.set_endpoints([Endpoint("10.0.0.1:8000")], self.now)
         self.traffic = Traffic()
         self.data_plane = DataPlane(

@@ -229,13 +229,20 @@ def test_reports_are_cut_to_what_a_status_can_hold():
         pb.BandStats(band=f"b{number}", bytes=2**64 - 1, oldest_seconds=math.nan)
         for number in range(100)
     ]
-    stats = pb.Stats(saturation=math.inf, bands=bands)
+    shadow = [
+        pb.ShadowStats(band=f"b{number}", overtaken=2**64 - 1, waited_seconds=math.nan)
+        for number in range(100)
+    ]
+    stats = pb.Stats(saturation=math.inf, bands=bands, shadow=shadow)
     stats.MergeFromString(b"\xfa\x3e\x80\x08" + b"x" * 1024)  # field 1007
 
     kept = Session(0.0).on_stats(stats, 0.0)
 
     assert (kept.saturation, len(kept.bands)) == (0.0, 64)
     assert (kept.bands[0].bytes, kept.bands[0].oldest_seconds) == (module.MAX_COUNT, 0.0)
+    assert len(kept.shadow) == 64
+    assert kept.shadow[0].overtaken == module.MAX_COUNT
+    assert kept.shadow[0].waited_seconds == 0.0
     assert b"x" * 1024 not in kept.SerializeToString()
 
 

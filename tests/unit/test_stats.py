@@ -6,13 +6,13 @@ import random
 
 from forebay_control.plan import Plan
 from forebay_epp.codec.stats import stats
-from forebay_epp.core.controller import FlowController
+from forebay_epp.core.observation.shadowed import ShadowedController
 from forebay_epp.core.terms import Endpoint, Outcome
 
 
 def test_outcomes_of_a_band_are_summed_over_models_by_kind():
     """What was answered without flow control is none of them, and no band's."""
-    controller = FlowController(Plan(), random.Random(1))
+    controller = ShadowedController(Plan(), random.Random(1))
     controller.set_endpoints([Endpoint("10.0.0.1:8000")], 0.0)
     outcomes = {
         ("Standard", "chat", Outcome.DISPATCHED): 5,

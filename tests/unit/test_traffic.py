@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from observed import complete, decide
 
-from forebay_epp.core.terms import Dispatched, Outcome, Refused, Request
+from forebay_epp.core.terms import Dispatched, Outcome, Refused, Request, Shadowed
 from forebay_epp.traffic import (
     MAX_LABEL_LENGTH,
     MAX_MODEL_LABELS,
@@ -46,6 +46,29 @@ def test_counts_outcomes_by_band_model_and_outcome():
         ("Sheddable", "chat", Outcome.EVICTED_TTL): 1,
     }
     assert traffic.waits["Critical"].total == 1.0
+
+
+def test_counts_what_a_plan_that_observes_would_do():
+    """By band and model; a model that has lost its label counts as another from then on."""
+    traffic = Traffic()
+    traffic.configure(["chat"])
+    chat = Request(1, "chat", 1, band="Standard", flow="chat")
+    for waited_seconds, overtaken in ((1.5, False), (2.0, True)):
+        decision = Dispatched(1, "10.0.0.1:8000", waited_seconds)
+        traffic.shadowed(Shadowed(chat, decision, overtaken))
+    refused = Refused(2, Outcome.REJECTED_QUEUE_FULL, 1, 0.0, "")
+    traffic.shadowed(Shadowed(chat, refused, overtaken=False))
+    traffic.configure([])
+
+    shadow = traffic.shadow
+    assert shadow.outcomes == {
+        ("Standard", OTHER_MODEL, Outcome.DISPATCHED): 2,
+        ("Standard", OTHER_MODEL, Outcome.REJECTED_QUEUE_FULL): 1,
+    }
+    assert shadow.waited == {("Standard", OTHER_MODEL): 3.5}
+    assert shadow.overtaken == {("Standard", OTHER_MODEL): 1}
+    assert sum(shadow.waits["Standard"].counts) == 2
+    assert not traffic.outcomes
 
 
 def test_counts_how_wrong_predicted_waits_were():

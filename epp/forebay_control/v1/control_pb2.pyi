@@ -135,18 +135,40 @@ class FieldError(_message.Message):
     def __init__(self, path: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Stats(_message.Message):
-    __slots__ = ("saturation", "endpoints", "in_flight", "bands", "endpoints_out")
+    __slots__ = ("saturation", "endpoints", "in_flight", "bands", "endpoints_out", "mode", "shadow")
     SATURATION_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
     IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     BANDS_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_OUT_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_FIELD_NUMBER: _ClassVar[int]
     saturation: float
     endpoints: int
     in_flight: int
     bands: _containers.RepeatedCompositeFieldContainer[BandStats]
     endpoints_out: int
-    def __init__(self, saturation: _Optional[float] = ..., endpoints: _Optional[int] = ..., in_flight: _Optional[int] = ..., bands: _Optional[_Iterable[_Union[BandStats, _Mapping]]] = ..., endpoints_out: _Optional[int] = ...) -> None: ...
+    mode: str
+    shadow: _containers.RepeatedCompositeFieldContainer[ShadowStats]
+    def __init__(self, saturation: _Optional[float] = ..., endpoints: _Optional[int] = ..., in_flight: _Optional[int] = ..., bands: _Optional[_Iterable[_Union[BandStats, _Mapping]]] = ..., endpoints_out: _Optional[int] = ..., mode: _Optional[str] = ..., shadow: _Optional[_Iterable[_Union[ShadowStats, _Mapping]]] = ...) -> None: ...
+
+class ShadowStats(_message.Message):
+    __slots__ = ("band", "requests", "dispatched", "rejected", "evicted", "overtaken", "waited_seconds")
+    BAND_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    DISPATCHED_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
+    OVERTAKEN_FIELD_NUMBER: _ClassVar[int]
+    WAITED_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    band: str
+    requests: int
+    dispatched: int
+    rejected: int
+    evicted: int
+    overtaken: int
+    waited_seconds: float
+    def __init__(self, band: _Optional[str] = ..., requests: _Optional[int] = ..., dispatched: _Optional[int] = ..., rejected: _Optional[int] = ..., evicted: _Optional[int] = ..., overtaken: _Optional[int] = ..., waited_seconds: _Optional[float] = ...) -> None: ...
 
 class BandStats(_message.Message):
     __slots__ = ("band", "requests", "bytes", "oldest_seconds", "dispatched", "rejected", "evicted")
@@ -299,7 +321,7 @@ class Source(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., namespace: _Optional[str] = ..., name: _Optional[str] = ..., uid: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("pool", "bands", "models", "limits", "saturation", "unmatched", "no_endpoints_ttl_seconds", "objectives", "trust_objective_header", "metrics", "tenant_header", "tenants", "trust_deadline_headers", "selection")
+    __slots__ = ("pool", "bands", "models", "limits", "saturation", "unmatched", "no_endpoints_ttl_seconds", "objectives", "trust_objective_header", "metrics", "tenant_header", "tenants", "trust_deadline_headers", "selection", "mode")
     POOL_FIELD_NUMBER: _ClassVar[int]
     BANDS_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
@@ -314,6 +336,7 @@ class Plan(_message.Message):
     TENANTS_FIELD_NUMBER: _ClassVar[int]
     TRUST_DEADLINE_HEADERS_FIELD_NUMBER: _ClassVar[int]
     SELECTION_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
     pool: str
     bands: _containers.RepeatedCompositeFieldContainer[Band]
     models: _containers.RepeatedCompositeFieldContainer[Model]
@@ -328,7 +351,8 @@ class Plan(_message.Message):
     tenants: _containers.RepeatedCompositeFieldContainer[Tenant]
     trust_deadline_headers: bool
     selection: Selection
-    def __init__(self, pool: _Optional[str] = ..., bands: _Optional[_Iterable[_Union[Band, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., saturation: _Optional[_Union[Saturation, _Mapping]] = ..., unmatched: _Optional[_Union[Unmatched, _Mapping]] = ..., no_endpoints_ttl_seconds: _Optional[float] = ..., objectives: _Optional[_Iterable[_Union[Objective, _Mapping]]] = ..., trust_objective_header: _Optional[bool] = ..., metrics: _Optional[_Union[Metrics, _Mapping]] = ..., tenant_header: _Optional[str] = ..., tenants: _Optional[_Iterable[_Union[Tenant, _Mapping]]] = ..., trust_deadline_headers: _Optional[bool] = ..., selection: _Optional[_Union[Selection, _Mapping]] = ...) -> None: ...
+    mode: str
+    def __init__(self, pool: _Optional[str] = ..., bands: _Optional[_Iterable[_Union[Band, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., saturation: _Optional[_Union[Saturation, _Mapping]] = ..., unmatched: _Optional[_Union[Unmatched, _Mapping]] = ..., no_endpoints_ttl_seconds: _Optional[float] = ..., objectives: _Optional[_Iterable[_Union[Objective, _Mapping]]] = ..., trust_objective_header: _Optional[bool] = ..., metrics: _Optional[_Union[Metrics, _Mapping]] = ..., tenant_header: _Optional[str] = ..., tenants: _Optional[_Iterable[_Union[Tenant, _Mapping]]] = ..., trust_deadline_headers: _Optional[bool] = ..., selection: _Optional[_Union[Selection, _Mapping]] = ..., mode: _Optional[str] = ...) -> None: ...
 
 class Selection(_message.Message):
     __slots__ = ("scorers", "picker")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
@@ -47,10 +47,15 @@ def routes(ask_state: Callable[[], Awaitable[ControllerState]]) -> list[web.Rout
 
 def describe(state: ControllerState) -> dict[str, object]:
     """Return the state as JSON data: bands by priority, the longest queues of a band first."""
-    data = asdict(state)
+    return _sorted(asdict(state))
+
+
+def _sorted(data: dict[str, Any]) -> dict[str, object]:
     data["bands"] = sorted(data["bands"], key=lambda band: band["priority"], reverse=True)
     for band in data["bands"]:
         band["flows"] = sorted(band["flows"], key=lambda flow: flow["requests"], reverse=True)
+    if data["shadow"] is not None:
+        data["shadow"] = _sorted(data["shadow"])
     return data
 
 

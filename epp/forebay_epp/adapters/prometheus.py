@@ -22,6 +22,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from forebay_control.plan import Mode
 from forebay_epp.traffic import printable
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
     from forebay_epp.core.terms import BandState, ControllerState, EndpointState
-    from forebay_epp.traffic import Histogram, Traffic
+    from forebay_epp.traffic import Histogram, ShadowCounts, Traffic
 
 STATE_TIMEOUT_SECONDS = 1.0
 
@@ -160,7 +161,9 @@ class _Page(Collector):
         if self.state is not None:
             yield from self._queues(self.state)
             yield from _endpoints(self.state)
+            yield from _observing(self.state)
         yield from _requests(self._traffic)
+        yield from _shadow(self._traffic.shadow)
         yield from _streams(self._traffic)
         yield _counter(
             "forebay_scrapes_failed",
@@ -213,6 +216,50 @@ def _endpoints(state: ControllerState) -> Iterator[Metric]:
         for endpoint in state.endpoints:
             gauge.add_metric((printable(endpoint.address),), value_of(endpoint))
         yield gauge
+
+
+def _observing(state: ControllerState) -> Iterator[Metric]:
+    yield GaugeMetricFamily(
+        "forebay_observing",
+        "1 while the plan only observes, and requests are sent at once.",
+        value=state.mode is Mode.OBSERVE,
+    )
+    waiting = GaugeMetricFamily(
+        "forebay_shadow_queue_requests",
+        "Requests that would be waiting if the plan were enforced.",
+        labels=("band",),
+    )
+    for band in state.shadow.bands if state.shadow is not None else ():
+        waiting.add_metric((printable(band.band),), band.requests)
+    yield waiting
+
+
+def _shadow(counts: ShadowCounts) -> Iterator[Metric]:
+    outcomes = CounterMetricFamily(
+        "forebay_shadow_requests",
+        "Requests by what an enforced plan would have done.",
+        labels=("band", "model", "outcome"),
+    )
+    for (band, model, outcome), count in dict(counts.outcomes).items():
+        outcomes.add_metric((printable(band), model, outcome.value), count)
+    yield outcomes
+    yield _histogram_by_band(
+        "forebay_shadow_queue_wait_seconds",
+        "Time that dispatched requests would have spent in the queue.",
+        counts.waits,
+    )
+    for name, text, values in (
+        ("forebay_shadow_waited_seconds", "Their sum, by model.", counts.waited),
+        (
+            "forebay_shadow_overtaken_requests",
+            "Requests that would have been sent after one that came later.",
+            counts.overtaken,
+        ),
+    ):
+        counter = CounterMetricFamily(name, text, labels=("band", "model"))
+        for (band, model), value in list(values.items()):
+            counter.add_metric((printable(band), model), value)
+        yield counter
 
 
 def _control(state: ControlState) -> Iterator[Metric]:

@@ -13,7 +13,7 @@ import math
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from forebay_control.plan import WhenFull
+from forebay_control.plan import Mode, WhenFull
 from forebay_epp.core.bands import Bands
 from forebay_epp.core.classification import Classifier
 from forebay_epp.core.endpoints import EndpointSet
@@ -117,6 +117,11 @@ class FlowController:
         self._endpoints.reconfigure(plan.saturation, now)
         self._selection.reconfigure(plan.choice)
         self._reschedule(now)
+        if plan.mode is Mode.OBSERVE:
+            for request in list(self._waiting.values()):
+                self._bands.by_name[request.band].remove(request)
+                self._forget(request)
+                self._pass(request, now)
 
     def set_endpoints(self, endpoints: Iterable[Endpoint], now: float) -> None:
         """Replace the pool's endpoints; what is in flight on one that left may still complete.
@@ -172,6 +177,14 @@ class FlowController:
         """
         self._endpoints.scrape_failed(address, now, refused=refused)
 
+    def in_flight_at(self, address: str) -> int:
+        """Return how many requests are in flight on an endpoint of the pool; 0 for others."""
+        return self._endpoints.in_flight_at(address)
+
+    def seen_at(self, address: str) -> int:
+        """Return how many requests of ours the next page of an endpoint may show at most."""
+        return self._endpoints.seen_at(address)
+
     def take_health_changes(self) -> list[HealthChange]:
         """Return which endpoints were left out or came back since the last call."""
         return self._endpoints.take_changes()
@@ -219,49 +232,15 @@ class FlowController:
         if self.pool_deleted:
             self._reject(request, Outcome.REJECTED_POOL_DELETED, _DELETED_RETRY_SECONDS, _DELETED)
             return
+        if self._plan.mode is Mode.OBSERVE:
+            self._pass(request, now)
+            return
         if not known:
             self._reject(
                 request, Outcome.REJECTED_UNKNOWN_MODEL, 1, "the pool does not serve this model"
             )
             return
-        absent = False
-        blocked = self._endpoints.free <= 0
-        if request.subset is not None and self._endpoints.present:
-            allowed = self._endpoints.within(request.subset)
-            absent = not allowed
-            blocked = not any(endpoint.free > 0 for endpoint in allowed)
-        if self._draining and blocked:
-            self._reject(
-                request, Outcome.REJECTED_SHUTTING_DOWN, 1, "the endpoint picker shuts down"
-            )
-            return
-        band = self._bands.by_name[request.band]
-        if absent:
-            self._reject(
-                request,
-                Outcome.REJECTED_NO_ENDPOINTS,
-                self._retry_after_seconds(band, now),
-                "no endpoint of the pool is in the subset that the proxy allows",
-            )
-            return
-        full = band.full(request) or self._full(request, band, now)
-        if full is not None:
-            retry_after = self._retry_after_seconds(band, now)
-            self._reject(request, Outcome.REJECTED_QUEUE_FULL, retry_after, full)
-            return
-        if not band.arrival:  # behind others of its band it expires after them
-            self._next_expiry = min(self._next_expiry, self._deadline(band, now))
-        self._next_expiry = min(self._next_expiry, request.deadline)
-        due_in_seconds = request.due_in_seconds
-        request.due_at = now + (band.plan.ttl_seconds if due_in_seconds is None else due_in_seconds)
-        if blocked and request.subset is None:
-            request.predicted_seconds = self._waits.predict(
-                band, self._bands.all, self._dispatched, now
-            )
-        band.push(request, now, blocked=blocked)
-        self._waiting[request.id] = request
-        self._size_bytes += request.size_bytes
-        self._changed = True
+        self._enqueue(request, now)
 
     def cancel(self, request_id: int, now: float) -> None:
         """The caller has given up: evict the request, or free its slot. Unknown ids are ignored.
@@ -384,9 +363,51 @@ class FlowController:
             bands=tuple(band.state(now, max_flows) for band in self._bands.all),
             endpoints=tuple(tracked.state(now) for tracked in self._endpoints.present),
             prefix_blocks=self._endpoints.prefixes.size,
+            mode=self._plan.mode,
         )
 
     # --- inside
+
+    def _enqueue(self, request: Request, now: float) -> None:
+        """Queue a classified request, or reject it."""
+        absent = False
+        blocked = self._endpoints.free <= 0
+        if request.subset is not None and self._endpoints.present:
+            allowed = self._endpoints.within(request.subset)
+            absent = not allowed
+            blocked = not any(endpoint.free > 0 for endpoint in allowed)
+        if self._draining and blocked:
+            self._reject(
+                request, Outcome.REJECTED_SHUTTING_DOWN, 1, "the endpoint picker shuts down"
+            )
+            return
+        band = self._bands.by_name[request.band]
+        if absent:
+            self._reject(
+                request,
+                Outcome.REJECTED_NO_ENDPOINTS,
+                self._retry_after_seconds(band, now),
+                "no endpoint of the pool is in the subset that the proxy allows",
+            )
+            return
+        full = band.full(request) or self._full(request, band, now)
+        if full is not None:
+            retry_after = self._retry_after_seconds(band, now)
+            self._reject(request, Outcome.REJECTED_QUEUE_FULL, retry_after, full)
+            return
+        if not band.arrival:  # behind others of its band it expires after them
+            self._next_expiry = min(self._next_expiry, self._deadline(band, now))
+        self._next_expiry = min(self._next_expiry, request.deadline)
+        due_in_seconds = request.due_in_seconds
+        request.due_at = now + (band.plan.ttl_seconds if due_in_seconds is None else due_in_seconds)
+        if blocked and request.subset is None:
+            request.predicted_seconds = self._waits.predict(
+                band, self._bands.all, self._dispatched, now
+            )
+        band.push(request, now, blocked=blocked)
+        self._waiting[request.id] = request
+        self._size_bytes += request.size_bytes
+        self._changed = True
 
     def _full(self, request: Request, band: Band, now: float) -> str | None:
         """Name the pool's cap that a request would exceed, or None once there is room for it."""
@@ -487,7 +508,9 @@ class FlowController:
                     return Step.HELD_UP
                 lanes.park(lane)
                 continue
-            self._send(band.pop(lane, now), endpoint, now)
+            request = band.pop(lane, now)
+            self._forget(request)
+            self._send(request, endpoint, now)
             if self._bands.reserving:
                 self._bands.account(band)
             return Step.SENT
@@ -498,9 +521,22 @@ class FlowController:
         free, slots = self._endpoints.free, self._endpoints.slots
         return 100 * (slots - free + 1) <= percent * slots or free == slots
 
-    def _send(self, request: Request, endpoint: TrackedEndpoint, now: float) -> None:
+    def _pass(self, request: Request, now: float) -> None:
+        """Send a request at once, as if there were a slot everywhere: the plan only observes."""
+        self._footprints.expect(request)
+        endpoint = self._selection.pick_regardless(request, now)
+        if endpoint is None:
+            text = "the pool has no endpoint for it, and requests are not queued in mode Observe"
+            self._reject(request, Outcome.REJECTED_NO_ENDPOINTS, 1, text)
+        else:
+            self._send(request, endpoint, now)
+
+    def _forget(self, request: Request) -> None:
+        """Count a request that has left its band as waiting no more."""
         del self._waiting[request.id]
         self._size_bytes -= request.size_bytes
+
+    def _send(self, request: Request, endpoint: TrackedEndpoint, now: float) -> None:
         request.endpoint = endpoint.address
         request.dispatched_at = now
         self._dispatched[request.id] = (request, endpoint)
@@ -532,8 +568,7 @@ class FlowController:
         now: float,
     ) -> None:
         self._bands.by_name[request.band].remove(request)
-        del self._waiting[request.id]
-        self._size_bytes -= request.size_bytes
+        self._forget(request)
         waited = now - request.enqueued_at
         self._decisions.append(Refused(request.id, outcome, retry_after_seconds, waited, message))
 

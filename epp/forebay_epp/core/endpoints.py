@@ -237,6 +237,16 @@ class EndpointSet:
             return self._open
         return [tracked for tracked in self.within(subset) if tracked.free > 0]
 
+    def in_flight_at(self, address: str) -> int:
+        """Return how many requests are in flight on the endpoint of this address."""
+        tracked = self._states.get(address)
+        return 0 if tracked is None else tracked.in_flight
+
+    def seen_at(self, address: str) -> int:
+        """Return how many requests of ours the endpoint's next page may show at most."""
+        tracked = self._states.get(address)
+        return 0 if tracked is None else tracked.seen
+
     def is_open(self, address: str) -> bool:
         """Whether the endpoint of this address has a free slot."""
         tracked = self._states.get(address)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from forebay_control.plan import Mode
+
 NEVER = float("inf")
 PREFIX_BLOCK_BYTES = 1024  # of a prompt, for which it has one name
 PREFIX_BLOCK_TOKENS = 256  # that these are taken for when the size of a cache is counted in them
@@ -185,6 +187,18 @@ class Refused:
 Decision = Dispatched | Refused
 
 
+@dataclass(slots=True)  # as `Cost`
+class Shadowed:
+    """What a plan that only observes would have decided about a request.
+
+    `overtaken`: a request that came later would have been sent before it.
+    """
+
+    request: Request
+    decision: Decision
+    overtaken: bool
+
+
 @dataclass(slots=True, frozen=True)
 class Endpoint:
     """One model server of the pool.
@@ -314,6 +328,8 @@ class ControllerState:
 
     `saturation` >= 1.0 means no free slot. `prefix_blocks` are what endpoints are believed to have
     in their prefix caches.
+
+    `mode` is the plan's; where it is Observe, `shadow` is what would be if it were Enforce.
     """
 
     pool: str
@@ -325,3 +341,5 @@ class ControllerState:
     bands: tuple[BandState, ...]
     endpoints: tuple[EndpointState, ...]
     prefix_blocks: int = 0
+    mode: Mode = Mode.ENFORCE
+    shadow: ControllerState | None = None

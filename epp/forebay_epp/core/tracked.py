@@ -258,10 +258,7 @@ class TrackedEndpoint:
         self.health.scraped(now)
         self.prefill.observe(metrics)
         if self.limit.learned:
-            # The page may be older than the last completion: what was in flight at any moment
-            # since the scrape before is not foreign.
-            own = self._peak + len(self._blind)
-            self.foreign = max(0, metrics.running + metrics.waiting - own)
+            self.foreign = max(0, metrics.running + metrics.waiting - self.seen)
             self.occupancy = self.in_flight + len(self._blind) + self.foreign
             arrivals, ended = self._arrivals, self._ended
             if self.share is not None:
@@ -412,6 +409,20 @@ class TrackedEndpoint:
         """The endpoint left the pool; requests in flight may still complete."""
         self.present = False
         self.refresh()
+
+    @property
+    def seen(self) -> int:
+        """How many requests of ours the next page may show at most.
+
+        The page may be older than the last completion: what was in flight at any moment since the
+        scrape before is not foreign.
+        """
+        return self._peak + len(self._blind)
+
+    @property
+    def usable(self) -> bool:
+        """Whether it may get a request, as far as its failures go."""
+        return self.spared or not self.health.out or self.health.trial_due
 
     def is_another(self, endpoint: Endpoint) -> bool:
         """Whether a different pod has this address now."""

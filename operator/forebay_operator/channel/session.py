@@ -208,6 +208,7 @@ class Session:
         kept = [pb.BandStats.FromString(band.SerializeToString()) for band in bands.values()]
         del stats.bands[:]
         stats.bands.extend(kept)
+        _check_shadow(stats)
         if not 0 <= stats.saturation < math.inf:
             stats.saturation = 0.0
         for band in stats.bands:
@@ -216,6 +217,19 @@ class Session:
             for name in ("bytes", "dispatched", "rejected", "evicted"):
                 setattr(band, name, min(getattr(band, name), MAX_COUNT))
         return stats
+
+
+def _check_shadow(stats: pb.Stats) -> None:
+    """Keep of what mode Observe tells what a status may hold."""
+    shadow = {b.band: b for b in stats.shadow[:MAX_STATS_BANDS] if _is_band_name(b.band)}
+    kept = [pb.ShadowStats.FromString(band.SerializeToString()) for band in shadow.values()]
+    del stats.shadow[:]
+    stats.shadow.extend(kept)
+    for band in stats.shadow:
+        if not 0 <= band.waited_seconds < MAX_COUNT:
+            band.waited_seconds = 0.0
+        for name in ("dispatched", "rejected", "evicted", "overtaken"):
+            setattr(band, name, min(getattr(band, name), MAX_COUNT))
 
 
 def _is_band_name(text: str) -> bool:

@@ -52,6 +52,7 @@ _NAMES = {
         categories=("forebay",),
         columns=(
             ("Pools", "string", ".status.poolNames"),
+            ("Mode", "string", ".status.pools[0].mode"),
             *_VERDICTS,
             ("Reason", "string", '.status.conditions[?(@.type=="Programmed")].reason'),
             ("EPPs", "string", ".status.endpointPickers.ready"),

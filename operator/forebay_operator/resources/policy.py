@@ -17,6 +17,7 @@ from forebay_control.plan import (
     MAX_WEIGHT,
     MIN_PRIORITY,
     Between,
+    Mode,
     OrderingName,
     PickerName,
     Plan,
@@ -313,6 +314,11 @@ class PolicySpec(Own):
         Unique(("group", "kind", "name")),
     ]
     """The pools that the policy applies to."""
+    mode: Mode = PLAN.mode
+    """Enforce, the default, lets requests wait; Observe sends each at once and refuses none.
+
+    Observe computes beside the traffic what Enforce would do: waits, refusals, overtaking.
+    """
     bands: Annotated[
         tuple[
             Annotated[Band, rules.BUILT_IN_PRIORITY, rules.OWN_PRIORITY, rules.DIFFERENT_LEVELS],

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, Field
 
+from forebay_control.plan import Mode
 from forebay_operator.resources.fields import (
     ATOMIC,
     ControllerName,
@@ -87,17 +88,40 @@ class QueueStatus(Own):
     """Requests removed from the queue since then without a server."""
 
 
+class ShadowStatus(Own):
+    """What mode Enforce would do in a band of the pool, in mode Observe."""
+
+    band: BandName
+    """The band's name."""
+    requests: Number
+    """The number of requests that would be waiting."""
+    dispatched: Number
+    """Requests that would have been sent to a server since the endpoint pickers started."""
+    rejected: Number
+    """Requests that would have been refused on arrival since then."""
+    evicted: Number
+    """Requests that would have been removed from the queue since then without a server."""
+    overtaken: Number
+    """Requests that would have been sent after one that came later."""
+    mean_wait_milliseconds: Number
+    """The mean time that dispatched requests would have waited, in milliseconds."""
+
+
 class PoolStatus(Own):
     """One pool, summed over its endpoint pickers."""
 
     name: Name
     """The pool's name."""
+    mode: Mode | None = None
+    """The mode that its endpoint pickers run; Observe if all of them do."""
     saturation: Annotated[str, Field(max_length=8)]
     """How full it is; at 1.00 or above no endpoint has a free slot."""
     endpoints: Number
     """The number of its servers."""
     queues: Annotated[tuple[QueueStatus, ...], Field(max_length=64), Unique(("band",))] = ()
     """Its bands. Numbers are rounded to two digits; the exact ones are in the metrics."""
+    shadow: Annotated[tuple[ShadowStatus, ...], Field(max_length=64), Unique(("band",))] = ()
+    """What mode Enforce would do in its bands, in mode Observe, rounded likewise."""
 
 
 class EndpointPickers(Own):

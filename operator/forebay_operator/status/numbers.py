@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from forebay_control.plan import Mode
 from forebay_operator.status.observed import EPPState
 
 if TYPE_CHECKING:
@@ -51,12 +52,40 @@ def of_pool(attachment: Attachment) -> dict[str, Any]:
             sums[name] = quantised(sums[name])
         sums["oldestSeconds"] = quantised(round(sums["oldestSeconds"]))
     saturation = max((report.saturation for report in found), default=0.0)
-    return {
+    pool = {
         "name": attachment.pool,
         "saturation": f"{min(round(saturation * 20) / 20, 99.0):.2f}",
         "endpoints": attachment.endpoints,
         "queues": [bands[name] for name in sorted(kept)],
     }
+    if found:
+        observing = all(report.mode == Mode.OBSERVE for report in found)
+        pool["mode"] = str(Mode.OBSERVE if observing else Mode.ENFORCE)
+    if shadow := _shadow(found):
+        pool["shadow"] = shadow
+    return pool
+
+
+def _shadow(found: Sequence[pb.Stats]) -> list[dict[str, Any]]:
+    """Add up what EPPs in mode Observe would have done in the bands that most of them name."""
+    names = ("requests", "dispatched", "rejected", "evicted", "overtaken")
+    bands: dict[str, Counter[str]] = {}
+    waited: Counter[str] = Counter()
+    named = Counter(band.band for report in found for band in report.shadow)
+    for report in found:
+        for band in report.shadow:
+            sums = bands.setdefault(band.band, Counter(dict.fromkeys(names, 0)))
+            sums.update({name: getattr(band, name) for name in names})
+            waited[band.band] += round(1000 * band.waited_seconds)
+    kept = sorted(bands, key=lambda name: (-named[name], name))[:MAX_BANDS]
+    return [
+        {
+            "band": name,
+            **{key: quantised(bands[name][key]) for key in names},
+            "meanWaitMilliseconds": quantised(waited[name] // max(1, bands[name]["dispatched"])),
+        }
+        for name in sorted(kept)
+    ]
 
 
 def reports(epps: Sequence[EPP]) -> list[pb.Stats]:

@@ -152,6 +152,30 @@ class Selection:
             and (request.subset is None or endpoint.address in request.subset)
         ]
 
+    def pick_regardless(self, request: Request, now: float) -> TrackedEndpoint | None:
+        """Choose among all endpoints of its subset, whether they have a free slot or not.
+
+        Those that are left out for their failures, and those that the filters leave out, get it
+        only where there is no other. None where the subset has no endpoint.
+
+        Args:
+            request: the request to choose for.
+            now: monotonic seconds.
+        """
+        endpoints = self._pool.within(request.subset)
+        some: Sequence[TrackedEndpoint] = endpoints
+        if len(endpoints) > MAX_CANDIDATES:
+            start = self._random.randrange(len(endpoints))
+            some = endpoints[start : start + MAX_CANDIDATES]
+            some = (*some, *endpoints[: MAX_CANDIDATES - len(some)])
+        usable = [endpoint for endpoint in some if endpoint.usable]
+        usable = usable or [endpoint for endpoint in endpoints if endpoint.usable]
+        fit: Sequence[TrackedEndpoint] = usable
+        for step in self._filters:
+            fit = step.keep(request, fit, now)
+        found = fit or usable or endpoints
+        return self._best(request, found, now) if found else None
+
     def _pick(
         self, request: Request, endpoints: Sequence[TrackedEndpoint], now: float
     ) -> TrackedEndpoint | Miss:
@@ -161,8 +185,13 @@ class Selection:
             return Miss.UNFIT
         for step in self._budgets:
             endpoints = step.keep(request, endpoints, now)
-        if len(endpoints) < 2:
-            return endpoints[0] if endpoints else Miss.NO_ROOM
+        return self._best(request, endpoints, now) if endpoints else Miss.NO_ROOM
+
+    def _best(
+        self, request: Request, endpoints: Sequence[TrackedEndpoint], now: float
+    ) -> TrackedEndpoint:
+        if len(endpoints) == 1:
+            return endpoints[0]
         totals: list[float] = []
         for scorer, weight in self._scorers:
             scores = scorer.score(request, endpoints, now)

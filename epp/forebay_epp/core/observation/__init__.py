@@ -1,0 +1,1 @@
+"""What flow control would do, computed beside what it does."""
