@@ -22,7 +22,15 @@ from forebay_epp.core.classification import UNMATCHED_FLOW
 from forebay_epp.core.controller import MAX_RETRY_AFTER_SECONDS, FlowController
 from forebay_epp.core.endpoints import EndpointSet
 from forebay_epp.core.selection import Miss, Selection
-from forebay_epp.core.terms import Dispatched, Endpoint, EndpointMetrics, Request, Verdict
+from forebay_epp.core.terms import (
+    Dispatched,
+    Endpoint,
+    EndpointMetrics,
+    Outcome,
+    Refused,
+    Request,
+    Verdict,
+)
 from forebay_epp.core.tracked import TrackedEndpoint
 
 A = "10.0.0.1:8000"
@@ -374,3 +382,19 @@ def test_a_choice_looks_at_few_of_many_open_endpoints(lot, best):
     states = [endpoint_with(f"10.0.1.{number}:8000", 200, number) for number in range(100)]
 
     assert picked(*states, lot=lot) == (f"10.0.1.{best}:8000", [100])
+
+
+def test_who_drains_refuses_what_a_ceiling_keeps_from_a_free_slot():
+    """A new request is sent at once or not at all, whatever it would wait for."""
+    band = BandPlan("Standard", 0, max_saturation_percent=50)
+    controller = controller_of(Plan(bands=(band,), saturation=concurrency(2)), A)
+    controller.submit(Request(1, "m", 1), 0.0)
+    controller.poll(0.0)
+    controller.drain()
+    controller.submit(Request(2, "m", 1), 1.0)
+
+    (decision,) = controller.poll(1.0)
+
+    assert isinstance(decision, Refused)
+    assert decision.outcome is Outcome.REJECTED_SHUTTING_DOWN
+    assert controller.waiting == 0

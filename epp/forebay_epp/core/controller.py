@@ -52,6 +52,7 @@ MAX_RETRY_AFTER_SECONDS = 60
 DELETED_POOL_SECONDS = 30.0  # for what waits when the pool is deleted
 _DELETED_RETRY_SECONDS = 60
 _DELETED = "the InferencePool of this endpoint picker is deleted"
+_ENDS = "the endpoint picker shuts down"
 
 
 class Step(Enum):
@@ -90,6 +91,7 @@ class FlowController:
         self._estimates: list[tuple[Request, Usage]] = []
         self._decisions: list[Decision] = []
         self._draining = False
+        self._late: list[Request] = []  # came while draining: sent by the next poll, or refused
         self._served_until = NEVER
         self._changed = False
         self._next_expiry = NEVER
@@ -196,9 +198,7 @@ class FlowController:
     def flush(self, now: float) -> None:
         """Evict everything that waits, because the process ends."""
         for request in list(self._waiting.values()):
-            self._evict(
-                request, Outcome.EVICTED_SHUTTING_DOWN, "the endpoint picker shuts down", now
-            )
+            self._evict(request, Outcome.EVICTED_SHUTTING_DOWN, _ENDS, now)
 
     @property
     def pool_deleted(self) -> bool:
@@ -321,6 +321,8 @@ class FlowController:
                 self._dispatch(opened, now)
             if opened:
                 opened.clear()
+        if self._late:
+            self._refuse_late(now)
         decisions = self._decisions
         if not decisions:
             return []
@@ -377,9 +379,7 @@ class FlowController:
             absent = not allowed
             blocked = not any(endpoint.free > 0 for endpoint in allowed)
         if self._draining and blocked:
-            self._reject(
-                request, Outcome.REJECTED_SHUTTING_DOWN, 1, "the endpoint picker shuts down"
-            )
+            self._reject(request, Outcome.REJECTED_SHUTTING_DOWN, 1, _ENDS)
             return
         band = self._bands.by_name[request.band]
         if absent:
@@ -408,6 +408,15 @@ class FlowController:
         self._waiting[request.id] = request
         self._size_bytes += request.size_bytes
         self._changed = True
+        if self._draining:
+            self._late.append(request)
+
+    def _refuse_late(self, now: float) -> None:
+        """Refuse what came while draining and waits for all that: behind others, or for room."""
+        for request in self._late:
+            if self._waiting.get(request.id) is request:
+                self._remove(request, Outcome.REJECTED_SHUTTING_DOWN, 1, _ENDS, now)
+        self._late.clear()
 
     def _full(self, request: Request, band: Band, now: float) -> str | None:
         """Name the pool's cap that a request would exceed, or None once there is room for it."""
