@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
+from typing import TYPE_CHECKING
 
 from pythonjsonlogger.json import JsonFormatter
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 _log = logging.getLogger(__name__)
 
@@ -17,6 +22,7 @@ def configure(verbosity: int) -> None:
         verbosity: 0 shows warnings, 1 also what changes, 2 everything of ours. kopf tells of each
             event; that is shown from 2 on, as information.
     """
+    sys.excepthook = _log_uncaught
     sys.unraisablehook = _log_unraisable
     handler = logging.StreamHandler(sys.stderr)
     if verbosity < 2:
@@ -43,11 +49,24 @@ def configure(verbosity: int) -> None:
     logging.getLogger("kopf").setLevel(logging.INFO if verbosity > 1 else logging.ERROR)
 
 
+def _log_uncaught(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Log an error that nothing has caught as a line, but not the end of a stream with its server.
+
+    grpc prints errors that it can raise nowhere before it tells Python of them.
+    """
+    if kind is not asyncio.CancelledError:
+        _log.critical("nothing has caught an error", exc_info=(kind, error, trace))
+
+
 def _log_unraisable(what: sys.UnraisableHookArgs) -> None:
     """Log an error that Python can raise nowhere as a line.
 
     A watch that kopf does not end in time is destroyed with its loop, and awaits even then.
     """
+    if what.exc_type is asyncio.CancelledError:
+        return
     _log.warning(
         "an error could not be raised",
         extra={"error": str(what.exc_value)[:500], "where": repr(what.object)[:500]},

@@ -16,7 +16,7 @@ from forebay_operator import logs
 def logged(capsys):
     """Log an error as configured, and return the lines that come of it as objects."""
     root, handlers = logging.getLogger(), logging.getLogger().handlers[:]
-    unraisable_hook = sys.unraisablehook
+    hooks = sys.excepthook, sys.unraisablehook
     levels = {name: logging.getLogger(name).level for name in ("", "kopf", "forebay_operator")}
 
     def log(name: str, error: BaseException) -> list[dict]:
@@ -26,7 +26,7 @@ def logged(capsys):
 
     yield log
     root.handlers[:] = handlers
-    sys.unraisablehook = unraisable_hook
+    sys.excepthook, sys.unraisablehook = hooks
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
 
@@ -67,3 +67,14 @@ def test_a_watch_that_is_destroyed_while_it_ends_is_a_line(logged, capsys):
     (line,) = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert line["error"] == "coroutine ignored GeneratorExit"
     assert "watch" in line["where"]
+
+
+def test_an_uncaught_error_is_a_line_with_its_traceback(logged, capsys):
+    """All of standard error is JSON; a stream's end that grpc prints is no news."""
+    logged("kopf", OSError("gone"))
+
+    sys.excepthook(asyncio.CancelledError, asyncio.CancelledError(), None)
+    sys.excepthook(KeyError, KeyError("pool"), None)
+
+    (line,) = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert (line["level"], "KeyError" in line["exc_info"]) == ("CRITICAL", True)

@@ -140,7 +140,10 @@ def test_an_old_connection_is_left_without_a_cut(start):
     epp = start(slots=2, connections=Connections(max_age_seconds=0.5))
     peers = set()
     opened = epp.data_plane.open
-    epp.data_plane.open = lambda on_output, peer="": (peers.add(peer), opened(on_output, peer))[1]
+    epp.data_plane.open = lambda on_output, peer="", *more: (
+        peers.add(peer),
+        opened(on_output, peer, *more),
+    )[1]
     with channel(epp.address) as connection:
         running = Stream(connection)
         running.send_request()
