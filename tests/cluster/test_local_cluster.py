@@ -72,7 +72,8 @@ def gates(cluster):
     cluster.apply(CRD)
     cluster.wait_established("gates.test.forebay.dev")
     yield
-    cluster.kubectl("delete", "crd", "gates.test.forebay.dev", "--wait=false")
+    # The next test's CRD of this name must not find one that is on its way out.
+    cluster.kubectl("delete", "crd", "gates.test.forebay.dev")
 
 
 def token_for(cluster, namespace, audience) -> str:

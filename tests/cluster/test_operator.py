@@ -88,9 +88,15 @@ def site(cluster, namespace, operator, authority, tmp_path):
 
 
 def table(site) -> dict[str, str]:
-    """The row of `kubectl get fcp`."""
-    header, row = site.cluster.kubectl("get", "fcp", "-n", site.namespace).stdout.splitlines()
-    return dict(zip(header.split(), row.split(), strict=True))
+    """The row of `kubectl get fcp`, once EPPs have reported what its last columns show."""
+
+    def lines() -> list[list[str]]:
+        printed = site.cluster.kubectl("get", "fcp", "-n", site.namespace).stdout
+        return [line.split() for line in printed.splitlines()]
+
+    until(lambda: len({len(line) for line in lines()}) == 1, SECONDS)
+    header, row = lines()
+    return dict(zip(header, row, strict=True))
 
 
 # --- what people apply
@@ -356,35 +362,50 @@ class RefusingEPP:
     """
 
     def __init__(self, site, operator, authority, pod) -> None:
-        self._outgoing = Queue()
         credentials = grpc.ssl_channel_credentials(authority.path.read_bytes())
         options = [("grpc.ssl_target_name_override", "forebay-operator")]
         address = f"127.0.0.1:{operator.control_port}"
         self._channel = grpc.secure_channel(address, credentials, options)
-        self._call = control_pb2_grpc.ControlStub(self._channel).Connect(
-            self._sent(), metadata=[("authorization", f"Bearer {pod.token()}")]
-        )
-        hello = pb.Hello(
+        self._metadata = [("authorization", f"Bearer {pod.token()}")]
+        self._hello = pb.Hello(
             protocol=1,
             pool=f"{site.namespace}/chat",
             pod_namespace=site.namespace,
             pod_name=pod.name,
             pod_uid=pod.uid,
         )
-        self._outgoing.put(pb.FromPicker(hello=hello))
+        until(self._dialled, SECONDS)
 
-    def _sent(self):
+    def _dialled(self) -> bool:
+        """Whether the operator knows the pod by now, and takes its stream."""
+        self._outgoing = Queue()
+        self._outgoing.put(pb.FromPicker(hello=self._hello))
+        stub = control_pb2_grpc.ControlStub(self._channel)
+        self._call = stub.Connect(self._sent(self._outgoing), metadata=self._metadata)
+        try:
+            self._first = self._next()
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                raise
+            return False
+        return True
+
+    def _sent(self, outgoing):
         while True:
             try:
-                message = self._outgoing.get(timeout=5)
+                message = outgoing.get(timeout=5)
             except Empty:  # as an EPP does, which would be cut off after 30 s of silence
                 message = pb.FromPicker(stats=pb.Stats())
             if message is None:
                 return
             yield message
 
-    def program(self) -> pb.Program:
+    def _next(self) -> pb.Program:
         return next(m.program for m in self._call if m.WhichOneof("message") == "program")
+
+    def program(self) -> pb.Program:
+        first, self._first = self._first, None
+        return first or self._next()
 
     def other_program(self, refused: pb.Program, path: str, why: str) -> pb.Program:
         """Return the next program that is another, and go on refusing this one until then."""
@@ -411,6 +432,7 @@ def test_an_epp_that_refuses_is_named(site, operator, authority):
     site.pool()
     site.apply(policy("p", "chat"))
     site.epp()
+    site.until_programmed("p")
     pod = EPPPod(site.cluster, site.namespace, "old-release", "epp")
     refusing = RefusingEPP(site, operator, authority, pod)
     try:

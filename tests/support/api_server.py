@@ -168,13 +168,20 @@ class ApiServer:
 
     def wait_established(self, crd: str) -> None:
         """Wait until the API serves a custom resource, named as plural.group."""
-        self.kubectl("wait", "--for=condition=Established", f"crd/{crd}", "--timeout=60s")
+        # kubectl wait would fail on a CRD that has no conditions yet.
+        until(lambda: self._established(crd), 60)
         spec = self.get("crd", crd)["spec"]
         for version in spec["versions"]:
             if version["served"]:
                 # Discovery, from which clients learn the paths, follows the condition.
                 path = f"/apis/{spec['group']}/{version['name']}"
                 until(lambda path=path: self._serves(path, spec["names"]["plural"]), 60)
+
+    def _established(self, crd: str) -> bool:
+        conditions = self.get("crd", crd).get("status", {}).get("conditions") or ()
+        return any(
+            each["type"] == "Established" and each["status"] == "True" for each in conditions
+        )
 
     def _serves(self, path: str, plural: str) -> bool:
         found = self.kubectl("get", "--raw", path, check=False)
