@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from prometheus_client.core import Metric
 
-    from forebay_epp.core.terms import BandState, ControllerState, EndpointState
+    from forebay_epp.core.terms import BandState, ControllerState, EndpointState, Outcome
     from forebay_epp.traffic import Histogram, ShadowCounts, Traffic
 
 STATE_TIMEOUT_SECONDS = 1.0
@@ -235,14 +235,11 @@ def _observing(state: ControllerState) -> Iterator[Metric]:
 
 
 def _shadow(counts: ShadowCounts) -> Iterator[Metric]:
-    outcomes = CounterMetricFamily(
+    yield _outcomes(
         "forebay_shadow_requests",
         "Requests by what an enforced plan would have done.",
-        labels=("band", "model", "outcome"),
+        counts.outcomes,
     )
-    for (band, model, outcome), count in dict(counts.outcomes).items():
-        outcomes.add_metric((printable(band), model, outcome.value), count)
-    yield outcomes
     yield _histogram_by_band(
         "forebay_shadow_queue_wait_seconds",
         "Time that dispatched requests would have spent in the queue.",
@@ -290,14 +287,7 @@ def _control(state: ControlState) -> Iterator[Metric]:
 
 
 def _requests(traffic: Traffic) -> Iterator[Metric]:
-    outcomes = CounterMetricFamily(
-        "forebay_requests",
-        "Requests that have left flow control.",
-        labels=("band", "model", "outcome"),
-    )
-    for (band, model, outcome), count in dict(traffic.outcomes).items():
-        outcomes.add_metric((printable(band), model, outcome.value), count)
-    yield outcomes
+    yield _outcomes("forebay_requests", "Requests that have left flow control.", traffic.outcomes)
     yield _histogram_by_band(
         "forebay_queue_wait_seconds",
         "Time that requests spent in the queue.",
@@ -385,6 +375,13 @@ def _counter(name: str, text: str, label: str, counts: Mapping[str, int]) -> Met
     for value, count in dict(counts).items():
         counter.add_metric((value,), count)
     return counter
+
+
+def _outcomes(name: str, text: str, counts: Mapping[tuple[str, str, Outcome], int]) -> Metric:
+    family = CounterMetricFamily(name, text, labels=("band", "model", "outcome"))
+    for (band, model, outcome), count in dict(counts).items():
+        family.add_metric((printable(band), model, outcome.value), count)
+    return family
 
 
 def _histogram_by_band(name: str, text: str, histograms: Mapping[str, Histogram]) -> Metric:

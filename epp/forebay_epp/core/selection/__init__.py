@@ -130,15 +130,19 @@ class Selection:
         """
         endpoints = self._pool.open_within(request.subset)
         if len(endpoints) > MAX_CANDIDATES:
-            start = self._random.randrange(len(endpoints))
-            some = endpoints[start : start + MAX_CANDIDATES]
-            some += endpoints[: MAX_CANDIDATES - len(some)]
+            some = self._sample(endpoints)
             if request.prefix:
                 some += self._holders(request, some)
             found = self._pick(request, some, now)
             if not isinstance(found, Miss):
                 return found
         return self._pick(request, endpoints, now)
+
+    def _sample(self, endpoints: Sequence[TrackedEndpoint]) -> list[TrackedEndpoint]:
+        """Return `MAX_CANDIDATES` of more endpoints: neighbours, from one drawn at random on."""
+        start = self._random.randrange(len(endpoints))
+        some = endpoints[start : start + MAX_CANDIDATES]
+        return [*some, *endpoints[: MAX_CANDIDATES - len(some)]]
 
     def _holders(
         self, request: Request, others: Sequence[TrackedEndpoint]
@@ -163,11 +167,7 @@ class Selection:
             now: monotonic seconds.
         """
         endpoints = self._pool.within(request.subset)
-        some: Sequence[TrackedEndpoint] = endpoints
-        if len(endpoints) > MAX_CANDIDATES:
-            start = self._random.randrange(len(endpoints))
-            some = endpoints[start : start + MAX_CANDIDATES]
-            some = (*some, *endpoints[: MAX_CANDIDATES - len(some)])
+        some = self._sample(endpoints) if len(endpoints) > MAX_CANDIDATES else endpoints
         usable = [endpoint for endpoint in some if endpoint.usable]
         usable = usable or [endpoint for endpoint in endpoints if endpoint.usable]
         fit: Sequence[TrackedEndpoint] = usable
