@@ -348,10 +348,10 @@ def test_streams_that_are_reset_as_soon_as_they_are_opened_leave_nothing(start):
 class Fleet:
     """Simulated model servers as processes behind one EPP and Envoy; limits are learned."""
 
-    def __init__(self, folder, count: int, slots: int) -> None:
+    def __init__(self, folder, count: int, slots: int, responses: str) -> None:
         self.servers = [SimulatedServer(folder, number, slots) for number in range(count)]
         addresses = [server.address for server in self.servers]
-        self.plane = DataPlane(folder, addresses=addresses, slots=0)
+        self.plane = DataPlane(folder, addresses=addresses, slots=0, responses=responses)
 
     def failures(self, futures) -> list:
         return [a for a in (future.result(60) for future in futures) if a.outcome != "200"]
@@ -363,13 +363,14 @@ class Fleet:
 
 
 @pytest.fixture
-def fleet(tmp_path):
-    """Four servers of 8 slots, which answer after about 0.1 s."""
-    fleet = Fleet(tmp_path, 4, 8)
+def fleet(request, tmp_path):
+    """Four servers of 8 slots, which answer after about 0.1 s; answers are observed by default."""
+    fleet = Fleet(tmp_path, 4, 8, getattr(request, "param", "Observe"))
     yield fleet
     fleet.stop()
 
 
+@pytest.mark.parametrize("fleet", ["Read", "Observe"], indirect=True)
 def test_a_server_that_is_killed_costs_three_requests_at_most(fleet):
     """20 requests/s for 20 s, kill -9 after 5 s: three fail at most, and none once it is known."""
     killed_at = time.monotonic() + 1000
@@ -431,9 +432,11 @@ async def _fail_with_healthy_metrics(head, writer):
         writer.write(b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 0\r\n\r\n")
 
 
-def test_a_server_that_fails_fast_gets_its_share_and_then_trials(start):
+@pytest.mark.parametrize("responses", ["Read", "Observe"])
+def test_a_server_that_fails_fast_gets_its_share_and_then_trials(start, responses):
     """20 requests/s for 8 s on four servers; its metrics say that it is idle and well."""
-    plane = start(*(Batching() for _ in range(3)), _fail_with_healthy_metrics, slots=0)
+    servers = (*(Batching() for _ in range(3)), _fail_with_healthy_metrics)
+    plane = start(*servers, slots=0, responses=responses)
     began = time.monotonic()
     pending = []
     for _ in range(160):
