@@ -48,7 +48,15 @@ def test_two_operators_share_a_namespace_without_a_fight(cluster, namespace, ope
     site = Site(cluster, namespace, one.control_port, authority.path, tmp_path)
     for name, controller in POOL_NAMES.items():
         site.apply(service(f"{name}-epp", controller), pool(name, service=f"{name}-epp"))
-        site.apply(policy(name, name), model(name, name, name))
+        site.apply(policy(name, name))
+
+    def knowing() -> set[str]:
+        found = site.object("nobodys").get("status", {}).get("ancestors", [])
+        return {ancestor["controllerName"] for ancestor in found}
+
+    # A model that is known before its pool is told that there is none.
+    until(lambda: knowing() == {"forebay.dev/one", "forebay.dev/two"}, SECONDS)
+    site.apply(*[model(name, name, name) for name in POOL_NAMES])
     references = [pool_ref("theirs"), pool_ref("ours")]
     site.delete("fcp", "ours", "theirs")
     site.apply(policy("both", "", targetRefs=references))

@@ -85,6 +85,18 @@ def test_models_of_other_pools_get_no_status(world, pool):
     assert [entry.metadata.name for entry, _ in world.statuses.of("default")] == ["m-forebay"]
 
 
+@pytest.mark.parametrize(("pool", "reason"), [("nobodys", "PoolNotClaimed"), (THEIRS, None)])
+def test_what_was_said_of_a_model_is_corrected_when_its_pool_is_not_claimed(world, pool, reason):
+    """It may say that there is no such pool; where another has claimed it, that one corrects it."""
+    manifest = made(MODEL, "m", {"modelName": "m", "poolRef": {"name": pool}})
+    said = {"type": "Accepted", "status": "False", "reason": "TargetNotFound", "message": ""}
+    world.store.put(MODEL, {**manifest, "status": {"conditions": [said]}}, 0.0)
+
+    found = {entry.metadata.name: status for entry, status in world.statuses.of("default")}
+
+    assert (reasons(found["m"]).get("Accepted") if "m" in found else None) == reason
+
+
 def test_a_policy_for_a_pool_that_nobody_claims_says_why_nothing_happens(world):
     """And what to do about it."""
     status = world.policy("nobodys")

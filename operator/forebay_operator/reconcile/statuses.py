@@ -77,7 +77,7 @@ class Statuses:
                 reference = entry.resource.spec.pool_ref
                 if (refused := planning.not_a_pool(reference)) is not None:
                     attachment = Attachment(reference.name, reference.group, None, refused)
-                elif self._planner.claimant(f"{namespace}/{reference.name}") is not None:
+                elif self._is_anothers(entry, f"{namespace}/{reference.name}"):
                     continue
                 else:
                     attachment = self._attachment(entry, reference.name, reference.group, namespace)
@@ -85,6 +85,17 @@ class Statuses:
             else:
                 nowhere = Attachment("", "", None)
                 yield entry, self._of_one_pool(entry, subject, nowhere, bands_of)
+
+    def _is_anothers(self, entry: Entry, pool: str) -> bool:
+        """Return whether the status of a model or objective is not this operator's to write.
+
+        The controller that has claimed the pool writes it. Where none has, any operator corrects
+        what one wrote before: while there was no such pool, or while it was claimed.
+        """
+        claimant = self._planner.claimant(pool)
+        if claimant is None:
+            return False
+        return bool(claimant) or not conditions.was_reported(entry.status)
 
     def _of_one_pool(
         self,

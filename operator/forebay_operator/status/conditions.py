@@ -95,6 +95,11 @@ def objective_status(
     return {"conditions": _observed(subject, [_condition("Accepted", *verdict)])}
 
 
+def was_reported(status: Mapping[str, Any]) -> bool:
+    """Return whether an operator of forebay has written the status of a model or objective."""
+    return any(c.get("type") == "Accepted" for c in status.get("conditions") or ())
+
+
 # --- conditions
 
 
