@@ -55,8 +55,8 @@ which is what lets tests run in virtual time and replay what they have seen. One
 locks. No operation takes longer than O(log n) in requests, flows, lanes, or bands; choosing an
 endpoint looks at those that have a free slot.
 
-The reading order is terms, controller, bands, levels, lanes, flows, fairness, ordering, tracked,
-prefixes, endpoints, limits, selection. The model for this text, and for flow control in front of a
-server, is Kubernetes' API Priority and Fairness (KEP-1040), whose queues shuffle-shard flows where
-these are one a flow.
+The reading order is terms, controller, dispatching, expiry, charging, bands, levels, lanes, flows,
+fairness, ordering, tracked, prefixes, endpoints, limits, selection, observation. The model for this
+text, and for flow control in front of a server, is Kubernetes' API Priority and Fairness
+(KEP-1040), whose queues shuffle-shard flows where these are one a flow.
 """

@@ -10,16 +10,18 @@ The caller does the waiting: after any call it polls, and polls again at `next_w
 from __future__ import annotations
 
 import math
-from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from forebay_control.plan import Mode, WhenFull
 from forebay_epp.core.bands import Bands
+from forebay_epp.core.charging import Charging
 from forebay_epp.core.classification import Classifier
+from forebay_epp.core.dispatching import Dispatching
 from forebay_epp.core.endpoints import EndpointSet
+from forebay_epp.core.expiry import DELETED, Expiry
 from forebay_epp.core.footprints import Footprints
 from forebay_epp.core.holdings import Holdings, holdings
-from forebay_epp.core.selection import Miss, Selection
+from forebay_epp.core.selection import Selection
 from forebay_epp.core.terms import (
     NEVER,
     ControllerState,
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
     from forebay_control.plan import Plan
     from forebay_control.shares import Shares
     from forebay_epp.core.bands import Band
-    from forebay_epp.core.residency import Produced
     from forebay_epp.core.terms import (
         Endpoint,
         EndpointMetrics,
@@ -51,16 +52,7 @@ if TYPE_CHECKING:
 MAX_RETRY_AFTER_SECONDS = 60
 DELETED_POOL_SECONDS = 30.0  # for what waits when the pool is deleted
 _DELETED_RETRY_SECONDS = 60
-_DELETED = "the InferencePool of this endpoint picker is deleted"
 _ENDS = "the endpoint picker shuts down"
-
-
-class Step(Enum):
-    """What has come of an attempt to dispatch from a band."""
-
-    SENT = auto()
-    NOTHING = auto()  # nothing that could use a slot, or none that the band may use
-    HELD_UP = auto()  # what comes after waits as well
 
 
 class FlowController:
@@ -83,18 +75,21 @@ class FlowController:
         self._endpoints = EndpointSet(plan.saturation)
         self._selection = Selection(self._endpoints, plan.choice, random)
         self._footprints = Footprints()
+        self._charging = Charging(self._bands, self._footprints)
+        self._dispatching = Dispatching(
+            self._bands, self._endpoints, self._selection, self._footprints, self._send_waiting
+        )
         self._waits = Waits()
-        self._regime_since = -NEVER
         self._waiting: dict[int, Request] = {}
         self._size_bytes = 0
         self._dispatched: dict[int, tuple[Request, TrackedEndpoint]] = {}
-        self._estimates: list[tuple[Request, Usage]] = []
         self._decisions: list[Decision] = []
         self._draining = False
         self._late: list[Request] = []  # came while draining: sent by the next poll, or refused
-        self._served_until = NEVER
         self._changed = False
-        self._next_expiry = NEVER
+        self._expiry = Expiry(
+            plan.no_endpoints_ttl_seconds, self._bands, self._endpoints, self._evict
+        )
 
     # --- configuration and observation
 
@@ -118,11 +113,11 @@ class FlowController:
         self._bands.reconfigure(plan, now)
         self._endpoints.reconfigure(plan.saturation, now)
         self._selection.reconfigure(plan.choice)
+        self._expiry.no_endpoints_ttl_seconds = plan.no_endpoints_ttl_seconds
         self._reschedule(now)
         if plan.mode is Mode.OBSERVE:
             for request in list(self._waiting.values()):
-                self._bands.by_name[request.band].remove(request)
-                self._forget(request)
+                self._leave(request)
                 self._pass(request, now)
 
     def set_endpoints(self, endpoints: Iterable[Endpoint], now: float) -> None:
@@ -133,7 +128,7 @@ class FlowController:
         had_endpoints = bool(self._endpoints.present)
         self._endpoints.replace(endpoints, now)
         if bool(self._endpoints.present) != had_endpoints:
-            self._regime_since = now
+            self._expiry.endpoints_changed(now)
         self._reschedule(now)
 
     def set_shares(self, shares: Shares, now: float) -> None:
@@ -159,15 +154,14 @@ class FlowController:
     def observe(self, metrics: EndpointMetrics, now: float) -> None:
         """Take what a scrape said; an endpoint that is not in the pool is ignored."""
         for produced in self._endpoints.observe(metrics, now):
-            self._charge_produced(produced, now)
+            self._charging.produced(produced, now)
 
     def take_estimates(self) -> list[tuple[Request, Usage]]:
         """Return the answers that have ended without usage, and what they are taken to have used.
 
         Each comes once, with the first scrape after its end; none where servers do not count.
         """
-        estimates, self._estimates = self._estimates, []
-        return estimates
+        return self._charging.take_estimates()
 
     def scrape_failed(self, address: str, now: float, *, refused: bool) -> None:
         """Note that a scrape of an endpoint has failed through the server's fault.
@@ -203,18 +197,18 @@ class FlowController:
     @property
     def pool_deleted(self) -> bool:
         """Whether the pool is deleted."""
-        return self._served_until < NEVER
+        return self._expiry.served_until < NEVER
 
     def delete_pool(self, now: float) -> None:
         """Refuse new requests; what waits may still be dispatched for `DELETED_POOL_SECONDS`."""
         if not self.pool_deleted:
-            self._served_until = now + DELETED_POOL_SECONDS
+            self._expiry.served_until = now + DELETED_POOL_SECONDS
             self._reschedule(now)
 
     def restore_pool(self, now: float) -> None:
         """Take requests again: the pool exists."""
         if self.pool_deleted:
-            self._served_until = NEVER
+            self._expiry.served_until = NEVER
             self._reschedule(now)
 
     # --- requests
@@ -230,7 +224,7 @@ class FlowController:
         request.enqueued_at = now
         known = self._classifier.classify(request)
         if self.pool_deleted:
-            self._reject(request, Outcome.REJECTED_POOL_DELETED, _DELETED_RETRY_SECONDS, _DELETED)
+            self._reject(request, Outcome.REJECTED_POOL_DELETED, _DELETED_RETRY_SECONDS, DELETED)
             return
         if self._plan.mode is Mode.OBSERVE:
             self._pass(request, now)
@@ -273,9 +267,7 @@ class FlowController:
         Raises:
             KeyError: the request is not in flight.
         """
-        request, _ = self._dispatched[request_id]
-        if answer_tokens > request.answer_tokens and request.band in self._bands.by_name:
-            self._bands.by_name[request.band].charge_more(request, answer_tokens, now)
+        self._charging.progress(self._dispatched[request_id][0], answer_tokens, now)
 
     def complete(
         self,
@@ -301,24 +293,22 @@ class FlowController:
         request, endpoint = self._dispatched.pop(request_id)
         if verdict is Verdict.GOOD and not blind:
             self._waits.learn(now - request.dispatched_at)
-        if usage is not None:
-            self._footprints.learn(request, usage)
-            if request.band in self._bands.by_name:
-                self._bands.by_name[request.band].charge(request, usage, now)
         counted = usage is not None
+        if usage is not None:
+            self._charging.used(request, usage, now)
         self._endpoints.completed(endpoint, request, verdict, now, blind=blind, counted=counted)
 
     def poll(self, now: float) -> list[Decision]:
         """Return the decisions made since the last poll, including those that time brings."""
         if now >= self._endpoints.next_at:
             self._endpoints.elapse(now)
-        if now >= self._next_expiry:
-            self._expire_requests(now)
+        if now >= self._expiry.next_at:
+            self._expiry.run(now)
         opened = self._endpoints.opened
         if self._changed or opened:
             self._changed = False
             if self._waiting and self._endpoints.free > 0:
-                self._dispatch(opened, now)
+                self._dispatching.run(opened, now)
             if opened:
                 opened.clear()
         if self._late:
@@ -334,7 +324,7 @@ class FlowController:
         """Return when to poll at the latest if nothing happens before, or None for never."""
         if not self._waiting:
             return None
-        return min(self._next_expiry, self._endpoints.next_at)
+        return min(self._expiry.next_at, self._endpoints.next_at)
 
     # --- state for people and programs
 
@@ -370,6 +360,11 @@ class FlowController:
 
     # --- inside
 
+    def _reschedule(self, now: float) -> None:
+        """Look at every deadline, and at every free slot, again at the next poll."""
+        self._expiry.next_at = now
+        self._changed = True
+
     def _enqueue(self, request: Request, now: float) -> None:
         """Queue a classified request, or reject it."""
         absent = False
@@ -378,9 +373,6 @@ class FlowController:
             allowed = self._endpoints.within(request.subset)
             absent = not allowed
             blocked = not any(endpoint.free > 0 for endpoint in allowed)
-        if self._draining and blocked:
-            self._reject(request, Outcome.REJECTED_SHUTTING_DOWN, 1, _ENDS)
-            return
         band = self._bands.by_name[request.band]
         if absent:
             self._reject(
@@ -395,9 +387,7 @@ class FlowController:
             retry_after = self._retry_after_seconds(band, now)
             self._reject(request, Outcome.REJECTED_QUEUE_FULL, retry_after, full)
             return
-        if not band.arrival:  # behind others of its band it expires after them
-            self._next_expiry = min(self._next_expiry, self._deadline(band, now))
-        self._next_expiry = min(self._next_expiry, request.deadline)
+        self._expiry.expect(request, band, now)
         due_in_seconds = request.due_in_seconds
         request.due_at = now + (band.plan.ttl_seconds if due_in_seconds is None else due_in_seconds)
         if blocked and request.subset is None:
@@ -425,27 +415,12 @@ class FlowController:
         size_bytes = self._size_bytes + request.size_bytes - limits.max_bytes
         if requests <= 0 and size_bytes <= 0:
             return None
-        if band.plan.when_full is WhenFull.DISPLACE_LOWER and self._displace(
-            band, requests, size_bytes, now
-        ):
+        displaces = band.plan.when_full is WhenFull.DISPLACE_LOWER and not self._draining
+        if displaces and self._displace(band, requests, size_bytes, now):
             return None
         if requests > 0:
             return f"the pool's queue is full ({limits.max_requests} requests)"
         return f"the pool's queue is full ({limits.max_bytes} bytes)"
-
-    def _charge_produced(self, produced: Produced, now: float) -> None:
-        """Charge a flow for what an answer is seen to have come to."""
-        request, tokens = produced.request, round(produced.tokens)
-        band = self._bands.by_name.get(request.band)
-        if produced.ended:
-            usage = Usage(request.prompt_tokens, tokens)
-            self._estimates.append((request, usage))
-            if request.size_bytes:
-                self._footprints.learn(request, usage)
-            if band is not None:
-                band.charge(request, usage, now)
-        elif band is not None and tokens > request.answer_tokens:
-            band.charge_more(request, tokens, now)
 
     def _displace(self, band: Band, requests: int, size_bytes: int, now: float) -> bool:
         """Evict what waits in lower bands, the lowest first and of each the newest, or nothing.
@@ -467,69 +442,6 @@ class FlowController:
                 self._evict(victim, Outcome.EVICTED_DISPLACED, message, now)
         return True
 
-    def _dispatch(self, opened: list[str], now: float) -> None:
-        """Give free slots away, strictly by band, until there is none or no request can use one.
-
-        A request for which there are slots but not enough room holds up what comes after it.
-        Otherwise small requests would take the room that a large one waits for, one after another.
-        Where the proxy names the endpoints, it holds up its lane only.
-
-        Args:
-            opened: endpoints that may have got a free slot since the last time. At all others
-                nothing waits that could be dispatched, unless it has come since.
-            now: monotonic seconds.
-        """
-        endpoints = self._endpoints
-        bands = self._bands
-        for band in bands.all:
-            if band.lanes.sites:
-                band.lanes.wake(opened)
-        for band in bands.all:
-            while band.arrival:
-                due = bands.due() if bands.reserving else None
-                if due is not None and due is not band:
-                    if self._dispatch_next(due, now, owed=True) is not Step.SENT:
-                        due.credit = 0.0
-                else:
-                    step = self._dispatch_next(band, now, owed=due is band)
-                    if step is Step.HELD_UP:
-                        return
-                    if step is Step.NOTHING:
-                        break
-                if endpoints.free <= 0:
-                    return
-
-    def _dispatch_next(self, band: Band, now: float, *, owed: bool) -> Step:
-        """Dispatch the request whose turn it is in a band, past those that no slot will do for.
-
-        The band's ceiling does not hold for what its reserved share owes it.
-        """
-        percent = band.plan.max_saturation_percent
-        if percent < 100 and not owed and not self._may_use_slots(percent):
-            return Step.NOTHING
-        lanes = band.lanes
-        while (lane := lanes.next(self._endpoints.is_open)) is not None:
-            request = lane.queue.head()
-            self._footprints.expect(request)
-            endpoint = self._selection.pick(request, now)
-            if isinstance(endpoint, Miss):
-                if endpoint is Miss.NO_ROOM and request.subset is None:
-                    return Step.HELD_UP
-                lanes.park(lane)
-                continue
-            request = band.pop(lane, now)
-            self._forget(request)
-            self._send(request, endpoint, now)
-            if self._bands.reserving:
-                self._bands.account(band)
-            return Step.SENT
-        return Step.NOTHING
-
-    def _may_use_slots(self, percent: int) -> bool:
-        """Whether one more request leaves the pool as empty as this ceiling demands."""
-        free, slots = self._endpoints.free, self._endpoints.slots
-        return 100 * (slots - free + 1) <= percent * slots or free == slots
-
     def _pass(self, request: Request, now: float) -> None:
         """Send a request at once, as if there were a slot everywhere: the plan only observes."""
         self._footprints.expect(request)
@@ -539,6 +451,16 @@ class FlowController:
             self._reject(request, Outcome.REJECTED_NO_ENDPOINTS, 1, text)
         else:
             self._send(request, endpoint, now)
+
+    def _send_waiting(self, request: Request, endpoint: TrackedEndpoint, now: float) -> None:
+        """Send a request that has left its band."""
+        self._forget(request)
+        self._send(request, endpoint, now)
+
+    def _leave(self, request: Request) -> None:
+        """Take a request out of its band without dispatching it from there."""
+        self._bands.by_name[request.band].remove(request)
+        self._forget(request)
 
     def _forget(self, request: Request) -> None:
         """Count a request that has left its band as waiting no more."""
@@ -576,8 +498,7 @@ class FlowController:
         message: str,
         now: float,
     ) -> None:
-        self._bands.by_name[request.band].remove(request)
-        self._forget(request)
+        self._leave(request)
         waited = now - request.enqueued_at
         self._decisions.append(Refused(request.id, outcome, retry_after_seconds, waited, message))
 
@@ -588,60 +509,3 @@ class FlowController:
         if seconds is None:
             return MAX_RETRY_AFTER_SECONDS
         return min(MAX_RETRY_AFTER_SECONDS, max(1, math.ceil(seconds)))
-
-    # --- time
-
-    def _deadline(self, band: Band, enqueued_at: float) -> float:
-        """When a request of this band that came at `enqueued_at` expires.
-
-        While the pool has no endpoints the clock is that of `noEndpoints`, and it restarts when
-        that changes: requests that waited for the first endpoint then get their band's whole TTL.
-        Both together are the most that a request may wait, however often endpoints come and go;
-        a deleted pool ends it for all.
-        """
-        no_endpoints_ttl = self._plan.no_endpoints_ttl_seconds
-        ttl = band.plan.ttl_seconds
-        since = max(enqueued_at, self._regime_since)
-        return min(
-            since + (ttl if self._endpoints.present else no_endpoints_ttl),
-            enqueued_at + ttl + no_endpoints_ttl,
-            self._served_until,
-        )
-
-    def _reschedule(self, now: float) -> None:
-        """Look at every deadline again at the next poll."""
-        self._next_expiry = now
-        self._changed = True
-
-    def _expire_requests(self, now: float) -> None:
-        self._next_expiry = NEVER
-        for band in self._bands.all:
-            self._expire_deadlines(band, now)
-            while band.arrival:
-                request = next(iter(band.arrival.values()))
-                deadline = self._deadline(band, request.enqueued_at)
-                if deadline > now:
-                    self._next_expiry = min(self._next_expiry, deadline)
-                    break
-                if now >= self._served_until:
-                    self._evict(request, Outcome.EVICTED_POOL_DELETED, _DELETED, now)
-                else:
-                    self._evict_expired(request, f"band {request.band} allows", now)
-
-    def _expire_deadlines(self, band: Band, now: float) -> None:
-        """Evict what the requests' own deadlines say, however long the band lets them wait."""
-        while True:
-            deadline, request = band.first_deadline()
-            if request is None or deadline > now:
-                self._next_expiry = min(self._next_expiry, deadline)
-                return
-            self._evict_expired(request, "its deadline allows", now)
-
-    def _evict_expired(self, request: Request, limit: str, now: float) -> None:
-        waited = f"waited {now - request.enqueued_at:.1f} s"
-        if self._endpoints.within(request.subset):
-            message = f"{waited} for a free slot, longer than {limit}"
-            self._evict(request, Outcome.EVICTED_TTL, message, now)
-        else:
-            message = f"{waited} while the pool had no endpoint for it"
-            self._evict(request, Outcome.EVICTED_NO_ENDPOINTS, message, now)

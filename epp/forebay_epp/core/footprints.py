@@ -65,8 +65,8 @@ class Footprints:
         self._unknown = _Flow()
 
     def learn(self, request: Request, usage: Usage) -> None:
-        """Take note of what a request has come to; one without tokens says nothing."""
-        if usage.prompt_tokens <= 0 or usage.completion_tokens <= 0:
+        """Take note of what a request has come to; one without a body or tokens says nothing."""
+        if request.size_bytes <= 0 or usage.prompt_tokens <= 0 or usage.completion_tokens <= 0:
             return
         flow = self._flows.get(request.flow)
         if flow is None:

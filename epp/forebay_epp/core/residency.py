@@ -5,7 +5,7 @@ server has generated between two pages is shared over the requests that were the
 long as it was. The sum is the server's own; prompts count nothing, and the time in which a request
 is prefilled is taken for decoding, alike for all.
 
-Charging for tokens does not belong here (controller.py).
+Charging for tokens does not belong here (charging.py).
 """
 
 from __future__ import annotations
