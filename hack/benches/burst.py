@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-from transport import snapshot
+from through_envoy import snapshot
 
 from forebay_cli import envoy
 from forebay_cli.child import dying_with_us
@@ -67,7 +67,7 @@ class Bench:
         server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=1 << 20)
         address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
         plan = self._folder / "plan.json"
-        plan.write_text(json.dumps(snapshot(address, SLOTS)))
+        plan.write_text(json.dumps(snapshot(address, slots=SLOTS)))
         config = self._folder / "envoy.json"
         ports = envoy.Ports(self._http, self._grpc, self._admin)
         config.write_text(json.dumps(envoy.bootstrap(ports, secure=False)))

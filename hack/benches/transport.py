@@ -1,8 +1,10 @@
-"""The EPP on both transports against a bare grpc.aio servicer, through one Envoy.
+"""The EPP on both transports against a bare grpc.aio servicer, each behind an Envoy of its own.
 
 The bare servicer does nothing; ours does everything: reading, classifying, queueing, dispatching,
-counting. CPU is user plus system time of the EPP's process, from /proc. Needs wrk and
-nginx (Debian: apt-get install wrk nginx-light). All traffic is on loopback.
+counting. They take turns. CPU is user plus system time of the EPP's process, from /proc. With
+`--against` the EPP of another checkout takes turns with them. Idle EPPs scrape so many endpoints,
+which another process serves. Needs wrk and nginx (Debian: apt-get install wrk nginx-light). All
+traffic is on loopback.
 """
 
 from __future__ import annotations
@@ -10,235 +12,118 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import re
-import shutil
-import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
-from typing import Any
 
-from forebay_cli import envoy
-from forebay_cli.child import dying_with_us
+from pages import page
+from scrapes import PAGE_BYTES, SERVER
+from through_envoy import BODY, HERE, PROMPT_BYTES, Lane, free_port, require, snapshot
 
-CONCURRENCIES = (1, 32, 256)
+CONCURRENCIES = (1, 8, 32, 128, 256)
+BODIES_KB, BODIES_CONCURRENCY = (4, 64, 450), 8
 ROUNDS = 3
 SSE_STREAMS, SSE_CHUNKS, SSE_INTERVAL_SECONDS = 32, 100, 0.01
-HERE = Path(__file__).parent
-BODY = '{"model":"chat","messages":[{"role":"user","content":"' + "x" * 200 + '"}],"max_tokens":50}'
-ANSWER = '{"id":"x","choices":[],"usage":{"prompt_tokens":50,"completion_tokens":50}}'
+IDLE_ENDPOINTS, IDLE_WARM_SECONDS, IDLE_SECONDS = (100, 1000), 8.0, 10.0
 UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3, "m": 6e4}
-TICKS = os.sysconf("SC_CLK_TCK")
+OURS, BARE, AIO, OTHER = "completion_queue", "bare_aio", "aio", "against"
+
+Figures = dict[str, float]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def start_lane(name: str, folder: Path, against: Path | None, server: int = 0) -> Lane:
+    """Start what has this name, in front of nginx or of another server."""
+    folder.mkdir(parents=True)
+    lane = Lane(folder)
+    if server:
+        lane.server = server
+    else:
+        lane.start_nginx()
+    if name == BARE:
+        lane.start_bare()
+    else:
+        python = Path(sys.executable)
+        if name == OTHER and against is not None:
+            python = against / ".venv/bin/python"
+        transport = "aio" if name == AIO else "completion-queue"
+        lane.start_epp(snapshot(f"127.0.0.1:{lane.server}"), transport, python)
+    return lane
 
 
-class Bench:
-    """The parts that stay the same: Envoy and the model servers."""
-
-    def __init__(self, folder: Path, seconds: int) -> None:
-        """Choose ports and write the configuration files."""
-        self._folder = folder
-        self._seconds = seconds
-        self._http, self._grpc = _free_port(), _free_port()
-        self._json_server, self._sse_server = _free_port(), _free_port()
-        self._processes: list[subprocess.Popen[bytes]] = []
-        (folder / "post.lua").write_text(
-            f"wrk.method = 'POST'\nwrk.body = '{BODY}'\n"
-            "wrk.headers['Content-Type'] = 'application/json'\n"
-        )
-
-    def start(self, *command: object) -> subprocess.Popen[bytes]:
-        """Start a process that ends with the bench."""
-        log = (self._folder / "log").open("ab")
-        parts = dying_with_us(*(str(part) for part in command))
-        process = subprocess.Popen(parts, stdout=log, stderr=log)
-        self._processes.append(process)
-        return process
-
-    def stop(self) -> None:
-        """End every process, the youngest first."""
-        for process in reversed(self._processes):
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        self._processes.clear()
-
-    def start_fixtures(self) -> None:
-        """Start Envoy and both model servers."""
-        config = envoy.bootstrap(envoy.Ports(self._http, self._grpc), secure=False)
-        (self._folder / "envoy.json").write_text(json.dumps(config))
-        (self._folder / "nginx.conf").write_text(
-            f"daemon off; pid {self._folder}/nginx.pid; error_log stderr; master_process off;\n"
-            "events { worker_connections 4096; }\n"
-            "http { access_log off; keepalive_requests 1000000000; server {\n"
-            f"listen 127.0.0.1:{self._json_server};\n"
-            "default_type application/json;\n"
-            f"location / {{ return 200 '{ANSWER}'; }} }} }}\n"
-        )
-        self.start("nginx", "-c", self._folder / "nginx.conf", "-p", self._folder)
-        self.start(
-            sys.executable,
-            HERE / "sse_backend.py",
-            self._sse_server,
-            SSE_CHUNKS,
-            SSE_INTERVAL_SECONDS,
-        )
-        binary = Path(sys.executable).with_name("envoy")
-        self.start(
-            binary,
-            *("-c", self._folder / "envoy.json", "--concurrency", 1, "-l", "error"),
-            "--use-dynamic-base-id",
-        )
-
-    def start_epp(self, name: str, server: int) -> subprocess.Popen[bytes]:
-        """Start the EPP under test and wait until requests pass."""
-        address = f"127.0.0.1:{server}"
-        if name == "bare_aio":
-            epp = self.start(sys.executable, HERE / "bare_aio.py", self._grpc, address)
-        else:
-            plan = self._folder / "plan.json"
-            plan.write_text(json.dumps(snapshot(address)))
-            epp = self.start(
-                *(sys.executable, "-m", "forebay_epp", "--plan-file", plan),
-                *("--transport", name.replace("_", "-"), "--secure-serving=false"),
-                *("--bind-address", "127.0.0.1", "--grpc-port", self._grpc),
-                *("--grpc-health-port", 0, "--metrics-port", 0, "--verbosity", 0),
-            )
-        deadline = time.monotonic() + 20
-        while not self._answers():
-            if time.monotonic() > deadline or epp.poll() is not None:
-                log = (self._folder / "log").read_text()[-2000:]
-                raise SystemExit(f"{name} does not serve:\n{log}")
-            time.sleep(0.1)
-        return epp
-
-    def stop_epp(self, epp: subprocess.Popen[bytes]) -> None:
-        """End the EPP under test."""
-        epp.kill()
-        epp.wait()
-        self._processes.remove(epp)
-
-    def _answers(self) -> bool:
-        request = urllib.request.Request(self._url, BODY.encode())  # noqa: S310  # loopback
-        try:
-            with urllib.request.urlopen(request, timeout=10) as response:  # noqa: S310
-                return bool(response.status == 200)
-        except (urllib.error.URLError, OSError):
-            return False
-
-    @property
-    def _url(self) -> str:
-        return f"http://127.0.0.1:{self._http}/v1/chat/completions"
-
-    def json_run(self, name: str, concurrency: int) -> dict[str, float]:
-        """Load the EPP with short JSON answers."""
-        epp = self.start_epp(name, self._json_server)
-        before = _cpu_seconds(epp.pid)
-        output = subprocess.run(
-            [
-                "wrk",
-                "-t1",
-                f"-c{concurrency}",
-                f"-d{self._seconds}s",
-                "--latency",
-                "-s",
-                str(self._folder / "post.lua"),
-                self._url,
-            ],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        cpu = _cpu_seconds(epp.pid) - before
-        self.stop_epp(epp)
-        if "Non-2xx" in output or "Socket errors" in output:
-            raise SystemExit(f"{name} did not answer everything:\n{output}")
-        requests = _number(r"(\d+) requests in", output)
-        return {
-            "rps": _number(r"Requests/sec:\s+([\d.]+)", output),
-            "p50_ms": _milliseconds("50%", output),
-            "p99_ms": _milliseconds("99%", output),
-            "cpu_ms": cpu * 1e3 / requests,
-        }
-
-    def sse_run(self, name: str) -> float:
-        """Stream through the EPP and return its CPU microseconds per chunk."""
-        epp = self.start_epp(name, self._sse_server)
-        before = _cpu_seconds(epp.pid)
-        chunks = asyncio.run(self._stream())
-        cpu = _cpu_seconds(epp.pid) - before
-        self.stop_epp(epp)
-        return cpu * 1e6 / chunks
-
-    async def _stream(self) -> int:
-        head = (
-            f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(BODY)}\r\n\r\n{BODY}"
-        ).encode()
-        deadline = time.monotonic() + self._seconds
-
-        async def client() -> int:
-            reader, writer = await asyncio.open_connection("127.0.0.1", self._http)
-            events = 0
-            while time.monotonic() < deadline:
-                writer.write(head)
-                answer = await reader.readuntil(b"0\r\n\r\n")
-                events += answer.count(b"data: ")
-            writer.close()
-            return events
-
-        return sum(await asyncio.gather(*(client() for _ in range(SSE_STREAMS))))
-
-
-def snapshot(address: str, slots: int = 100_000) -> dict[str, Any]:
-    """Return the plan of one endpoint with so many slots, as the plan file has it."""
-    many = {"maxRequests": 100_000, "maxBytes": 1 << 30}
+def load(lane: Lane, folder: Path, concurrency: int, seconds: int, prompt_bytes: int) -> Figures:
+    """Ask for short JSON answers."""
+    script = folder / "post.lua"
+    script.write_text(
+        f"wrk.method = 'POST'\nwrk.body = '{BODY % ('x' * prompt_bytes)}'\n"
+        "wrk.headers['Content-Type'] = 'application/json'\n"
+    )
+    command = ["wrk", "-t1", f"-c{concurrency}", f"-d{seconds}s", "--timeout", "20", "--latency"]
+    before = lane.cpu()
+    output = subprocess.run(
+        [*command, "-s", str(script), lane.url], check=True, capture_output=True, text=True
+    ).stdout
+    cpu = lane.cpu() - before
+    if "Non-2xx" in output or "Socket errors" in output:
+        raise SystemExit(f"not everything was answered:\n{output}")
     return {
-        "plan": {
-            "pool": "bench/bench",
-            "bands": [
-                {
-                    "name": "Standard",
-                    "priority": 0,
-                    "fairness": "RoundRobin",
-                    "ordering": "FCFS",
-                    "ttlSeconds": 60,
-                    **many,
-                    "flowMaxRequests": 100_000,
-                    "flowMaxBytes": 1 << 30,
-                }
-            ],
-            "models": [{"name": "chat", "band": "Standard"}],
-            "limits": {**many, "maxBodyBytes": 1 << 20},
-            "saturation": {
-                "mode": "Concurrency",
-                "maxConcurrency": slots,
-                "kvCacheUsageThreshold": 1,
-            },
-            "unmatched": {"action": "Queue", "band": "Standard"},
-            "noEndpointsTtlSeconds": 60,
-        },
-        "endpoints": {"endpoints": [{"address": address}]},
+        "rps": _number(r"Requests/sec:\s+([\d.]+)", output),
+        "p50_ms": _milliseconds("50%", output),
+        "p99_ms": _milliseconds("99%", output),
+        "cpu_ms": cpu * 1e3 / _number(r"(\d+) requests in", output),
     }
 
 
-def _cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
+def stream(lane: Lane, seconds: int) -> Figures:
+    """Ask for long streams; return the EPP's CPU per chunk."""
+    before = lane.cpu()
+    chunks = asyncio.run(_stream(lane.http, seconds))
+    return {"chunk_us": (lane.cpu() - before) * 1e6 / chunks}
+
+
+async def _stream(port: int, seconds: int) -> int:
+    body = BODY % ("x" * PROMPT_BYTES)
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(body)}\r\n\r\n{body}"
+    ).encode()
+    deadline = time.monotonic() + seconds
+
+    async def client() -> int:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        events = 0
+        while time.monotonic() < deadline:
+            writer.write(head)
+            answer = await reader.readuntil(b"0\r\n\r\n")
+            events += answer.count(b"data: ")
+        writer.close()
+        return events
+
+    return sum(await asyncio.gather(*(client() for _ in range(SSE_STREAMS))))
+
+
+def idle(folder: Path, endpoints: int, against: Path | None) -> float:
+    """Return how many cores an EPP takes that scrapes so many endpoints and has no request."""
+    folder.mkdir(parents=True)
+    port = free_port()
+    addresses = [f"127.0.{n // 250 + 1}.{n % 250 + 1}:{port}" for n in range(endpoints)]
+    (folder / "page").write_bytes(page(PAGE_BYTES))
+    lane = Lane(folder)
+    try:
+        lane.start(sys.executable, "-c", SERVER, folder / "page", port)
+        python = Path(sys.executable) if against is None else against / ".venv/bin/python"
+        lane.start_epp(snapshot(*addresses, slots=None), python=python, wait=False)
+        time.sleep(IDLE_WARM_SECONDS)
+        before = lane.cpu()
+        time.sleep(IDLE_SECONDS)
+        if lane.epp.poll() is not None:
+            raise SystemExit(f"the EPP has ended:\n{(folder / 'log').read_text()[-2000:]}")
+        return (lane.cpu() - before) / IDLE_SECONDS
+    finally:
+        lane.stop()
 
 
 def _number(pattern: str, text: str) -> float:
@@ -255,61 +140,104 @@ def _milliseconds(percentile: str, text: str) -> float:
     return float(match.group(1)) * UNITS[match.group(2)]
 
 
-def _measure(bench: Bench) -> dict[str, float]:
-    names = ("bare_aio", "aio", "completion_queue")
-    figures: dict[str, float] = {}
-    for concurrency in CONCURRENCIES:
-        rounds = [
-            {name: bench.json_run(name, concurrency) for name in names} for _ in range(ROUNDS)
+class Measurement:
+    """Figures of several things that take turns.
+
+    `cpu_ms_c32` is ours, `bare_aio.cpu_ms_c32` that of another, and `cpu_ms_c32.by_bare_aio` the
+    median of the rounds' ratios.
+    """
+
+    def __init__(self) -> None:
+        self.figures: Figures = {}
+
+    def add(self, suffix: str, rounds: list[dict[str, Figures]]) -> None:
+        """Add the medians of some rounds, and print them."""
+        for name in rounds[0]:
+            prefix = "" if name == OURS else f"{name}."
+            found = []
+            for unit in rounds[0][name]:
+                value = statistics.median(results[name][unit] for results in rounds)
+                self.figures[f"{prefix}{unit}{suffix}"] = value
+                found.append(f"{unit} {value:9.3f}")
+                if name != OURS:
+                    ratio = statistics.median(
+                        results[OURS][unit] / results[name][unit] for results in rounds
+                    )
+                    self.figures[f"{unit}{suffix}.by_{name}"] = ratio
+                    found[-1] += f" ({ratio:.2f})"
+            print(f"{suffix[1:]:6} {name:17} {'  '.join(found)}", flush=True)
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> Figures:
+    """Run everything."""
+    names = [OURS, BARE, AIO] if arguments.against is None else [OURS, OTHER, BARE]
+    found = Measurement()
+
+    def take_turns(lanes: dict[str, Lane], suffix: str, *load_with: int) -> None:
+        rounds = []
+        for number in range(arguments.rounds):
+            order = list(lanes.items())[:: -1 if number % 2 else 1]
+            results = {name: load(lane, folder, *load_with) for name, lane in order}
+            rounds.append({name: results[name] for name in names})
+        found.add(suffix, rounds)
+
+    lanes = {name: start_lane(name, folder / name, arguments.against) for name in names}
+    try:
+        for lane in lanes.values():
+            load(lane, folder, BODIES_CONCURRENCY, 1, PROMPT_BYTES)
+        for concurrency in CONCURRENCIES:
+            take_turns(lanes, f"_c{concurrency}", concurrency, arguments.seconds, PROMPT_BYTES)
+        for size in BODIES_KB:
+            bytes_ = size * 1024
+            take_turns(lanes, f"_{size}kb", BODIES_CONCURRENCY, arguments.seconds, bytes_)
+    finally:
+        for lane in lanes.values():
+            lane.stop()
+    server = free_port()
+    backend = subprocess.Popen(
+        [
+            *(sys.executable, str(HERE / "sse_backend.py")),
+            *(str(server), str(SSE_CHUNKS), str(SSE_INTERVAL_SECONDS)),
         ]
-        for name in names:
-            for unit in ("rps", "p50_ms", "p99_ms", "cpu_ms"):
-                values = [results[name][unit] for results in rounds]
-                figures[f"{name}_{unit}_c{concurrency}"] = statistics.median(values)
-        for unit in ("rps", "cpu"):
-            key = "rps" if unit == "rps" else "cpu_ms"
-            figures[f"{unit}_ratio_c{concurrency}"] = statistics.median(
-                results["completion_queue"][key] / results["bare_aio"][key] for results in rounds
-            )
-        line = "  ".join(
-            f"{name} {figures[f'{name}_rps_c{concurrency}']:.0f}/s "
-            f"{figures[f'{name}_cpu_ms_c{concurrency}']:.3f} ms CPU "
-            f"p50 {figures[f'{name}_p50_ms_c{concurrency}']:.1f} "
-            f"p99 {figures[f'{name}_p99_ms_c{concurrency}']:.1f} ms"
-            for name in names
-        )
-        print(f"c={concurrency}: {line}", flush=True)
-    rounds_of_chunks = [{name: bench.sse_run(name) for name in names} for _ in range(ROUNDS)]
-    for name in names:
-        values = [results[name] for results in rounds_of_chunks]
-        figures[f"{name}_chunk_us"] = statistics.median(values)
-    figures["chunk_cpu_ratio"] = statistics.median(
-        results["completion_queue"] / results["bare_aio"] for results in rounds_of_chunks
     )
-    return figures
+    try:
+        lanes = {
+            name: start_lane(name, folder / f"{name}-sse", arguments.against, server)
+            for name in names
+        }
+        found.add(
+            "",
+            [
+                {name: stream(lane, arguments.seconds) for name, lane in lanes.items()}
+                for _ in range(arguments.rounds)
+            ],
+        )
+    finally:
+        for lane in lanes.values():
+            lane.stop()
+        backend.kill()
+    for endpoints in IDLE_ENDPOINTS:
+        key = f"idle_cores_{endpoints}"
+        found.figures[key] = idle(folder / f"idle-{endpoints}", endpoints, None)
+        if arguments.against is not None:
+            other = idle(folder / f"idle-{endpoints}-other", endpoints, arguments.against)
+            found.figures[f"{OTHER}.{key}"] = other
+    return found.figures
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="hack/bench transport", description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seconds", type=int, default=4, help="of each single run")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--against", type=Path, help="another checkout, with its .venv")
     arguments = parser.parse_args()
-    missing = [name for name in ("wrk", "nginx") if shutil.which(name) is None]
-    if missing:
-        raise SystemExit(
-            f"hack/bench transport needs {' and '.join(missing)}; "
-            "on Debian: apt-get install wrk nginx-light"
-        )
+    require("wrk", "nginx")
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), arguments.seconds)
-        try:
-            bench.start_fixtures()
-            figures = _measure(bench)
-        finally:
-            bench.stop()
+        figures = measure(arguments, Path(folder))
     for name, value in figures.items():
-        print(f"{name:32}{value:12.3f}")
+        print(f"{name:40}{value:12.3f}")
     if arguments.json:
         rounded = {name: round(value, 4) for name, value in figures.items()}
         arguments.json.write_text(json.dumps({"bench": "transport", "figures": rounded}) + "\n")
