@@ -137,6 +137,29 @@ def test_a_client_that_leaves_frees_the_slot(envoy, epp, server):
     until(epp.idle)
 
 
+def test_the_statuses_of_quick_answers_are_seen(tmp_path, server):
+    """Each stream is reset right behind its messages, many of which are not yet read by then."""
+    epp = EPPThread("completion-queue", endpoints=(server.address,), slots=100)
+    envoy = Envoy(tmp_path, epp.transport.port, responses="Observe")
+
+    def ask() -> None:
+        for _ in range(20):
+            envoy.request('{"model":"m"}')
+
+    clients = [threading.Thread(target=ask) for _ in range(24)]
+    try:
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join(60)
+        until(epp.idle)
+        assert epp.traffic.responses["none"] < 24
+        assert sum(epp.traffic.responses.values()) == 480
+    finally:
+        envoy.stop()
+        epp.stop()
+
+
 def test_a_server_that_is_away_is_noticed(envoy, epp):
     """The proxy's own 503 comes into view, too."""
     away = [Endpoint(f"127.0.0.1:{free_port()}")]

@@ -6,12 +6,13 @@ an event costs one call. hack/bench transport compares them.
 
 The API is private to grpcio, which is why it is used in this module only and grpcio's minor
 version is pinned. What it demands: at most one receive and one send in flight per call; a receive
-that yields None means that the peer has half-closed; an operation after cancellation completes
-with `success` False; each call's close event comes exactly once; nothing is sent, not even a
-status, before the initial metadata. A send and the next receive may
-share a batch, one event instead of two, where nothing can be sent before the next message. A poll's
-deadline is one of the wall clock: set back by an hour while a poll waits, it waits for an hour, and
-a small thread has to wake it.
+that yields None means that the peer has half-closed or that the call is cancelled; an operation
+after cancellation completes with `success` False; nothing is sent, not even a status, before the
+initial metadata. Operations that share a batch are one event: a send and the next receive, where
+nothing can be sent before the next message; the last send, the status and the call's end. That end
+is asked for alone only behind a receive that yields None: it would overtake messages that are there
+to be received. A poll's deadline is one of the wall clock: set back by an hour while a poll waits,
+it waits for an hour, and a small thread has to wake it.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ OVERDUE_SECONDS = 0.25
 
 _Receive = cygrpc.ReceiveMessageOperation
 _Send = cygrpc.SendMessageOperation
+_Close = cygrpc.ReceiveCloseOnServerOperation
 _SEND_METADATA = ((), _EMPTY_FLAGS)
 
 
@@ -181,9 +183,6 @@ class _Stream:
         self._receiving = False
         self._sending = False
         self._exchange = data_plane.open(self.pump, call.peer().decode(), filter_)
-        call.start_server_batch(
-            (cygrpc.ReceiveCloseOnServerOperation(_EMPTY_FLAGS),), self._on_close
-        )
         self.pump()
 
     def pump(self) -> None:
@@ -195,6 +194,8 @@ class _Stream:
             outbox = exchange.outbox
             if outbox:
                 self._send(outbox.popleft(), last=not outbox)
+                if self._over or (exchange.lockstep and self._sending):
+                    return
             elif exchange.ended:
                 self._end(())
                 return
@@ -230,7 +231,11 @@ class _Stream:
             (), code, (failure or "").encode(), _EMPTY_FLAGS
         )
         self._over = True
-        self._call.start_server_batch((*self._metadata(), *operations, status), _ignore)
+        operations = (*self._metadata(), *operations, status)
+        if self._half_closed:
+            self._call.start_server_batch(operations, _ignore)
+        else:
+            self._call.start_server_batch((*operations, _Close(_EMPTY_FLAGS)), self._on_close)
 
     def _on_message(self, event: Any) -> None:
         self._receiving = False
@@ -249,6 +254,7 @@ class _Stream:
             return
         if message is None:
             self._half_closed = True
+            self._call.start_server_batch((_Close(_EMPTY_FLAGS),), self._on_close)
             self._exchange.half_close()
         else:
             self._exchange.receive(message)
