@@ -60,7 +60,7 @@ def test_a_cold_server_gets_a_few():
 
 @pytest.mark.parametrize("running", [4, 8, 64, 256])
 def test_what_runs_and_a_window_beyond_it_are_let_in(running):
-    """An eighth of it, two at least."""
+    """A sixteenth of it, one at least."""
     learner = Learner()
 
     assert learner.page(running, 0) == running + max(LEAST_WINDOW, running // WINDOW_PART)
@@ -133,6 +133,19 @@ def test_while_prompts_fill_the_steps_what_they_take_in_stands_by():
         value = learner.page(10, 4, steps=2, tokens=4000, arrivals=4, ended=4)
 
     assert value == 10 + round(PREFILL_SECONDS * 20)
+
+
+def test_a_few_prompts_in_each_step_of_a_large_batch_do_not_fill_it():
+    """Such steps are slow beside those of a small batch, and the batch is full all the same."""
+    learner = Learner()
+    learner.page(2, 0, steps=20, tokens=40)
+    learner.page(128, 8, steps=2, tokens=16_000, arrivals=8)
+    learner.page(256, 8, steps=2, tokens=16_000, arrivals=8)
+    for running in (255, 254, 256, 253, 255, 256, 254, 255):
+        value = learner.page(running, 8, steps=7, tokens=5600, arrivals=8, ended=8)
+
+    assert learner.limit.full
+    assert value == 256
 
 
 @pytest.mark.parametrize(("ended", "standby"), [(0, 0), (1, 0), (20, 3)])

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 SMOOTHING = 0.05
 ASSUMED_BYTES_PER_TOKEN = 4.0
 ASSUMED_ANSWER_TOKENS = 256.0
-ANSWER_PART = 0.7  # of a batch at all stages half of the answers are there; more is for its spread
+ANSWER_PART = 0.75  # of a batch at all stages half of the answers are there; more is for its spread
 ASSUMPTION_SAMPLES = 4  # so many answers weigh as much as the assumption
 
 

@@ -5,7 +5,7 @@ or it cannot prefill prompts as fast as they come, because a step takes only so 
 the first is a limit of slots. So the limit is the largest batch that was seen and a window beyond
 it, and what is learned is the window:
 
-* While no full batch is known the window is as small as growth allows, an eighth of the batch.
+* While no full batch is known the window is as small as growth allows, a sixteenth of the batch.
   Whatever runs raises the batch, whether a page shows it or its answer begins, and with it the
   window. That is exponential growth as in TCP's slow start (RFC 5681); the acknowledgement is the
   first token. No more than the window ever waits inside, so a batch that turns out to be full has
@@ -14,7 +14,9 @@ it, and what is learned is the window:
   step and a half. An engine that loses less than `STANDBY_WORTH` of its slots without gets none.
   Now and then one more than the batch is tried, since a batch may grow.
 * While steps are slow because prompts fill them, the window is what the engine takes in within
-  `PREFILL_SECONDS` (Little, 1961): then steps stay full of prompts, and none waits for long.
+  `PREFILL_SECONDS` (Little, 1961): then steps stay full of prompts, and none waits for long. What
+  fills a step is known from the largest that were seen; a step of a large batch is slow beside one
+  of a small batch, and holds a few prompts, without being filled by them.
 
 Requests that wait inside prove a full batch when there are more of them than were sent since the
 page before, when the batch has kept its size for `STEADY_PAGES`, or when what was sent has not
@@ -34,8 +36,8 @@ if TYPE_CHECKING:
     from forebay_epp.core.terms import EndpointMetrics
 
 FIRST_WINDOW = 4
-LEAST_WINDOW = 2
-WINDOW_PART = 8  # of the batch
+LEAST_WINDOW = 1
+WINDOW_PART = 16  # of the batch
 MAX_LIMIT = 100_000
 STEADY_PAGES = 3
 LONGEST_STEP_SECONDS = 0.1  # of an engine that does not count them
@@ -43,6 +45,7 @@ SHRUNK_PAGES = 5
 SHRUNK_SECONDS = 0.7
 STANDBY_WORTH = 0.01
 PREFILL_SLOWDOWN = 2.0
+FILLED_PART = 0.5  # of the tokens of the largest steps
 PREFILL_SECONDS = 0.25
 MIN_PROBE_SECONDS = 4.0
 MAX_PROBE_SECONDS = 30.0
@@ -70,6 +73,7 @@ class AdaptiveLimit:
         "_ended_per_step",
         "_ended_rate",
         "_least_step_seconds",
+        "_most_step_tokens",
         "_observed_at",
         "_probe_at",
         "_step_seconds",
@@ -97,6 +101,7 @@ class AdaptiveLimit:
         self._tokens = 0.0
         self._least_step_seconds = math.inf
         self._step_seconds = 0.0
+        self._most_step_tokens = 0.0
         self._batch_step_seconds = 0.0  # usual, while the batch is as large as is known
         self._ended_per_step = 0.0
         self._ended_rate = 0.0
@@ -153,12 +158,14 @@ class AdaptiveLimit:
         )
         if seconds > 0:
             self._ended_rate += SMOOTHING * (ended / seconds - self._ended_rate)
-        slow = False
+        slow = filled = False
         if steps and seconds > 0:
             self._step_seconds = seconds / steps
             self._least_step_seconds = min(1.001 * self._least_step_seconds, self._step_seconds)
             self._ended_per_step += SMOOTHING * (ended / steps - self._ended_per_step)
             slow = self._step_seconds > PREFILL_SLOWDOWN * self._least_step_seconds
+            self._most_step_tokens = max(0.999 * self._most_step_tokens, step_tokens)
+            filled = step_tokens > FILLED_PART * self._most_step_tokens
         if page.running > self.batch:
             self._run(page.running)
         stuck, self._stuck = self._stuck, False
@@ -166,7 +173,7 @@ class AdaptiveLimit:
             self._crowded.clear()
             if occupancy >= self.value and page.running * 2 >= self.value:
                 self._take_more(now)
-        elif slow and step_tokens > 2 * page.running and not self.full:
+        elif slow and filled and step_tokens > 2 * page.running and not self.full:
             self._crowded.clear()
             self._resize(max(1, math.ceil(PREFILL_SECONDS * self._ended_rate)))
         else:
