@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -97,23 +98,26 @@ SMALL = Hardware(max_num_seqs=8)
 H100 = PRESETS["8b-h100"]
 
 
-def uniform() -> Scenario:
-    """Four servers of 8 slots from a cold start at twice what they can do."""
-    return Scenario("uniform", [SMALL] * 4, mixed(36, 60, 1), (10.0, 60.0), (7, 8, 9, 10))
+def uniform(run: int = 0) -> Scenario:
+    """Four servers of 8 slots from a cold start at twice what they can do.
+
+    Each of these takes the number of the drawing: another one draws other arrivals.
+    """
+    arrivals = mixed(36, 60, 100 * run + 1)
+    return Scenario("uniform", [SMALL] * 4, arrivals, (10.0, 60.0), (7, 8, 9, 10))
 
 
-def large() -> Scenario:
+def large(run: int = 0) -> Scenario:
     """Four 8B models on an H100 each at twice what they can do."""
-    arrivals = mixed(300, 30, 2)
+    arrivals = mixed(300, 30, 100 * run + 2)
     return Scenario("large", [H100] * 4, arrivals, (10.0, 30.0), (224, 256, 264, 288))
 
 
-def heterogeneous() -> Scenario:
+def heterogeneous(run: int = 0) -> Scenario:
     """Batches of 8, 32, 256 and 1,024: no fixed limit fits all."""
     engines = [replace(H100, max_num_seqs=n, kv_blocks=60_000) for n in (8, 32, 256, 1024)]
-    return Scenario(
-        "heterogeneous", engines, mixed(190, 30, 3), (15.0, 30.0), (8, 32, 128, 256, 1024)
-    )
+    arrivals = mixed(190, 30, 100 * run + 3)
+    return Scenario("heterogeneous", engines, arrivals, (15.0, 30.0), (8, 32, 128, 256, 1024))
 
 
 def bursty(data: Path) -> Scenario:
@@ -132,9 +136,9 @@ def _every_tenth(number: int) -> str:
     return (CHAT, SUMMARY, SUMMARY, SUMMARY, BATCH, BATCH, BATCH, BATCH, BATCH, BATCH)[number % 10]
 
 
-def long_prompts() -> Scenario:
+def long_prompts(run: int = 0) -> Scenario:
     """Chat with 2 % of prompts of 60,000 tokens, which keep prefill 40 % busy."""
-    random = Random(5)  # noqa: S311  # a load, not a secret
+    random = Random(100 * run + 5)  # noqa: S311  # a load, not a secret
     arrivals = together(
         poisson(CHAT, 12, 120, lengths(300, 150), random),
         poisson(BATCH, 0.25, 120, lengths(60_000, 50, 0.1), random),
@@ -143,9 +147,9 @@ def long_prompts() -> Scenario:
     return Scenario("long-prompts", engines, arrivals, (10.0, 120.0), (32, 64, 128, 256))
 
 
-def kv_bound() -> Scenario:
+def kv_bound(run: int = 0) -> Scenario:
     """8B on an L4, whose KV cache is full long before its batch."""
-    random = Random(6)  # noqa: S311  # a load, not a secret
+    random = Random(100 * run + 6)  # noqa: S311  # a load, not a secret
     arrivals = together(
         poisson(CHAT, 0.8, 120, lengths(400, 150), random),
         poisson(BATCH, 2.4, 120, lengths(1200, 400), random),
@@ -154,22 +158,22 @@ def kv_bound() -> Scenario:
     return Scenario("kv-bound", engines, arrivals, (20.0, 120.0), (8, 12, 16, 20, 24))
 
 
-def slow_server() -> Scenario:
+def slow_server(run: int = 0) -> Scenario:
     """One of four takes three times as long for everything."""
     slow = replace(SMALL, overhead_seconds=0.006, weights_seconds=0.024, token_seconds=0.00006)
-    return Scenario(
-        "slow-server", [SMALL] * 3 + [slow], mixed(30, 60, 7), (10.0, 60.0), (7, 8, 9, 10)
-    )
+    arrivals = mixed(30, 60, 100 * run + 7)
+    return Scenario("slow-server", [SMALL] * 3 + [slow], arrivals, (10.0, 60.0), (7, 8, 9, 10))
 
 
-def overload() -> Scenario:
+def overload(run: int = 0) -> Scenario:
     """Three times what four small servers can do."""
-    return Scenario("overload", [SMALL] * 4, mixed(54, 40, 8), (10.0, 40.0), (7, 8, 9, 10))
+    arrivals = mixed(54, 40, 100 * run + 8)
+    return Scenario("overload", [SMALL] * 4, arrivals, (10.0, 40.0), (7, 8, 9, 10))
 
 
-def interactive() -> Scenario:
+def interactive(run: int = 0) -> Scenario:
     """Chat at a third of what the servers can do, beside more batch than they can."""
-    random = Random(9)  # noqa: S311  # a load, not a secret
+    random = Random(100 * run + 9)  # noqa: S311  # a load, not a secret
     arrivals = together(
         poisson(CHAT, 6, 60, lengths(200, 100), random),
         poisson(BATCH, 18, 60, lengths(500, 200), random),
@@ -177,34 +181,34 @@ def interactive() -> Scenario:
     return Scenario("interactive", [SMALL] * 4, arrivals, (10.0, 60.0), (7, 8, 9, 10))
 
 
-def interactive_alone() -> Scenario:
+def interactive_alone(run: int = 0) -> Scenario:
     """The same chat without the batch."""
-    random = Random(9)  # noqa: S311  # a load, not a secret
+    random = Random(100 * run + 9)  # noqa: S311  # a load, not a secret
     arrivals = list(poisson(CHAT, 6, 60, lengths(200, 100), random))
     return Scenario("interactive-alone", [SMALL] * 4, arrivals, (10.0, 60.0), (8,))
 
 
-def scale() -> Scenario:
+def scale(run: int = 0) -> Scenario:
     """Two servers, four from second 20 on, two again from second 40 on."""
 
     def prepare(replay: Replay) -> None:
         replay.at(20.0, replay.resize, 4)
         replay.at(40.0, replay.resize, 2)
 
-    arrivals = mixed(24, 60, 10)
+    arrivals = mixed(24, 60, 100 * run + 10)
     return Scenario(
         "scale", [SMALL] * 4, arrivals, (22.0, 40.0), (7, 8, 9, 10), prepare=prepare, servers=2
     )
 
 
-def restart() -> Scenario:
+def restart(run: int = 0) -> Scenario:
     """One after another the four servers are killed, and are back, empty, 6 seconds later."""
 
     def prepare(replay: Replay) -> None:
         for server in range(4):
             replay.at(12.0 + 12.0 * server, replay.restart, server, 6.0)
 
-    random = Random(11)  # noqa: S311  # a load, not a secret
+    random = Random(100 * run + 11)  # noqa: S311  # a load, not a secret
     arrivals = together(
         poisson(CHAT, 6, 60, lengths(200, 100), random),
         poisson(BATCH, 18, 60, lengths(500, 200), random),
@@ -212,9 +216,12 @@ def restart() -> Scenario:
     return Scenario("restart", [SMALL] * 4, arrivals, (12.0, 60.0), (7, 8, 9, 10), prepare=prepare)
 
 
-def scenarios(data: Path | None) -> dict[str, Callable[[], Scenario]]:
-    """Return all of them by name; those that replay a trace only where it can be read."""
-    found: dict[str, Callable[[], Scenario]] = {
+def scenarios(data: Path | None) -> dict[str, Callable[[int], list[Scenario]]]:
+    """Return by name what draws each of them so many times.
+
+    Those that replay a trace are there only where it can be read, and are drawn once.
+    """
+    drawn: dict[str, Callable[[int], Scenario]] = {
         "uniform": uniform,
         "large": large,
         "heterogeneous": heterogeneous,
@@ -227,7 +234,14 @@ def scenarios(data: Path | None) -> dict[str, Callable[[], Scenario]]:
         "scale": scale,
         "restart": restart,
     }
+    found: dict[str, Callable[[int], list[Scenario]]] = {
+        name: partial(_draw, draw) for name, draw in drawn.items()
+    }
     if data is not None:
-        found["bursty"] = lambda: bursty(data)
-        found["conversation"] = lambda: conversation(data)
+        found["bursty"] = lambda _: [bursty(data)]
+        found["conversation"] = lambda _: [conversation(data)]
     return found
+
+
+def _draw(draw: Callable[[int], Scenario], runs: int) -> list[Scenario]:
+    return [draw(run) for run in range(runs)]

@@ -6,6 +6,9 @@ percentile of Critical's time to first token among those that end within 1 % of 
 `adaptive` is forebay without a setting. Engines are models (forebay_sim.stepping) with the figures
 of public hardware (forebay_sim.hardware); the flow controller is the real one.
 
+Each load is drawn several times, `--runs`, and figures are means over them, since a 99th percentile
+of some hundred requests is a matter of luck; a trace is what it is and is replayed once.
+
 With `--plot` each scenario also becomes a picture: how long Critical waits for its first token by
 time of arrival, and the limits that are learned.
 """
@@ -27,7 +30,7 @@ from forebay_replay.scenarios import CHAT, Scenario, plan, scenarios
 from forebay_sim.report import percentile
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 POLICIES = ("direct", "round_robin", "manual", "adaptive")
 SHOWN = (
@@ -87,10 +90,27 @@ def run(scenario: Scenario, routing: Routing) -> Outcome:
     return Outcome(figures(replay, CHAT, scenario.slo_seconds), ttft, limits)
 
 
-def best_fixed(scenario: Scenario) -> tuple[int, Outcome]:
+def over(drawn: Sequence[Scenario], routing_of: Callable[[int], Routing]) -> Outcome:
+    """Replay each drawing of a scenario; figures are means, the rest is of the first.
+
+    Args:
+        drawn: the scenario, its load drawn several times.
+        routing_of: returns how requests reach so many servers.
+    """
+    found = [run(scenario, routing_of(len(scenario.engines))) for scenario in drawn]
+    means = {
+        name: sum(outcome.figures[name] for outcome in found) / len(found)
+        for name in found[0].figures
+    }
+    return Outcome(means, found[0].ttft, found[0].limits)
+
+
+def best_fixed(drawn: Sequence[Scenario]) -> tuple[int, Outcome]:
     """Return the best fixed limit and what comes of it."""
-    servers = len(scenario.engines)
-    found = {slots: run(scenario, Queued(servers, plan(slots))) for slots in scenario.fixed}
+    found = {
+        slots: over(drawn, lambda servers, slots=slots: Queued(servers, plan(slots)))
+        for slots in drawn[0].fixed
+    }
     wall_seconds = min(each.figures["wall_seconds"] for each in found.values())
     quick = [s for s, each in found.items() if each.figures["wall_seconds"] <= 1.01 * wall_seconds]
     slots = min(quick, key=lambda slots: found[slots].figures["critical_ttft_p99_ms"])
@@ -139,6 +159,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", help="a scenario's name; all by default")
     parser.add_argument("--data", type=Path, help="folder with the Azure traces of 2023")
     parser.add_argument("--plot", type=Path, help="folder for a picture of each scenario")
+    parser.add_argument("--runs", type=int, default=4, help="how often each load is drawn")
     parser.add_argument("--virtual", action="store_true", help="in virtual time, as always")
     arguments = parser.parse_args()
     known = scenarios(arguments.data)
@@ -149,17 +170,17 @@ def main() -> int:
     results: dict[str, float] = {}
     for name in arguments.only or known:
         began = time.monotonic()
-        scenario = known[name]()
-        servers = len(scenario.engines)
-        slots, manual = best_fixed(scenario)
+        drawn = known[name](arguments.runs)
+        slots, manual = best_fixed(drawn)
         found = {
-            "direct": run(scenario, Direct(servers, least_request=True)),
-            "round_robin": run(scenario, Direct(servers, least_request=False)),
+            "direct": over(drawn, lambda servers: Direct(servers, least_request=True)),
+            "round_robin": over(drawn, lambda servers: Direct(servers, least_request=False)),
             "manual": manual,
-            "adaptive": run(scenario, Queued(servers, plan(None))),
+            "adaptive": over(drawn, lambda servers: Queued(servers, plan(None))),
         }
         seconds = time.monotonic() - began
-        print(f"\n{name}: {len(scenario.arrivals)} requests, best limit {slots} ({seconds:.0f} s)")
+        requests = sum(len(scenario.arrivals) for scenario in drawn)
+        print(f"\n{name}: {requests} requests, best limit {slots} ({seconds:.0f} s)")
         print(f"  {'':24}" + "".join(f"{policy:>14}" for policy in POLICIES))
         for figure in SHOWN:
             values = "".join(f"{found[policy].figures[figure]:>14,.2f}" for policy in POLICIES)
