@@ -20,6 +20,8 @@ PORTS = range(20000, 32768)
 LOOPBACK = "127.0.0.1"
 END_SECONDS = 10.0
 
+_claims: list[socket.socket] = []  # held until the program ends; its processes listen by then
+
 
 def start_ticks(pid: int) -> int | None:
     """Return when the process started, in clock ticks since boot; None when it has ended."""
@@ -95,9 +97,17 @@ class Process:
 
 
 def free_port() -> int:
-    """Return a free port."""
+    """Return a TCP port that is free, and that no other cluster chooses while this program runs.
+
+    Two that start at the same moment would else take one etcd for the other's. The claim is the
+    UDP port of the same number, which nothing here uses.
+    """
     while True:
         port = random.choice(PORTS)
+        claim = socket.socket(type=socket.SOCK_DGRAM)
         with socket.socket() as probe, contextlib.suppress(OSError):
+            claim.bind((LOOPBACK, port))
             probe.bind((LOOPBACK, port))
+            _claims.append(claim)
             return port
+        claim.close()

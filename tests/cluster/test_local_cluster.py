@@ -288,3 +288,19 @@ def test_missing_etcd_is_named(tmp_path):
 
     assert refused.returncode == 1
     assert "etcd-server" in refused.stderr
+
+
+def test_two_starts_at_once_choose_other_ports(tmp_path):
+    """Also before either listens: a program that has chosen a port keeps others from it."""
+    choose = (
+        f"import random, sys; sys.path.insert(0, {str(api_server.PROGRAM.parent)!r});"
+        "from cluster.processes import free_port;"
+        "random.seed(1); print(free_port(), flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-P", "-c", choose]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    with subprocess.Popen(command, **pipes) as first:
+        port = first.stdout.readline()
+        with subprocess.Popen(command, **pipes) as second:
+            assert second.communicate()[0] != port
+        first.communicate()
