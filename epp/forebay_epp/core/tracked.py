@@ -14,6 +14,7 @@ from forebay_epp.core.health import Health
 from forebay_epp.core.limits import LIMITS
 from forebay_epp.core.prefill import Prefill
 from forebay_epp.core.residency import Residency
+from forebay_epp.core.starts import Starts
 from forebay_epp.core.terms import NEVER, EndpointState
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ STALE_SECONDS = 2.0
 SCRAPE_SECONDS = 1.0
 PROBE_SECONDS = 10.0
 FOREIGN_HALF_LIFE_SECONDS = 300.0
-STUCK_TTFTS = 3.0  # after so many usual times to the first token a request that was sent is stuck
 KV_PART = 0.93  # of the KV cache, for what is expected of requests; the rest is for surprises
 EPSILON = 1e-9
 
@@ -66,7 +66,6 @@ class TrackedEndpoint:
 
     __slots__ = (
         "_arrivals",
-        "_awaited",
         "_blind",
         "_ended",
         "_foreign_then",
@@ -78,9 +77,7 @@ class TrackedEndpoint:
         "_probing",
         "_split",
         "_stale_at",
-        "_started",
-        "_ttft_seconds",
-        "_unstarted_since",
+        "_starts",
         "address",
         "counted",
         "counted_limit",
@@ -151,10 +148,7 @@ class TrackedEndpoint:
         self._probing = False
         self._arrivals = 0
         self._ended = 0
-        self._started = 0  # requests in flight whose answers have begun
-        self._awaited = 0  # those whose answers will be seen to begin and have not
-        self._unstarted_since = now  # when one was sent, or another began, and did not yet begin
-        self._ttft_seconds = NEVER  # usual time from dispatch to the first token
+        self._starts = Starts(now)
         self._blind: deque[float] = deque()
         self.refresh()
 
@@ -177,10 +171,7 @@ class TrackedEndpoint:
         self.kv_tokens += request.kv_tokens
         self.prefill.sent(request, now)
         self.residency.joined(request)
-        if request.streamed:
-            if not self._awaited:
-                self._unstarted_since = now
-            self._awaited += 1
+        self._starts.sent(request, now)
         self.in_flight += 1
         self._arrivals += 1
         self._peak = max(self._peak, self.in_flight)
@@ -192,15 +183,9 @@ class TrackedEndpoint:
     def first_token(self, request: Request, now: float) -> None:
         """An answer to a request in flight has begun."""
         self.prefill.begun(request, now)
-        self._started += 1
-        self._awaited -= request.streamed
-        self._unstarted_since = now
-        seconds = now - request.dispatched_at
-        if self._ttft_seconds == NEVER:
-            self._ttft_seconds = seconds
-        self._ttft_seconds += 0.1 * (seconds - self._ttft_seconds)
+        self._starts.began(request, now)
         value = self.limit.value
-        self.limit.started(self._started)
+        self.limit.started(self._starts.begun)
         if self.limit.value != value:
             self.settled = now < self.limit.settled_until
             self.refresh()
@@ -226,12 +211,8 @@ class TrackedEndpoint:
             self.prefill.idle()
         self.kv_tokens -= request.kv_tokens
         self._ended += 1
-        if request.first_token_at < NEVER:
-            self._started -= 1
-        else:
-            self._awaited -= request.streamed
-        unstarted = self._awaited and self._started
-        if unstarted and now > self._unstarted_since + STUCK_TTFTS * self._ttft_seconds:
+        self._starts.ended(request)
+        if self._starts.stuck(now):
             self.limit.stuck()
         self._idle_since = now
         if blind and self.fresh and self.limit.learned:
