@@ -3,7 +3,8 @@
 A transport owns the thread and the sockets. It opens an `Exchange` per ext_proc stream, hands it
 what arrives, sends what it has to say, and calls `tick` when `timeout` has passed. Everything here
 and in the core runs on that one thread, so there is no lock; other threads `post` what they know.
-Moving bytes belongs in transport/, their meaning in codec/, counting in observers.
+Moving bytes belongs in transport/, their meaning in codec/, bounds on what is read in intake.py,
+counting in observers.
 """
 
 from __future__ import annotations
@@ -13,13 +14,11 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from forebay_control.plan import ScorerName
-from forebay_epp import reading
 from forebay_epp.codec.answers import verdict
 from forebay_epp.codec.callers import CallerHeaders
 from forebay_epp.codec.extproc.events import (
     Abandoned,
     Arrived,
-    BodyPart,
     Finished,
     FirstChunk,
     Progress,
@@ -31,6 +30,7 @@ from forebay_epp.codec.extproc.watching import PLAIN
 from forebay_epp.codec.openai import Catalogue
 from forebay_epp.core.terms import Dispatched, Outcome, Request
 from forebay_epp.exchange import Exchange
+from forebay_epp.intake import Intake
 from forebay_epp.observers import Watch
 from forebay_epp.ties import Ties
 
@@ -57,8 +57,7 @@ class DataPlane:
     Args:
         controller: the pool's flow controller; from now on only the data plane calls it.
         observer: called for everything that happens.
-        max_streams: how many may be open. One more costs the slowest unread request of the
-            connection that has most of them its stream; where there is none it is refused with 429.
+        max_streams: how many may bring a request at a time; see `Intake`.
         clock: monotonic seconds.
         address: host:port where a proxy that knows several EPPs finds this one.
 
@@ -78,15 +77,11 @@ class DataPlane:
         self.clock = clock
         self._observer = observer
         self._welcome = False
-        self._max_streams = max_streams
         self._inbox: SimpleQueue[Callable[[float], None]] = SimpleQueue()
         self._next_id = 0
-        self._open: dict[int, Exchange] = {}
+        self._intake = Intake(observer, max_streams, clock)
         self._submitted: dict[int, Exchange] = {}
-        self._reading = reading.Reading()
         self._ties = Ties(address)
-        self._refused = 0
-        self._watching = 0
         self._current: Exchange | None = None
         self._tick_at = 0.0
         self.catalogue = Catalogue(controller.plan, int(time.time()))
@@ -118,19 +113,10 @@ class DataPlane:
         exchange = Exchange(self, self._next_id, stream, on_output)
         self._observer.stream_opened()
         if filter_.secret is not None:
-            self._open[exchange.id] = exchange
             self._watch(exchange, filter_.secret)
-            return exchange
-        full = self._asking >= self._max_streams and not self._give_up_stream()
-        exchange.unread = self._reading.open(self._next_id, peer, self.clock())
-        self._open[exchange.id] = exchange
-        if full:
-            self._observer.stream_refused()
-            self._refuse_unread(
-                exchange,
-                Outcome.REJECTED_QUEUE_FULL,
-                f"{self._max_streams} requests are open at this endpoint picker",
-            )
+            self._intake.watch(exchange)
+        else:
+            self._intake.ask(exchange, peer)
         return exchange
 
     def timeout(self, now: float) -> float:
@@ -188,14 +174,9 @@ class DataPlane:
         self._configure(plan)
 
     @property
-    def _asking(self) -> int:
-        """How many streams bring requests and were not refused."""
-        return len(self._open) - self._refused - self._watching
-
-    @property
     def open_streams(self) -> int:
         """How many streams are open."""
-        return len(self._open)
+        return len(self._intake)
 
     @property
     def unfinished(self) -> int:
@@ -214,17 +195,10 @@ class DataPlane:
 
     def read(self, exchange: Exchange, unread: Unread, event: Event | None) -> None:
         """Account for a message of a request that was not yet complete when it came."""
-        if not unread.begun:
-            self._reading.begin(unread, self.clock())
-        if isinstance(event, BodyPart):
-            self._reading.grow(unread, event.size_bytes)
-        elif event is not None or exchange.ended:
-            self.stop_reading(exchange)
-            if event is not None:
-                self.handle(exchange, event)
-            return
-        while self._reading.size_bytes > self.controller.plan.limits.max_bytes:
-            self._give_up_body(exchange)
+        max_bytes = self.controller.plan.limits.max_bytes
+        complete = self._intake.read(exchange, unread, event, max_bytes)
+        if complete is not None:
+            self.handle(exchange, complete)
 
     def handle(self, exchange: Exchange, event: Event) -> None:
         """Pass a stream's event to the controller, and the decisions to the streams."""
@@ -258,17 +232,11 @@ class DataPlane:
 
     def forget(self, exchange: Exchange) -> None:
         """A stream is gone."""
-        if self._open.pop(exchange.id, None) is not None:
-            self._observer.stream_closed()
-            self._refused -= exchange.refused
-            self._watching -= exchange.watches is not None
-        self.stop_reading(exchange)
+        self._intake.forget(exchange)
 
     def stop_reading(self, exchange: Exchange) -> None:
         """A request is complete, or not wanted any more."""
-        if exchange.unread is not None:
-            self._reading.end(exchange.unread)
-            exchange.unread = None
+        self._intake.end(exchange)
 
     # --- inside
 
@@ -329,7 +297,6 @@ class DataPlane:
         watched = None if request_id is None else self._submitted.get(request_id)
         exchange.watches = watched
         if watched is not None:
-            self._watching += 1
             exchange.stream.watch()
             self._observer.watched(Watch.TIED)
         else:
@@ -361,57 +328,11 @@ class DataPlane:
         if exchange is not self._current:
             exchange.on_output()
 
-    def _refuse_unread(self, exchange: Exchange, outcome: Outcome, message: str) -> None:
-        self.stop_reading(exchange)
-        # Its proxy may be slow to close it, or frozen; that must not keep others out.
-        exchange.refused = True
-        self._refused += 1
-        retry_after = 1 if outcome is Outcome.REJECTED_QUEUE_FULL else None
-        exchange.stream.refuse(outcome, message, retry_after)
-        self._observer.answered(exchange.id, outcome, self.clock())
-
-    def _give_up_body(self, current: Exchange) -> None:
-        """Refuse the slowest body of the connection whose unfinished bodies are largest."""
-        slowest = self._open[self._reading.slowest(self.clock()).exchange_id]
-        self._refuse_unread(
-            slowest,
-            Outcome.REJECTED_QUEUE_FULL,
-            "too many request bodies are being read, and this one was the slowest",
-        )
-        if slowest is not current:
-            slowest.on_output()
-
-    def _give_up_stream(self) -> bool:
-        """Refuse the oldest unread request of the connection that has most; False if none has."""
-        unread = self._reading.oldest()
-        if unread is None:
-            return False
-        oldest = self._open[unread.exchange_id]
-        self._refuse_unread(
-            oldest,
-            Outcome.REJECTED_QUEUE_FULL,
-            f"{self._max_streams} requests are open, and this one was slow to arrive",
-        )
-        oldest.on_output()
-        return True
-
     def _time_out(self, now: float) -> None:
-        """End streams that say nothing and requests that do not come to an end."""
+        """End requests that are not read or not answered in time."""
         while (request_id := self._ties.lose(now)) is not None:
             lost = self._submitted.get(request_id)
             if lost is not None:
                 self._observer.watched(Watch.MISSING)
                 self._complete(lost, UNSEEN, now)
-        while (unread := self._reading.silent(now)) is not None:
-            exchange = self._open[unread.exchange_id]
-            self.stop_reading(exchange)
-            exchange.stream.fail(f"no request within {reading.SILENT_STREAM_SECONDS:.0f} s")
-            exchange.on_output()
-        while (unread := self._reading.late(now)) is not None:
-            exchange = self._open[unread.exchange_id]
-            self._refuse_unread(
-                exchange,
-                Outcome.REJECTED_INCOMPLETE,
-                f"the request body did not arrive within {reading.READ_REQUEST_SECONDS:.0f} s",
-            )
-            exchange.on_output()
+        self._intake.time_out(now)

@@ -1,7 +1,7 @@
 """Requests that are still being read: how long they may take and how much they may hold.
 
 Slow clients must not keep others out, neither by streams nor by bytes. The request that is given up
-is always one of the connection that holds most. Refusing it does not belong here.
+is always one of the connection that holds most. Refusing it belongs in intake.py.
 """
 
 from __future__ import annotations

@@ -389,9 +389,10 @@ class Run:
         assert all(endpoint.in_flight == 0 for endpoint in state.endpoints)
         assert self.controller.decided == self.controller.submitted
         data_plane = self.data_plane
-        assert (data_plane.open_streams, data_plane.unfinished, data_plane._refused) == (0, 0, 0)
-        assert (data_plane._reading.size_bytes, len(data_plane._reading)) == (0, 0)
-        assert not data_plane._reading._connections
+        intake = data_plane._intake
+        assert (data_plane.open_streams, data_plane.unfinished, intake._refused) == (0, 0, 0)
+        assert (intake._reading.size_bytes, len(intake._reading)) == (0, 0)
+        assert not intake._reading._connections
         traffic = self.traffic
         assert (traffic.streams_opened, traffic.streams_open) == (self.opened, 0)
         assert sum(traffic.outcomes.values()) <= self.opened

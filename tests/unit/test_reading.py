@@ -162,5 +162,8 @@ def test_nothing_is_kept_of_connections(ending):
     for exchange in exchanges:
         exchange.close()
 
-    assert (site.data_plane._reading.size_bytes, len(site.data_plane._reading)) == (0, 0)
+    assert (site.data_plane._intake._reading.size_bytes, len(site.data_plane._intake._reading)) == (
+        0,
+        0,
+    )
     assert site.data_plane.open_streams == 0

@@ -53,7 +53,7 @@ def test_unfinished_bodies_do_not_delay_an_honest_request(start, connections):
         for stream in slow:
             stream.send_headers()
             stream.send_body(b"x" * (BODY_BYTES - 1), end=False)
-        until(lambda: epp.data_plane._reading.size_bytes >= BODIES * (BODY_BYTES - 1), 60)
+        until(lambda: epp.data_plane._intake._reading.size_bytes >= BODIES * (BODY_BYTES - 1), 60)
         worst = 0.0
         for _ in range(20):
             honest = Stream(mine)
