@@ -5,10 +5,18 @@ from __future__ import annotations
 import os
 import signal
 
+from cluster_fixtures import cluster, crds, namespace, node_cluster
 from hypothesis import settings
 from worker_groups import pytest_collection_modifyitems, pytest_xdist_make_scheduler
 
-__all__ = ["pytest_collection_modifyitems", "pytest_xdist_make_scheduler"]
+__all__ = [
+    "cluster",
+    "crds",
+    "namespace",
+    "node_cluster",
+    "pytest_collection_modifyitems",
+    "pytest_xdist_make_scheduler",
+]
 
 # A job in a shell's background ignores Ctrl-C, and so would the programs that tests send it to.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -373,7 +373,13 @@ class EndpointPicker:
 def _logged(update: Update) -> dict[str, object]:
     """Describe an update, for the log."""
     endpoints = None if update.endpoints is None else len(update.endpoints)
-    return {"plan": update.plan is not None, "endpoints": endpoints, "deleted": update.deleted}
+    what: dict[str, object] = {
+        "plan": update.plan is not None,
+        "endpoints": endpoints,
+        "deleted": update.deleted,
+    }
+    version = update.version
+    return what | ({"epoch": version.epoch, "revision": version.revision} if version else {})
 
 
 def _credentials(settings: Settings) -> grpc.ServerCredentials | None:

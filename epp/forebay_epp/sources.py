@@ -47,11 +47,19 @@ _log = logging.getLogger("forebay_epp")
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """The desired parts. None: the part in force stays. `deleted`: the pool is deleted."""
+    """The desired parts.
+
+    Attributes:
+        plan: None: the one in force stays.
+        endpoints: None: those in force stay.
+        deleted: whether the pool is.
+        version: of the operator's program that this is of, if it is of one.
+    """
 
     plan: Plan | None
     endpoints: tuple[Endpoint, ...] | None
     deleted: bool = False
+    version: Version | None = None
 
 
 class PlanFileError(Exception):
@@ -270,7 +278,9 @@ class Operator:
         if another:
             await self._last_good.attempt(applied.plan_sha256, DISK_SECONDS)
         try:
-            await self._put(Update(accepted.plan, accepted.endpoints, accepted.deleted))
+            await self._put(
+                Update(accepted.plan, accepted.endpoints, accepted.deleted, applied.version)
+            )
         except Exception:
             self._traffic.plan_reloaded(ok=False)
             raise

@@ -6,10 +6,6 @@ import secrets
 
 import api_server
 import pytest
-from cluster_fixtures import cluster, crds, namespace, node_cluster
-
-__all__ = ["cluster", "crds", "namespace", "node_cluster", "somewhere"]
-
 
 FIGURES = pytest.StashKey[list[str]]()
 
@@ -31,7 +27,6 @@ def pytest_terminal_summary(terminalreporter, config):
 @pytest.fixture(scope="module")
 def somewhere(crds):
     """A namespace for all tests of this module; each uses names of its own."""
-    name = f"test-{secrets.token_hex(4)}"
-    crds.kubectl("create", "namespace", name)
+    name = crds.make_namespace(f"test-{secrets.token_hex(4)}")
     yield api_server.Namespace(crds, name)
-    crds.kubectl("delete", "namespace", name, "--wait=false")
+    crds.leave_namespace(name)

@@ -205,7 +205,7 @@ def other(cluster):
         cluster, name, {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": CONFIG_MAP}}
     )
     yield name
-    cluster.kubectl("delete", "namespace", name, "--wait=false")
+    cluster.leave_namespace(name)
 
 
 async def test_a_namespace_that_forbids_reading_costs_itself_only(site, other):

@@ -23,7 +23,7 @@ from control_plane import LOOPBACK, Authority, Operator, check_log, policy, pool
 from ext_proc_peer import channel, until
 from held_requests import Held
 from loop_thread import LoopThread
-from operator_site import CRDS, SECONDS, Site, endpoints, install, make_namespace
+from operator_site import CRDS, SECONDS, Site, endpoints, install
 from ports import free_port
 
 if TYPE_CHECKING:
@@ -578,7 +578,7 @@ def stage(cluster, tmp_path_factory, figure):
     """All that the cases share."""
     install(cluster)
     folder = tmp_path_factory.mktemp("live")
-    namespace = make_namespace(cluster, f"live-{secrets.token_hex(4)}")
+    namespace = cluster.make_namespace(f"live-{secrets.token_hex(4)}")
     authority = Authority(folder / "ca")
     kubeconfig = operator_account.cluster_wide(cluster, namespace, folder)
     operator = Operator(
@@ -602,7 +602,7 @@ def stage(cluster, tmp_path_factory, figure):
         site.end()
         operator.end()
         cluster.kubectl("delete", "clusterrolebinding", f"forebay-operator-{namespace}")
-        cluster.kubectl("delete", "namespace", namespace, "--wait=false")
+        cluster.leave_namespace(namespace)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.fields)

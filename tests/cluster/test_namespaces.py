@@ -16,7 +16,6 @@ from operator_site import (
     answer,
     endpoints,
     install,
-    make_namespace,
 )
 
 REJECTS = {"unmatched": {"action": "Reject"}}
@@ -31,7 +30,7 @@ class World:
         self.cluster, self.folder = cluster, folder
         suffix = secrets.token_hex(4)
         self.home, self.tenant, self.other = (
-            make_namespace(cluster, f"{name}-{suffix}") for name in ("home", "tenant", "other")
+            cluster.make_namespace(f"{name}-{suffix}") for name in ("home", "tenant", "other")
         )
         self.kubeconfig = operator_account.namespaced(
             cluster, self.home, folder, self.home, self.tenant, self.other
@@ -76,7 +75,7 @@ class World:
         self.operator.process.end()
         assert "Traceback" not in self.operator.process.log
         for namespace in (self.home, self.tenant, self.other):
-            self.cluster.kubectl("delete", "namespace", namespace, "--wait=false")
+            self.cluster.leave_namespace(namespace)
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ from operator_site import (
     answer,
     endpoints,
     install,
-    make_namespace,
     send,
     waiting,
 )
@@ -48,7 +47,7 @@ def operator(cluster, authority, tmp_path_factory):
     """One operator for all namespaces, with its ClusterRole."""
     install(cluster)
     folder = tmp_path_factory.mktemp("operator")
-    home = make_namespace(cluster, f"home-{secrets.token_hex(4)}")
+    home = cluster.make_namespace(f"home-{secrets.token_hex(4)}")
     kubeconfig = operator_account.cluster_wide(cluster, home, folder)
     operator = RestartableOperator(
         cluster, folder, authority.leaf("op"), lease_namespace=home, kubeconfig=kubeconfig
@@ -61,13 +60,13 @@ def operator(cluster, authority, tmp_path_factory):
     finally:
         operator.process.end()
         cluster.kubectl("delete", "clusterrolebinding", f"forebay-operator-{home}")
-        cluster.kubectl("delete", "namespace", home, "--wait=false")
+        cluster.leave_namespace(home)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def still(cluster, operator, authority, tmp_path_factory):
     """A site on which nothing happens, and how often its status was written until it stood."""
-    namespace = make_namespace(cluster, f"still-{secrets.token_hex(4)}")
+    namespace = cluster.make_namespace(f"still-{secrets.token_hex(4)}")
     folder = tmp_path_factory.mktemp("still")
     found = Site(cluster, namespace, operator.control_port, authority.path, folder)
     found.pool()
@@ -77,7 +76,7 @@ def still(cluster, operator, authority, tmp_path_factory):
     until(lambda: found.status("still")["pools"][0].get("queues"), SECONDS)
     yield found, written(found)
     found.end()
-    cluster.kubectl("delete", "namespace", namespace, "--wait=false")
+    cluster.leave_namespace(namespace)
 
 
 @pytest.fixture

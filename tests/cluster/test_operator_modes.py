@@ -27,7 +27,6 @@ from operator_site import (
     answer,
     endpoints,
     install,
-    make_namespace,
 )
 
 POLICIES = "flowcontrolpolicies.forebay.dev"
@@ -66,7 +65,7 @@ def start(cluster, authority, tmp_path):
     started = []
 
     def start(*namespaces: str, flags: tuple[str, ...] = ()) -> RestartableOperator:
-        home = make_namespace(cluster, f"home-{secrets.token_hex(4)}")
+        home = cluster.make_namespace(f"home-{secrets.token_hex(4)}")
         if namespaces:
             kubeconfig = operator_account.namespaced(
                 *(cluster, home, tmp_path, *namespaces),
@@ -148,7 +147,7 @@ def test_one_namespace_only(cluster, namespace, start, site, authority):
 
     Reviewing tokens is allowed for the whole cluster or not at all: EPPs show certificates.
     """
-    elsewhere = make_namespace(cluster, f"other-{secrets.token_hex(4)}")
+    elsewhere = cluster.make_namespace(f"other-{secrets.token_hex(4)}")
     operator = start(namespace, flags=("--control-client-auth=certificate",))
     operator.until_leading()
     here, there = site(operator), site(operator, elsewhere)

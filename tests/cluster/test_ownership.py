@@ -8,7 +8,7 @@ import pytest
 from control_plane import Authority, Operator, model, policy, pool, service
 from ext_proc_peer import until
 from manifest_reading import pool_ref
-from operator_site import SECONDS, Site, install, make_namespace
+from operator_site import SECONDS, Site, install
 
 POOL_NAMES = {"ours": "one", "theirs": "two", "nobodys": ""}
 STILL_SECONDS = 8.0
@@ -22,7 +22,7 @@ def operators(cluster, tmp_path):
     started, homes = [], []
     try:
         for name in ("one", "two"):
-            home = make_namespace(cluster, f"{name}-{secrets.token_hex(4)}")
+            home = cluster.make_namespace(f"{name}-{secrets.token_hex(4)}")
             homes.append(home)
             started.append(
                 Operator(
@@ -39,7 +39,7 @@ def operators(cluster, tmp_path):
         for operator in started:
             operator.end()
         for home in homes:
-            cluster.kubectl("delete", "namespace", home, "--wait=false")
+            cluster.leave_namespace(home)
 
 
 def test_two_operators_share_a_namespace_without_a_fight(cluster, namespace, operators, tmp_path):

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cluster_fixtures import cluster, crds, namespace
 from control_plane import Stage
-
-__all__ = ["cluster", "crds", "namespace"]
 
 
 @pytest.fixture

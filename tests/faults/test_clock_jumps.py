@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from control_driver import Driver
-from control_plane import EPPProcess, FolderOperator, History, check_log, policy, pool
+from control_plane import EPPProcess, FolderOperator, check_log, check_versions, policy, pool
 from ext_proc_peer import until
 from ext_proc_queue import Waiting
 from manifest_reading import resource_of
@@ -49,26 +49,22 @@ def test_an_operator_keeps_its_lease_when_clocks_jump(stage):
     until(lambda: leader.epoch > 0, WAIT_SECONDS)
     standby = stage.operator("operator-1", control_port=ports[1], env=clocks[1].env)
     epps = stage.epps(2, ports[0])
-    history = History(epps)
-    try:
-        until(lambda: stage.settled(epps), WAIT_SECONDS)
-        before = stage.lease()["spec"]
-        version = epps[0].version
-        for mine, others in JUMPS:
-            clocks[0].jump(mine)
-            clocks[1].jump(others)
-            renew_thrice(stage, mine)
-            assert (leader.epoch, standby.epoch) == (version[0], 0)
-        assert {epp.version for epp in epps} == {version}
-        stage.edit(1)
-        until(lambda: stage.settled(epps), WAIT_SECONDS)
-    finally:
-        history.end()
+    until(lambda: stage.settled(epps), WAIT_SECONDS)
+    before = stage.lease()["spec"]
+    version = epps[0].version
+    for mine, others in JUMPS:
+        clocks[0].jump(mine)
+        clocks[1].jump(others)
+        renew_thrice(stage, mine)
+        assert (leader.epoch, standby.epoch) == (version[0], 0)
+    assert {epp.version for epp in epps} == {version}
+    stage.edit(1)
+    until(lambda: stage.settled(epps), WAIT_SECONDS)
     after = stage.lease()["spec"]
     for field in ("holderIdentity", "leaseTransitions", "acquireTime"):
         assert after.get(field) == before.get(field)
     assert epps[0].version[0] == version[0]
-    history.check()
+    check_versions(*epps)
     for process in (leader, standby, *epps):
         check_log(process.log)
 
@@ -109,7 +105,6 @@ def test_requests_that_wait_have_their_whole_ttl_when_the_clock_jumps(driver, tm
     """100 wait while the EPP's clock jumps: each is evicted after its TTL."""
     clock = WallClock(tmp_path / "clock")
     epp = EPPProcess(tmp_path, "epp-0", "chat", driver.port, env=clock.env)
-    history = History([epp])
     try:
         driver.put(POOL, snapshot(0))
         until(lambda: epp.serving, WAIT_SECONDS)
@@ -132,13 +127,12 @@ def test_requests_that_wait_have_their_whole_ttl_when_the_clock_jumps(driver, tm
         assert epp.version[0] == 1
         assert epp.connected
     finally:
-        history.end()
         epp.end()
     assert len(waiting.refused) == 100
     for outcome, seconds in waiting.refused.values():
         assert outcome == "EvictedNoEndpoints"
         assert TTL_SECONDS <= seconds < 4 * TTL_SECONDS
-    history.check()
+    check_versions(epp)
     check_log(epp.log)
 
 
@@ -157,7 +151,6 @@ def test_an_operator_of_a_folder_programs_epps_after_its_clock_was_set_back(tmp_
     port = free_port()
     operator = FolderOperator(tmp_path, port, manifests=manifests, env=clock.env)
     epp = EPPProcess(tmp_path, "epp-0", "chat", port)
-    history = History([epp])
     try:
         until(lambda: epp.version not in (None, (0, 0)), WAIT_SECONDS)
         before, first = epp.version, epp.program()
@@ -167,8 +160,7 @@ def test_an_operator_of_a_folder_programs_epps_after_its_clock_was_set_back(tmp_
         operator = FolderOperator(tmp_path, port, manifests=manifests, env=clock.env)
         until(lambda: epp.version > before and epp.program() != first, WAIT_SECONDS)
     finally:
-        history.end()
         operator.end()
         epp.end()
-    history.check()
+    check_versions(epp)
     check_log(operator.log)

@@ -123,18 +123,15 @@ def test_only_an_epp_of_the_pool_is_served(stage, door, pod):
 def test_a_pod_of_another_namespace_cannot_serve_the_pool(stage, door, pod):
     """Although it has a good token of its own and is behind a Service of the same name."""
     until_known(door, pod)
-    other = f"{stage.namespace}-other"
-    stage.cluster.kubectl("create", "namespace", other)
+    other = stage.cluster.make_namespace(f"{stage.namespace}-other")
     try:
-        account = ("get", "serviceaccount", "default", "-n", other)
-        until(lambda: stage.cluster.kubectl(*account, check=False).returncode == 0, WAIT_SECONDS)
         apply(stage.cluster, other, pool("chat"), service())
         foreign = EPPPod(stage.cluster, other, "epp-0", "epp")
 
         refused = door.refused(foreign, foreign.token())
         assert refused == ("PERMISSION_DENIED", {"other_namespace"})
     finally:
-        stage.cluster.kubectl("delete", "namespace", other, "--wait=false")
+        stage.cluster.leave_namespace(other)
 
 
 def test_a_stolen_token_is_worth_nothing_at_another_address(door, pod):

@@ -18,7 +18,7 @@ from itertools import pairwise
 from threading import Event
 
 import pytest
-from control_plane import Forwarder, History, apply, check_log, model
+from control_plane import Forwarder, apply, check_log, check_versions, model
 from ext_proc_peer import until
 from ext_proc_queue import Waiting
 from loop_thread import LoopThread
@@ -62,25 +62,22 @@ def test_epps_converge_after_the_operator_is_killed_between_their_acknowledgemen
     stage.edit(0)
     epps = stage.epps(4, port)
     until(lambda: stage.settled(epps), WAIT_SECONDS)
-    first, history, took = epps[0], History(epps), []
-    try:
-        with Waiting(thread, first.grpc) as waiting:
-            for number in range(WAITERS):
-                waiting.enqueue(number)
-            for kill in range(1, KILLS + 1):
-                lots.shuffle(epps)
-                wanted = kill_between(stage, operator, kill, epps[:2], epps[2:])
-                operator = stage.operator(control_port=port)
-                took.append(seconds_until(partial(all_run, epps, wanted)))
-                until(lambda: stage.settled(epps), WAIT_SECONDS)
-            stage.serve()
-            assert waiting.serve_all() == list(range(WAITERS))
-        until(first.idle)
-    finally:
-        history.end()
+    first, took = epps[0], []
+    with Waiting(thread, first.grpc) as waiting:
+        for number in range(WAITERS):
+            waiting.enqueue(number)
+        for kill in range(1, KILLS + 1):
+            lots.shuffle(epps)
+            wanted = kill_between(stage, operator, kill, epps[:2], epps[2:])
+            operator = stage.operator(control_port=port)
+            took.append(seconds_until(partial(all_run, epps, wanted)))
+            until(lambda: stage.settled(epps), WAIT_SECONDS)
+        stage.serve()
+        assert waiting.serve_all() == list(range(WAITERS))
+    until(first.idle)
     _log.info("%s kills, converged after %.1f s at most", KILLS, max(took))
     assert first.outcomes() == {"Dispatched": WAITERS}
-    history.check()
+    check_versions(*epps)
     for process in (operator, *epps):
         check_log(process.log)
 
@@ -109,25 +106,22 @@ def test_an_operator_that_crashes_again_and_again_ends_up_right_and_writes_littl
     operator = stage.operator(control_port=port)
     (epp,) = stage.epps(1, port)
     until(lambda: stage.settled([epp]), WAIT_SECONDS)
-    history, pause = History([epp]), Event()
+    pause = Event()
     restarts = [dt.datetime.now(dt.UTC)]
     began = time.monotonic()
-    try:
-        for crash in range(1, CRASHES + 1):
-            stage.edit(crash)
-            pause.wait(began + crash * CRASH_SECONDS - time.monotonic())
-            operator.kill()
-            restarts.append(dt.datetime.now(dt.UTC))
-            operator = stage.operator(control_port=port)
-        until(lambda: stage.settled([epp]), WAIT_SECONDS)
-    finally:
-        history.end()
+    for crash in range(1, CRASHES + 1):
+        stage.edit(crash)
+        pause.wait(began + crash * CRASH_SECONDS - time.monotonic())
+        operator.kill()
+        restarts.append(dt.datetime.now(dt.UTC))
+        operator = stage.operator(control_port=port)
+    until(lambda: stage.settled([epp]), WAIT_SECONDS)
     limits = stage.cluster.get("fcp", "chat", "-n", stage.namespace)["spec"]["limits"]
     assert limits["maxRequests"] == 1000 + CRASHES
     writes = status_writes(stage, restarts)
     _log.info("status writes per restart: %s", writes)
     assert max(writes) <= 2
-    history.check()
+    check_versions(epp)
     check_log(operator.log)
     check_log(epp.log)
 
@@ -162,16 +156,14 @@ def test_a_leader_that_was_frozen_gives_up_when_it_wakes(stage):
     replicas.append(stage.operator("operator-1", control_port=ports[1]))
     services = [Forwarder(*ports), Forwarder(*ports)]
     epps = stage.epps(2, *(service.port for service in services))
-    history = History(epps)
     try:
         for number, (old, new) in enumerate((replicas, reversed(replicas))):
             until(lambda: stage.settled(epps), WAIT_SECONDS)
             freeze(stage, 10 * number, old, new, epps, services[0])
     finally:
-        history.end()
         for service in services:
             service.close()
-    history.check()
+    check_versions(*epps)
     for process in (*replicas, *epps):
         check_log(process.log)
 
@@ -207,25 +199,21 @@ def test_a_lease_that_is_deleted_leaves_no_epp_behind(stage):
     operator = stage.operator(control_port=port)
     stage.edit(0)
     epps = stage.epps(2, port)
-    history = History(epps)
-    try:
-        until(lambda: stage.settled(epps), WAIT_SECONDS)
-        first = epps[0].version
-        delete_lease(stage)
-        until(lambda: operator.epoch > first[0], WAIT_SECONDS)
-        stage.edit(1)
-        until(lambda: stage.settled(epps), WAIT_SECONDS)
-        before = epps[0].version
-        operator.kill()
-        delete_lease(stage)
-        operator = stage.operator(control_port=port)
-        healed = seconds_until(lambda: all(p.version[0] > before[0] for p in epps))
-        stage.edit(2)
-        until(lambda: stage.settled(epps), WAIT_SECONDS)
-    finally:
-        history.end()
+    until(lambda: stage.settled(epps), WAIT_SECONDS)
+    first = epps[0].version
+    delete_lease(stage)
+    until(lambda: operator.epoch > first[0], WAIT_SECONDS)
+    stage.edit(1)
+    until(lambda: stage.settled(epps), WAIT_SECONDS)
+    before = epps[0].version
+    operator.kill()
+    delete_lease(stage)
+    operator = stage.operator(control_port=port)
+    healed = seconds_until(lambda: all(p.version[0] > before[0] for p in epps))
+    stage.edit(2)
+    until(lambda: stage.settled(epps), WAIT_SECONDS)
     _log.info("epoch %s -> %s after %.1f s", before[0], epps[0].version[0], healed)
-    history.check()
+    check_versions(*epps)
     check_log(operator.log)
 
 
@@ -251,27 +239,23 @@ def test_a_backup_of_etcd_that_is_restored_is_in_force(stage):
     stage.edit(0)
     apply(stage.cluster, stage.namespace, model("llama", "chat", "llama"))
     epps = stage.epps(2, port)
-    history = History(epps)
-    try:
+    until(lambda: stage.settled(epps), WAIT_SECONDS)
+    original = epps[0].program()
+    stage.cluster.snapshot(stage.folder / "backup")
+    for number in range(1, 3):
+        operator.kill()
+        stage.edit(number)
+        operator = stage.operator(control_port=port)
         until(lambda: stage.settled(epps), WAIT_SECONDS)
-        original = epps[0].program()
-        stage.cluster.snapshot(stage.folder / "backup")
-        for number in range(1, 3):
-            operator.kill()
-            stage.edit(number)
-            operator = stage.operator(control_port=port)
-            until(lambda: stage.settled(epps), WAIT_SECONDS)
-        stage.cluster.kubectl("delete", "inferencemodel", "llama", "-n", stage.namespace)
-        write_much(stage)
-        until(lambda: stage.settled(epps), WAIT_SECONDS)
-        before = epps[0].version
-        stage.cluster.restore(stage.folder / "backup")
-        healed = seconds_until(
-            lambda: all(p.version[0] > before[0] and p.program() == original for p in epps)
-        )
-        until(lambda: stage.settled(epps), WAIT_SECONDS)
-    finally:
-        history.end()
+    stage.cluster.kubectl("delete", "inferencemodel", "llama", "-n", stage.namespace)
+    write_much(stage)
+    until(lambda: stage.settled(epps), WAIT_SECONDS)
+    before = epps[0].version
+    stage.cluster.restore(stage.folder / "backup")
+    healed = seconds_until(
+        lambda: all(p.version[0] > before[0] and p.program() == original for p in epps)
+    )
+    until(lambda: stage.settled(epps), WAIT_SECONDS)
     _log.info("epoch %s -> %s after %.1f s", before[0], epps[0].version[0], healed)
-    history.check()
+    check_versions(*epps)
     check_log(operator.log)

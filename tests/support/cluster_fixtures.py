@@ -1,4 +1,8 @@
-"""Fixtures of the tests against a real Kubernetes API server; a conftest.py imports them."""
+"""Fixtures of the tests against a real Kubernetes API server.
+
+tests/conftest.py imports them, so that a worker has one API server for all folders; the chart's
+tests have their own, since helm brings its CRDs.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ import secrets
 
 import api_server
 import pytest
-from ext_proc_peer import until
 
 
 @pytest.fixture(scope="session")
@@ -30,13 +33,9 @@ def node_cluster(tmp_path_factory):
 @pytest.fixture
 def namespace(cluster):
     """The name of a new namespace, which is deleted after the test."""
-    name = f"test-{secrets.token_hex(4)}"
-    cluster.kubectl("create", "namespace", name)
-    # Pods are refused until the controllers have made the namespace's account.
-    account = ("get", "serviceaccount", "default", "--namespace", name)
-    until(lambda: cluster.kubectl(*account, check=False).returncode == 0, 90)
+    name = cluster.make_namespace(f"test-{secrets.token_hex(4)}")
     yield name
-    cluster.kubectl("delete", "namespace", name, "--wait=false")
+    cluster.leave_namespace(name)
 
 
 @pytest.fixture(scope="session")

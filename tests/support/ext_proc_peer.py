@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 TRANSPORTS = {"completion-queue": CompletionQueueTransport, "aio": AioTransport}
 DEADLINE_SECONDS = 10.0
-MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.002, 0.1
+MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.002, 0.2
 
 
 def until(claim: Callable[[], bool], seconds: float = DEADLINE_SECONDS) -> None:
@@ -43,7 +43,7 @@ def until(claim: Callable[[], bool], seconds: float = DEADLINE_SECONDS) -> None:
     while not claim():
         now = time.monotonic()
         assert now < began + seconds, "did not come true in time"
-        time.sleep(min(max(MIN_PAUSE_SECONDS, (now - began) / 20, now - asked), MAX_PAUSE_SECONDS))
+        time.sleep(min(max(MIN_PAUSE_SECONDS, (now - began) / 10, now - asked), MAX_PAUSE_SECONDS))
         asked = time.monotonic()
 
 

@@ -33,14 +33,6 @@ SECONDS = 60.0  # generous: what is waited for takes a second on an idle machine
 BODY = b'{"model": "no-such-model", "prompt": "' + b"x" * 200 + b'"}'
 
 
-def make_namespace(cluster: ApiServer, name: str) -> str:
-    """Make a namespace in which pods can be created."""
-    cluster.kubectl("create", "namespace", name)
-    account = ("get", "serviceaccount", "default", "--namespace", name)
-    until(lambda: cluster.kubectl(*account, check=False).returncode == 0, SECONDS)
-    return name
-
-
 def install(cluster: ApiServer, *names: str) -> None:
     """Install CRDs by their names, plural.group; all without any."""
     files = [

@@ -10,24 +10,36 @@ from pathlib import PurePosixPath
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+FOLDERS = ("e2e", "installed")
+
 
 def group(nodeid: str) -> str:
     """Return the group of a test.
 
-    It is a file, or the folder of end-to-end tests, which share an installation. Each test of
-    faults has processes of its own, so these may run side by side.
+    It is a file, or a folder whose tests share a cluster of their own. Each test of faults has
+    processes of its own, so these may run side by side.
     """
     path = PurePosixPath(nodeid.partition("::")[0])
-    if "e2e" in path.parts:
-        return "e2e"
+    if path.parent.name in FOLDERS:
+        return str(path.parent)
     if path.parent.name == "faults":
         return nodeid
     return str(path)
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the longest group: pytest sorts the files below a folder that is given, too."""
-    items.sort(key=lambda item: group(item.nodeid) != "e2e")
+    """Begin with the largest groups; groups of one test fill what is left at the end.
+
+    The order is ours, because pytest sorts the files below a folder that is given.
+    """
+
+    def place(item) -> int:
+        folder = PurePosixPath(group(item.nodeid)).name
+        if folder in FOLDERS:
+            return FOLDERS.index(folder)
+        return len(FOLDERS) + ("::" in group(item.nodeid))
+
+    items.sort(key=place)
 
 
 class Groups(LoadScopeScheduling):

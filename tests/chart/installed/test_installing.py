@@ -10,7 +10,7 @@ import pytest
 import yaml
 from chart_release import NO_CRDS
 
-FOLDER = Path(__file__).parent / "values"
+FOLDER = Path(__file__).parents[1] / "values"
 VALUES = sorted(FOLDER.glob("*.yaml"))
 SETS = pytest.mark.parametrize("values", VALUES, ids=lambda path: path.stem)
 

@@ -1,4 +1,4 @@
-"""Fixtures of the chart's tests that need a Kubernetes API server."""
+"""A Kubernetes API server for the chart's tests alone: its CRDs are those that helm brings."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from chart_release import NO_CRDS, WAIT_SECONDS, deployed
 from ext_proc_peer import until
 from manifest_reading import pool_ref
 
-FOLDER = Path(__file__).parent / "values"
+FOLDER = Path(__file__).parents[1] / "values"
 
 
 def rights(cluster, account_namespace: str, account: str, namespace: str) -> set[tuple[str, ...]]:

@@ -15,7 +15,7 @@ from forebay_control.v1 import control_pb2 as pb
 from forebay_control.v1 import control_pb2_grpc as rpc
 
 ISSUED = (("secret", "forebay-control-tls"), ("configmap", "forebay-control-ca"))
-FOLDER = Path(__file__).parent / "values"
+FOLDER = Path(__file__).parents[1] / "values"
 
 
 def test_nothing_is_left_after_uninstalling(running):
