@@ -128,7 +128,7 @@ def address_of(peer: str) -> str:
 
 
 def not_a_message() -> RefusedError:
-    """Return the refusal of bytes that mean nothing."""
+    """Return the refusal of bytes that are no message."""
     text = "this is not a message of the control channel"
     return RefusedError(grpc.StatusCode.INVALID_ARGUMENT, "protocol", text)
 

@@ -212,7 +212,7 @@ class ControlServer(rpc.ControlServicer):
         uid = ""
         if self._leading:
             uid = await self._admission.pod_uid(hello, context)
-        if not self._leading:  # any more: asking takes its time
+        if not self._leading:  # leadership may have ended while the API server was asked
             metrics.REFUSALS.labels("not_leader").inc()
             await context.write(pb.FromOperator(not_leader=pb.NotLeader(hint=self._hint)))
             return

@@ -220,7 +220,7 @@ class Session:
 
 
 def _check_shadow(stats: pb.Stats) -> None:
-    """Keep of what mode Observe tells what a status may hold."""
+    """Keep the part of a report of mode Observe that a status may hold."""
     shadow = {b.band: b for b in stats.shadow[:MAX_STATS_BANDS] if _is_band_name(b.band)}
     kept = [pb.ShadowStats.FromString(band.SerializeToString()) for band in shadow.values()]
     del stats.shadow[:]

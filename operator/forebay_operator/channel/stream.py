@@ -1,6 +1,6 @@
 """One control stream: sends what is in its outbox, and reads until its end.
 
-What is sent, and what an answer means, is the server's.
+What is sent and what an answer means belong in server.py.
 """
 
 from __future__ import annotations

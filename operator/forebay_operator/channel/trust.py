@@ -161,7 +161,7 @@ class TokenTrust:
             raise RefusedError(
                 _DENIED,
                 "other_pod",
-                # Not whose it is: that may not be verified yet.
+                # It does not say whose the token is, which may not be verified yet.
                 f"the token is not that of pod {hello.pod_namespace}/{hello.pod_name}",
             )
         self._pods.check(hello.pool, pod.namespace, pod.uid, caller.address)
@@ -286,7 +286,7 @@ _SAN = "x509_subject_alternative_name"
 
 
 def _pod_of(status: dict[str, Any]) -> _Pod:
-    """Return the pod that the API server says a token is bound to; parts that are unknown empty."""
+    """Return the pod that the API server says a token is bound to; unknown parts are empty."""
     user = status.get("user") or {}
     extra = user.get("extra") or {}
     uid, name = (str((extra.get(key) or [""])[0]) for key in (_POD_UID, _POD_NAME))
@@ -296,7 +296,7 @@ def _pod_of(status: dict[str, Any]) -> _Pod:
 
 
 def _claims(token: str) -> dict[str, Any] | None:
-    """Return what a JWT says, unverified; None for what is none."""
+    """Return what a JWT says, unverified; None for what is not a JWT."""
     parts = token.split(".")
     if len(parts) != 3 or not all(parts):
         return None

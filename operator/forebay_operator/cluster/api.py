@@ -112,7 +112,7 @@ class Cluster:
         while True:
             page = await self.request("GET", _path(kind, namespace), query=query)
             if not str(page.get("kind", "")).endswith("List"):
-                # What is not there is gone: a proxy's page must not be taken for an empty list.
+                # An unlisted object counts as deleted: no proxy's page may pass for an empty list.
                 raise ApiError(0, f"expected a List, got {str(page)[:100]}")
             metadata = page.get("metadata") or {}
             yield Page(page.get("items") or [], str(metadata.get("resourceVersion") or ""))
@@ -211,7 +211,7 @@ class Cluster:
         await self.request("POST", f"/api/v1/namespaces/{namespace}/events", body=body)
 
     async def review_token(self, token: str, audience: str) -> dict[str, Any]:
-        """Have the API server say whose token it is; see TokenReviewStatus."""
+        """Have the API server authenticate a token; return its TokenReviewStatus."""
         body = {
             "apiVersion": "authentication.k8s.io/v1",
             "kind": "TokenReview",
@@ -272,7 +272,7 @@ class Cluster:
         """Send one request.
 
         Raises:
-            ApiError: it was not answered with a success.
+            ApiError: the answer is an error, or does not come.
         """
         for fresh in (False, True):
             session, info = await self._connect(fresh=fresh)
@@ -310,7 +310,7 @@ class Cluster:
             except ApiError:
                 raise
             except Exception as error:
-                # Files that are being renewed may be read half; the next request finds them whole.
+                # A file that is being renewed may be read in part, and whole by the next request.
                 raise ApiError(0, f"the credentials cannot be read: {error!r}") from error
             self._login_at = now
             if self._session is None or _anonymous(info) != _anonymous(self._info):
@@ -327,12 +327,12 @@ class Cluster:
 
 
 def _anonymous(info: kopf.ConnectionInfo | None) -> kopf.ConnectionInfo | None:
-    """Return what connections are made of: a new token is no reason to close them."""
+    """Return what connections depend on, so that a new token does not close them."""
     return info and dataclasses.replace(info, token=None)
 
 
 async def _lines(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    """Yield the lines of an answer, which may be longer than aiohttp's own may."""
+    """Yield the lines of an answer, which may be longer than aiohttp allows by itself."""
     rest = b""
     async for chunk in answer.content.iter_any():
         *lines, rest = (rest + chunk).split(b"\n")

@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Denial:
-    """One of them: `resource` is the plural with its group, `namespace` "" the whole cluster."""
+    """A denied right: `resource` is the plural with its group, `namespace` "" the whole cluster."""
 
     resource: str
     namespace: str
@@ -35,7 +35,7 @@ class Denial:
 
 
 class Denials:
-    """Those that hold now.
+    """The rights that are denied now.
 
     Args:
         tell: called with each new denial (True) and each that has ended (False).
@@ -46,7 +46,7 @@ class Denials:
         self._held: dict[tuple[str, str], Denial] = {}
 
     def deny(self, resource: str, namespace: str, message: str) -> bool:
-        """Note one; say whether it is new. What the message says may change without being news."""
+        """Note a denial; return whether it is new, which another message alone does not make it."""
         key = (resource, namespace)
         new = key not in self._held
         self._held[key] = denial = Denial(resource, namespace, message)
@@ -57,7 +57,7 @@ class Denials:
         return new
 
     def allow(self, resource: str, namespace: str) -> bool:
-        """Note that it works; say whether it did not before."""
+        """Note that a right works; return whether it was denied before."""
         denial = self._held.pop((resource, namespace), None)
         if denial is None:
             return False
@@ -67,15 +67,15 @@ class Denials:
         return True
 
     def holds(self, resource: str, namespace: str) -> bool:
-        """Return whether it is denied."""
+        """Return whether a right is denied."""
         return (resource, namespace) in self._held
 
     def of(self, namespace: str) -> list[Denial]:
-        """Return what a namespace suffers from."""
+        """Return the denials that concern a namespace."""
         return [denial for denial in self._held.values() if denial.namespace in ("", namespace)]
 
     def __str__(self) -> str:
-        """Name them, for people."""
+        """Describe them, for people."""
         lines = [str(self._held[key]) for key in sorted(self._held)]
         more = len(lines) - MAX_NAMED
         return "\n".join(lines[:MAX_NAMED] + ([f"and {more} more"] if more > 0 else []))

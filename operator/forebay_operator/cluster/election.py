@@ -8,7 +8,8 @@ the Lease is deleted. A new epoch is at least the time of day in seconds, so tha
 before also where the Lease was deleted or restored from a backup; a clock that steps back makes it
 grow by one. Lease times are monotonic; other machines' clocks are never compared with ours.
 
-Lease: 15 s; a leader that could not renew for 10 s is quiet; it tries every 2 s (client-go's).
+The Lease lasts 15 s; a leader that could not renew it for 10 s is quiet; it tries every 2 s (as in
+client-go).
 
 A leader takes a new epoch when an EPP has seen one above its own, because that EPP would refuse
 every program. With each new epoch every EPP is programmed again, so `Claims` limits what an EPP can
@@ -45,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 
 class Leases(Protocol):
-    """The calls needed of a cluster; cluster.Cluster fits."""
+    """The calls needed of a cluster; api.Cluster has them."""
 
     async def get_lease(self, namespace: str, name: str) -> dict[str, Any] | None:
         """Return the Lease or None."""
@@ -56,7 +57,7 @@ class Leases(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Leadership:
-    """Leadership state; `epoch` is None on a standby. `quiet`: in doubt; `holder` leads."""
+    """Leadership; `epoch` is None on a standby, `quiet` means in doubt, `holder` is the leader."""
 
     epoch: int | None = None
     quiet: bool = False
@@ -108,8 +109,9 @@ class Elector:
         leases: the cluster.
         namespace: of the Lease.
         name: of the Lease.
-        identity: this process, as `instance/boot`. Who finds a lease of its own instance under
-            another boot is its successor (a container has been started again) and takes it at once.
+        identity: this process, as `instance/boot`. A process that finds a Lease of its own
+            instance under another boot is its successor (the container has restarted) and takes
+            it at once.
         changed: called at each change.
         clock: monotonic seconds.
         time_of_day: seconds since 1970.
@@ -186,7 +188,7 @@ class Elector:
         )
 
     async def run(self) -> None:
-        """Try until the Lease is released."""
+        """Take and renew the Lease until it is released."""
         while not self._released:
             self._doubt()  # this process may have been asleep
             try:
@@ -247,7 +249,7 @@ class Elector:
     def _may_be_uninstalled(self, lease: dict[str, Any] | None, now: float) -> bool:
         """Return whether the Lease was deleted so recently that this process may be next.
 
-        Where it was deleted with everything else, a new one would be left behind.
+        Where it was deleted with the release, a new Lease would be left behind.
         """
         if lease is not None:
             self._known, self._gone_at = True, None

@@ -57,7 +57,7 @@ class Watches:
         return ended
 
     def stop(self) -> None:
-        """End soon."""
+        """Ask it to end."""
         with suppress(RuntimeError):  # it has ended
             self._loop.call_soon_threadsafe(self._stop.set)
 
@@ -96,9 +96,10 @@ class Watches:
             task.result()
 
     def _end_tasks(self) -> None:
-        """Cancel what is left, over and over: a watch that ends just then swallows it.
+        """Cancel the tasks that are left, repeatedly.
 
-        That is in kopf's `streaming_block`. What does not end in time is left behind with its loop.
+        A watch that ends just then swallows a cancellation (kopf's `streaming_block`). Tasks that
+        do not end in time are left behind with their loop.
         """
         for _ in range(END_TRIES):
             tasks = asyncio.all_tasks(self._loop)

@@ -1,4 +1,4 @@
-"""Watches of pods, of our own, in the namespaces that hold a pool of ours.
+"""The operator's own watches of pods, in the namespaces that hold one of its pools.
 
 Pods are many and large, and kopf would keep several copies of each.
 """

@@ -33,7 +33,7 @@ class DeafError(Exception):
 
 @dataclass(slots=True)
 class Scope:
-    """A namespace, or "" for all, and the state of kopf's watches of it; `began_at`: not None."""
+    """A namespace, or "" for all, and the state of kopf's watches; `began_at`: None if none run."""
 
     namespace: str
     restart: asyncio.Event = field(default_factory=asyncio.Event)

@@ -99,7 +99,7 @@ class Store:
         """Take an object as it is now.
 
         An event may be late: it counts only if its version is newer than what was known, the
-        object's end included. An answer is the truth about everything seen before it was asked
+        object's deletion included. An answer is the truth about everything seen before it was asked
         for: where its version is older, etcd was restored from a backup.
 
         Args:
@@ -192,7 +192,7 @@ class Store:
 
 
 class Sweep:
-    """What a LIST says, page by page; made by `Store.begin_sweep`.
+    """A LIST, taken in page by page; made by `Store.begin_sweep`.
 
     What the LIST does not hold is removed only if it was last seen before the LIST began. A LIST
     that would remove the last object of a kind in its namespace has to come a second time, ten
@@ -248,7 +248,7 @@ def _metadata(manifest: dict[str, Any]) -> Metadata | None:
     try:
         metadata = Metadata.model_validate(manifest.get("metadata"))
     except ValidationError:
-        return None  # no API server writes such
+        return None  # no API server writes one like it
     return metadata if metadata.uid else None
 
 

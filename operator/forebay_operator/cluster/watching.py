@@ -104,7 +104,7 @@ class Watching:
         self.waits_for = "the first LIST"
 
     def unread(self, namespace: str) -> set[Kind]:
-        """Return the kinds of which it has to be known what a namespace holds, and is not yet.
+        """Return the kinds that planning a namespace needs and that are not read yet.
 
         Pods matter only where a pool is ours.
         """
@@ -143,7 +143,7 @@ class Watching:
         """List every kind until all that may be read is, and the needed kinds exist."""
         backoff = Backoff(DISCOVERY_SECONDS)
         while True:
-            # The collector would look at all that comes, again and again, up to 0.3 s each time.
+            # Python's collector would scan all new objects again and again, up to 0.3 s each time.
             gc.disable()
             try:
                 failures = await self._list_all()
@@ -210,7 +210,7 @@ class Watching:
             self._listen(steady & self._steady(), gap=gap or self._gap.is_set())
 
     def _steady(self) -> set[tuple[Kind, str]]:
-        """Return what is watched for long enough to be delivered: kinds and their namespaces."""
+        """Return the kinds and namespaces watched for long enough that changes are delivered."""
         late = self._clock() - DELIVERY_SECONDS
         kopfs = {
             (kind, namespace) for namespace in self._scopes.steady(late) for kind in self._kinds
@@ -276,7 +276,7 @@ class Watching:
             the version from which a watch continues; None if there is nothing to read.
 
         Raises:
-            ApiError: the API server has troubles of its own.
+            ApiError: the API server fails; one that denies the kind does not raise it.
         """
         sweep = self._store.begin_sweep(kind, namespace, self._clock())
         try:

@@ -23,14 +23,14 @@ T = TypeVar("T", bound="DataclassInstance")
 def drawn(kind: type[T], *parts: BaseModel | None, **given: Any) -> T:
     """Return a part of the Plan, each field of which comes from the resources' field of its name.
 
-    Of a field inside an object the Plan's name is both together, such as no_endpoints_ttl.
-    Of a duration it ends in _seconds besides.
+    For a field inside an object the Plan joins both names, such as no_endpoints_ttl.
+    The name of a duration also ends in _seconds.
 
     Args:
         kind: of the part.
         parts: of resources; of several that have a field the first that has a value counts.
-        given: what is called otherwise there, or derived. What is set nowhere has the Plan's
-            default.
+        given: fields with another name there, and derived ones. A field that is set nowhere has
+            the Plan's default.
     """
     for part in parts:
         if part is None:

@@ -36,7 +36,7 @@ class Planned:
         problems: of all resources, those of other namespaces excepted.
         policy: the one in force, if any.
         epps: the names of the pods that are to be programmed, by uid.
-        held_by: the invalid policy for whose sake the plan is left out.
+        held_by: the invalid policy because of which the plan is left out.
         unsent: reason and message where the plan is left out because EPPs would refuse it.
         shared_with: other pools with the same EPP Service.
         priorities: of the InferenceObjectives that are in the plan, by name.

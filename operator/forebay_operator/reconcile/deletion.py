@@ -3,7 +3,7 @@
 A mistake would end a pool in use, so a pool counts as absent only after two looks ten seconds
 apart, and never if a look fails: not before the store is filled, not for a namespace that may not
 be read, not while the kind itself is not installed. An EPP that was away is notified when it dials.
-control.proto says what an EPP does then. Who acts on a pool that exists does not belong here.
+control.proto says what an EPP does then. Planning a pool that exists belongs in planner.py.
 """
 
 from __future__ import annotations

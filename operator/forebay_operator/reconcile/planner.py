@@ -131,7 +131,7 @@ class Planner:
         return self._planned.get(pool)
 
     def advice(self, pool: str) -> tuple[str, ...]:
-        """Return what to look at again in the policy in force for a pool."""
+        """Return what in the policy in force for a pool its author should look at again."""
         return self._advice.get(pool, ())
 
     def claimant(self, pool: str) -> str | None:
@@ -174,7 +174,7 @@ class Planner:
             pass
 
     def _plan(self, namespace: str) -> Iterator[None]:
-        """Do it, and yield after each pool, so that the loop turns.
+        """Plan them, and yield after each pool, so that the loop turns.
 
         What is not known must not be taken for absent: where it is not known yet which Services
         and pods there are, nothing is done; where it is not known which policies, models and
@@ -260,7 +260,7 @@ def _within(namespace: str, pools: Iterable[str]) -> list[str]:
 
 
 def _advice_of(pool: AnyPool, planned: Planned, resources: list[Resource]) -> tuple[str, ...]:
-    """Return what the policy in force, if any, says of what is surely not meant."""
+    """Return what the policy in force, if any, says that is surely not meant."""
     if planned.policy is None or planned.plan is None:
         return ()
     found = []
