@@ -46,6 +46,8 @@ PATHS = {
     "configmap": ("api/v1", "configmaps"),
     "events": ("api/v1", "events"),
     "deployment": ("apis/apps/v1", "deployments"),
+    "lease": ("apis/coordination.k8s.io/v1", "leases"),
+    "service": ("api/v1", "services"),
 }
 PROVIDERS = {
     "kubectl": "kubernetes-client",

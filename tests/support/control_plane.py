@@ -572,12 +572,9 @@ class Stage:
         """Give the pool a server."""
         apply(self.cluster, self.namespace, endpoint_slice("chat", "10.0.0.1"))
 
-    def lease(self) -> dict | None:
+    def lease(self) -> dict:
         """The operators' Lease."""
-        found = self.cluster.kubectl(
-            *("get", "lease", NAME, "-n", self.namespace, "-o", "json"), check=False
-        )
-        return json.loads(found.stdout) if found.returncode == 0 else None
+        return self.cluster.get("lease", NAME, "-n", self.namespace)
 
     def settled(self, epps: list[EPPProcess]) -> bool:
         """Whether the latest policy is in force everywhere, says its status, and so it is."""

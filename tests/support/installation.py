@@ -167,7 +167,7 @@ class Installation:
 
     def policy(self, name: str = POOL) -> dict:
         """Return a policy."""
-        return self.get("flowcontrolpolicy", name)
+        return self.get("fcp", name)
 
     def condition(self, kind: str, name: str = POOL) -> dict:
         """Return a condition of a policy's latest generation; empty while there is none."""
@@ -228,12 +228,12 @@ class Installation:
         pages = []
 
         def served() -> bool:
-            pages.append(self.cluster.kubectl("get", "--raw", path, check=False))
-            return pages[-1].returncode == 0
+            status, answer = self.cluster.ask("GET", path)
+            pages.append(answer.get("message", ""))
+            return status == 200
 
         until(served, PATIENCE_SECONDS)
-        page = pages[-1].stdout
-        lines = (line.rpartition(" ") for line in page.splitlines() if not line.startswith("#"))
+        lines = (line.rpartition(" ") for line in pages[-1].splitlines() if line[:1] != "#")
         return {name: float(value) for name, _, value in lines}
 
     def queued(self) -> int:

@@ -1048,3 +1048,62 @@ def test_a_trusted_header_that_means_nothing_is_refused():
     assert peer.rejected.outcome is Outcome.REJECTED_BAD_REQUEST
     assert "x-slo-ttft-ms" in peer.rejected.message
     assert b"x-slo-ttft-ms" in peer.take()[-1].immediate_response.body
+
+
+# --- streams that show the answer to another stream's request
+
+
+def watching() -> Peer:
+    peer = Peer()
+    peer.stream.watch()
+    return peer
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        answer_headers("503", end=True),
+        pb.ProcessingRequest(response_trailers=pb.HttpTrailers()),
+        "half-close",
+        "reset",
+    ],
+    ids=lambda last: last if isinstance(last, str) else last.WhichOneof("request"),
+)
+def test_an_answer_that_is_shown_ends_once_and_nothing_is_said(last):
+    """Its status counts; how it ends is not known, so it passes for whole."""
+    peer = watching()
+    events = [peer.say(headers())]
+    if not isinstance(last, pb.ProcessingRequest) or not last.HasField("response_headers"):
+        events.append(peer.say(answer_headers("503")))
+    match last:
+        case "half-close":
+            events.append(peer.stream.half_close())
+        case "reset":
+            events.append(peer.stream.reset())
+        case _:
+            events.append(peer.say(last))
+
+    *before, end = events
+    assert set(before) == {None}
+    assert (end.status, end.whole) == (503, True)
+    assert peer.stream.reset() is None
+    assert peer.take() == []
+
+
+def test_what_is_shown_and_cannot_be_read_ends_the_stream_only():
+    """The request counts as ended, with no status, because no other message will tell."""
+    peer = watching()
+
+    event = peer.stream.receive(b"\xff\xff")
+
+    assert isinstance(event, Finished)
+    assert peer.stream.failure == "not a ProcessingRequest"
+
+
+def test_an_answer_of_no_interest_ends_its_stream_in_order():
+    """The proxy does not mind: it shows answers, and waits for nothing."""
+    stream = Peer().stream
+    stream.ignore()
+
+    assert (stream.ended, stream.failure, list(stream.outbox)) == (True, None, [])
+    assert stream.receive(answer_headers(end=True).SerializeToString()) is None

@@ -597,3 +597,19 @@ def test_the_header_of_tenants_counts_only_where_it_is_trusted():
 
     assert trusted.tenant_header == "x-llm-d-inference-fairness-id"
     assert untrusted.tenant_header == ""
+
+
+def test_a_plan_that_is_held_leaves_pool_and_endpoints():
+    """EPPs keep the plan they have and take the endpoints; the original is not touched."""
+    planned = planning.plan(pool(), [pool(), policy()])
+
+    held = planning.held(planned)
+
+    assert (held.plan, held.snapshot.HasField("plan"), len(held.snapshot.sources)) == (
+        None,
+        False,
+        0,
+    )
+    assert held.snapshot.pool_uid == planned.snapshot.pool_uid
+    assert held.snapshot.endpoints == planned.snapshot.endpoints
+    assert planned.snapshot.HasField("plan")

@@ -409,3 +409,36 @@ def test_versions_never_decrease_and_every_program_gets_one_answer(steps):
             assert programs.applied.sha256 == answer.ack.sha256
             assert programs.applied.whole
             assert programs.applied.version == Version(epoch, revision)
+
+
+@pytest.mark.parametrize(
+    ("data", "field"),
+    [
+        (b"\xff", "plan"),
+        (snapshot(pool="default/other").plan.SerializeToString(), "plan.pool"),
+        (pb.Plan(pool=POOL, no_endpoints_ttl_seconds=-1).SerializeToString(), "plan."),
+    ],
+    ids=["no message", "another pool's", "invalid"],
+)
+def test_a_plan_from_the_disk_that_is_no_plan_of_this_pool_names_the_field(data, field):
+    """Whatever is kept there may be damaged, foreign, or of another release."""
+    refused = Programs(POOL).read_plan(data)
+
+    assert (type(refused), refused.code) == (Nacked, Code.INVALID)
+    assert [path for path, _ in refused.problems if path.startswith(field)]
+
+
+@pytest.mark.parametrize(
+    ("data", "field"),
+    [
+        (b"\xff", "endpoints"),
+        (pb.Endpoints(endpoints=[pb.Endpoint(address="nowhere")]).SerializeToString(), "endpoints"),
+    ],
+    ids=["no message", "no address"],
+)
+def test_endpoints_from_the_disk_that_cannot_be_read_name_the_field(data, field):
+    """They are not used, and the plan is."""
+    refused = Programs(POOL).read_endpoints(data)
+
+    assert (type(refused), refused.code) == (Nacked, Code.INVALID)
+    assert refused.problems[0][0].startswith(field)
