@@ -10,7 +10,7 @@ import socket
 
 # Below Linux's range of ephemeral ports: no outgoing connection takes one while its program starts
 # or restarts. hack/cluster has those from 20000 on.
-FIRST, EACH, RANGES = 10000, 1000, 10
+FIRST, EACH, RANGES = 10000, 500, 20
 
 _offsets = itertools.count(random.randrange(EACH))
 
