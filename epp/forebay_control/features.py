@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 SEPARATE_ENDPOINTS = "SeparateEndpoints"  # plan and endpoints are judged and measured apart
+SHARES = "Shares"  # Demand is sent and Shares are kept to
 MAX_BYTES_WITHOUT = 1 << 20  # of a whole Snapshot, for a release that does not do so
 
 
@@ -63,7 +64,7 @@ FEATURES = (
     Feature("Observe", "Plan.mode"),
 )
 
-NAMES = frozenset({SEPARATE_ENDPOINTS, *(feature.name for feature in FEATURES)})
+NAMES = frozenset({SEPARATE_ENDPOINTS, SHARES, *(feature.name for feature in FEATURES)})
 
 
 @dataclass(frozen=True, slots=True)

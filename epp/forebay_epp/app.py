@@ -22,6 +22,7 @@ from forebay_control import memory
 from forebay_control.channel import host_port
 from forebay_control.plan import MetricsPlan, Plan, SaturationMode, UnmatchedAction
 from forebay_epp.adapters import debug, live, logs, prometheus
+from forebay_epp.adapters.control import Slots
 from forebay_epp.adapters.live.history import History
 from forebay_epp.adapters.live.report import MAX_FLOWS, PolicyInForce, describe
 from forebay_epp.adapters.scraper import Scraper
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
     import grpc
 
+    from forebay_control.shares import Shares
+    from forebay_epp.core.holdings import Holdings
     from forebay_epp.core.terms import ControllerState, Endpoint, HealthChange
     from forebay_epp.settings import Settings
     from forebay_epp.sources import Source, Update
@@ -95,6 +98,7 @@ class EndpointPicker:
         self._traffic = Traffic()
         self._policy = PolicyInForce()
         self._history = History(self._traffic)
+        self._slots: Slots | None = None
         self._source = self._open_source()
         first = self._source.first
         plan, endpoints = first.plan or Plan(), first.endpoints or ()
@@ -129,7 +133,8 @@ class EndpointPicker:
     def _open_source(self) -> Source:
         settings = self._settings
         if settings.control is not None:
-            return Operator(settings, settings.control, self._traffic, self._state)
+            self._slots = Slots(self._holdings, self._share, self._relax)
+            return Operator(settings, settings.control, self._traffic, self._state, self._slots)
         if settings.plan_file is None:
             raise StartError("neither --plan-file nor --control-address")
         try:
@@ -170,6 +175,8 @@ class EndpointPicker:
         """Serve until a signal, then drain."""
         stopping = asyncio.Event()
         running = asyncio.get_running_loop()
+        if self._slots is not None:
+            self._data_plane.on_urgent = _setter(running, self._slots.urgent)
         for number in (signal.SIGTERM, signal.SIGINT):
             running.add_signal_handler(number, stopping.set)
         thread = threading.Thread(
@@ -325,6 +332,32 @@ class EndpointPicker:
         queued = plan.unmatched.action is UnmatchedAction.QUEUE
         self._served.set_addresses(addresses if queued else frozenset())
 
+    # --- shares
+
+    async def _holdings(self, first: bool) -> Holdings:  # noqa: FBT001  # a callback
+        """Ask what the EPP has and wants; the `first` time of a stream it holds no more after."""
+
+        def ask_core(_: float) -> Holdings:
+            if first:
+                self._controller.freeze_shares()
+            return self._controller.holdings()
+
+        return await self._ask(ask_core)
+
+    async def _share(self, shares: Shares) -> Holdings:
+        found: list[Holdings] = []
+
+        def share(now: float) -> None:
+            found.append(self._data_plane.share(shares, now))
+
+        await hand_over(self._data_plane.post, share, FINISH_SECONDS)
+        return found[0]
+
+    def _relax(self) -> None:
+        self._data_plane.post(lambda _: self._controller.relax_shares())
+
+    # --- scrapes
+
     def _scrape_failed(self, address: str, refused: bool) -> None:  # noqa: FBT001  # a callback
         self._data_plane.post(
             lambda now: self._controller.scrape_failed(address, now, refused=refused)
@@ -368,6 +401,16 @@ class EndpointPicker:
         except OSError as error:
             address = host_port(settings.bind_address, settings.metrics_port)
             raise StartError(f"--metrics-port: cannot bind {address}: {error.strerror}") from error
+
+
+def _setter(running: asyncio.AbstractEventLoop, event: asyncio.Event) -> Callable[[], None]:
+    """Return what sets an event of the asyncio thread from another one."""
+
+    def tell() -> None:
+        with suppress(RuntimeError):  # the loop may be gone already
+            running.call_soon_threadsafe(event.set)
+
+    return tell
 
 
 def _logged(update: Update) -> dict[str, object]:

@@ -38,8 +38,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from forebay_control.plan import Plan
+    from forebay_control.shares import Shares
     from forebay_epp.codec.extproc.events import Event
     from forebay_epp.codec.extproc.watching import Filter
+    from forebay_epp.core.holdings import Holdings
     from forebay_epp.core.observation.shadowed import ShadowedController
     from forebay_epp.core.terms import Decision
     from forebay_epp.observers import Observer
@@ -47,8 +49,14 @@ if TYPE_CHECKING:
 
 BUSY_TICK_SECONDS = 0.005
 IDLE_TICK_SECONDS = 0.05
+SHARED_TICK_SECONDS = 0.01  # other EPPs wait for what this one gives back
+STOPPED_SECONDS = 1.0  # without a tick; the operator takes an EPP for lost after 1.5 s of silence
 TIMEOUT_MARGIN_SECONDS = 10.0
 UNSEEN = Finished(0, blind=True)
+
+
+def _nothing() -> None:
+    """Have no one to tell."""
 
 
 class DataPlane:
@@ -63,6 +71,7 @@ class DataPlane:
 
     Attributes:
         catalogue: the models that clients may ask for.
+        on_urgent: called when whoever divides the slots should hear of a change at once.
     """
 
     def __init__(
@@ -76,6 +85,7 @@ class DataPlane:
         self.controller = controller
         self.clock = clock
         self._observer = observer
+        self.on_urgent: Callable[[], None] = _nothing
         self._welcome = False
         self._inbox: SimpleQueue[Callable[[float], None]] = SimpleQueue()
         self._next_id = 0
@@ -138,7 +148,10 @@ class DataPlane:
         """Take in what other threads posted and what time brings."""
         now = self.clock()
         if self._tick_at:
-            self._observer.stalled(max(0.0, now - self._tick_at))
+            late = max(0.0, now - self._tick_at)
+            self._observer.stalled(late)
+            if late > STOPPED_SECONDS:
+                self.controller.give_back_shares(now)
         while True:
             try:
                 call = self._inbox.get_nowait()
@@ -153,7 +166,8 @@ class DataPlane:
             self._observer.health_changed(change)
         for shadowed in self.controller.take_shadowed(now):
             self._observer.shadowed(shadowed)
-        self._tick_at = now + (BUSY_TICK_SECONDS if self.controller.waiting else IDLE_TICK_SECONDS)
+        seconds = SHARED_TICK_SECONDS if self.controller.shared else IDLE_TICK_SECONDS
+        self._tick_at = now + (BUSY_TICK_SECONDS if self.controller.waiting else seconds)
 
     # --- for other threads
 
@@ -182,6 +196,12 @@ class DataPlane:
     def unfinished(self) -> int:
         """How many requests wait or are in flight."""
         return len(self._submitted)
+
+    def share(self, shares: Shares, now: float) -> Holdings:
+        """Put shares into force, dispatch what they allow, and return what is held then."""
+        self.controller.set_shares(shares, now)
+        self._settle(now)
+        return self.controller.holdings()
 
     def drain(self) -> None:
         """Become unready, dispatch what waits, queue nothing new."""
@@ -309,6 +329,8 @@ class DataPlane:
         while decisions := poll(now):
             for decision in decisions:
                 self._apply(decision, now)
+        if self.controller.take_urgent():
+            self.on_urgent()
 
     def _apply(self, decision: Decision, now: float) -> None:
         exchange = self._submitted[decision.request_id]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from watchfiles import awatch
 
 from forebay_control.plan import Plan, PlanError
-from forebay_epp.adapters.control import ControlClient, Dial, Identity
+from forebay_epp.adapters.control import ControlClient, Dial, Identity, Slots
 from forebay_epp.adapters.lastgood import LastGood
 from forebay_epp.adapters.prometheus import ControlState
 from forebay_epp.codec import plan as plan_codec
@@ -162,6 +162,7 @@ class Operator:
         control: the part of them that is about the operator.
         traffic: counters, to feed and to report.
         state: asks the controller for its state.
+        slots: what the EPP holds of the pool's slots.
     """
 
     def __init__(
@@ -170,6 +171,7 @@ class Operator:
         control: ControlSettings,
         traffic: Traffic,
         state: Callable[[], Awaitable[ControllerState]],
+        slots: Slots,
     ) -> None:
         pool = f"{settings.pool_namespace}/{settings.pool_name}"
         self.bootstrap_seconds = control.bootstrap_timeout_seconds
@@ -203,6 +205,7 @@ class Operator:
             self._programs,
             self._apply,
             self._stats,
+            slots,
             control.stats_interval_seconds,
         )
 

@@ -45,12 +45,13 @@ _TYPE = "type.googleapis.com/envoy."
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """Where Envoy listens and where it finds the EPP; all on `address`."""
+    """Where Envoy listens and where it finds the EPP, or several; all on `address`."""
 
     http: int
     grpc: int
     admin: int = 0
     address: str = "127.0.0.1"
+    more_grpc: tuple[int, ...] = ()
 
 
 def bootstrap(
@@ -114,7 +115,10 @@ def bootstrap(
         _filter(
             "ext_proc",
             "ext_proc.v3.ExternalProcessor",
-            grpc_service=_grpc_service(**({RESPONSES_KEY: OBSERVE} if observe else {})),
+            grpc_service=_retrying(
+                _grpc_service(**({RESPONSES_KEY: OBSERVE} if observe else {})),
+                several=bool(ports.more_grpc),
+            ),
             # Without the EPP there is no destination: fail rather than guess.
             failure_mode_allow=False,
             processing_mode={
@@ -188,6 +192,28 @@ def _grpc_service(**metadata: str) -> dict[str, Any]:
         service["initial_metadata"] = [
             {"key": key, "value": value} for key, value in metadata.items()
         ]
+    return service
+
+
+def _retrying(service: dict[str, Any], *, several: bool) -> dict[str, Any]:
+    """Have another EPP take a stream that a dead one has refused, if there are several."""
+    if several:
+        service["retry_policy"] = {
+            "num_retries": 5,
+            "retry_on": "connect-failure,refused-stream,reset",
+            "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.05s"},
+            # The balancer chooses at random among the EPPs that are not known to be dead.
+            "retry_host_predicate": [
+                {
+                    "name": "envoy.retry_host_predicates.previous_hosts",
+                    "typed_config": {
+                        "@type": f"{_TYPE}extensions.retry.host.previous_hosts.v3."
+                        "PreviousHostsPredicate"
+                    },
+                }
+            ],
+            "host_selection_retry_max_attempts": 30,
+        }
     return service
 
 
@@ -301,8 +327,23 @@ def _epp_cluster(ports: Ports, *, secure: bool) -> dict[str, Any]:
         "typed_extension_protocol_options": _http_options(
             explicit_http_config={"http2_protocol_options": {}}
         ),
-        "load_assignment": _assignment("epp", [(ports.address, ":", str(ports.grpc))]),
+        "load_assignment": _assignment(
+            "epp", [(ports.address, ":", str(port)) for port in (ports.grpc, *ports.more_grpc)]
+        ),
     }
+    if ports.more_grpc:
+        # An EPP that has died is left out at its first refused connection, not by a health check.
+        cluster["outlier_detection"] = {
+            "split_external_local_origin_errors": True,
+            "consecutive_local_origin_failure": 1,
+            "enforcing_consecutive_local_origin_failure": 100,
+            "interval": "0.5s",
+            "base_ejection_time": "5s",
+            "max_ejection_percent": 100,
+        }
+        # One that is frozen still takes connections.
+        cluster["health_checks"][0] |= {"timeout": "1s", "interval": "1s"}
+        cluster["close_connections_on_host_health_failure"] = True
     if secure:
         cluster["transport_socket"] = {
             "name": "envoy.transport_sockets.tls",

@@ -15,6 +15,8 @@ import shutil
 import socket
 import sys
 from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,11 +48,21 @@ class StackSettings(argparse.Namespace):
     operator_port: int
     envoy_admin_port: int
     no_proxy: bool
+    epps: int
     proxy_concurrency: int
     responses: str
     secure_serving: bool
     transport: str
     live_to_all: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _EPPPorts:
+    """Where one EPP listens."""
+
+    grpc: int
+    health: int
+    metrics: int
 
 
 class Stack:
@@ -65,6 +77,8 @@ class Stack:
         loopback = "127.0.0.1" if listen.version == 4 else "::1"
         self._host = loopback if listen.is_unspecified else settings.listen
         self._admin_port = settings.envoy_admin_port
+        first = _EPPPorts(settings.grpc_port, settings.grpc_health_port, settings.metrics_port)
+        self._epps = [first]
 
     def address(self, port: int) -> str:
         """Return host:port as seen from this machine."""
@@ -109,9 +123,21 @@ class Stack:
                 ) from error
         if self._admin_port == 0:
             self._admin_port = _bind("127.0.0.1", 0)
+        self._epps[1:] = [
+            _EPPPorts(*(_bind(given.listen, 0) for _ in range(3))) for _ in range(given.epps - 1)
+        ]
 
-    async def start_epp(self, pool: str, control_port: int) -> None:
-        """Start the EPP of the pool (namespace/name)."""
+    @property
+    def metrics_ports(self) -> list[int]:
+        """Where the EPPs serve their pages."""
+        return [epp.metrics for epp in self._epps]
+
+    async def start_epps(self, pool: str, control_port: int) -> None:
+        """Start the EPPs of the pool (namespace/name)."""
+        for number, epp in enumerate(self._epps):
+            await self._start_epp(pool, control_port, f"epp-{number}" if number else "epp", epp)
+
+    async def _start_epp(self, pool: str, control_port: int, uid: str, epp: _EPPPorts) -> None:
         given = self._settings
         namespace, _, name = pool.partition("/")
         flags = {
@@ -119,24 +145,26 @@ class Stack:
             "--pool-name": name,
             "--control-address": f"127.0.0.1:{control_port}",
             "--control-insecure": None,
-            "--pod-name": "epp",
-            "--pod-uid": "epp",
+            "--pod-name": uid,
+            "--pod-uid": uid,
             "--stats-interval": "1s",
             "--bind-address": given.listen,
-            "--grpc-port": given.grpc_port,
-            "--grpc-health-port": given.grpc_health_port,
-            "--metrics-port": given.metrics_port,
+            "--grpc-port": epp.grpc,
+            "--grpc-health-port": epp.health,
+            "--metrics-port": epp.metrics,
             "--secure-serving": str(given.secure_serving).lower(),
             "--transport": given.transport,
             "--drain-timeout": f"{DRAIN_SECONDS}s",
             "--verbosity": 0,
         }
+        if len(self._epps) > 1:
+            flags["--advertised-address"] = given.listen  # as Envoy's cluster names it
         if given.live_to_all:
             flags["--live-to-all"] = None
         pairs = [flag if value is None else f"{flag}={value}" for flag, value in flags.items()]
         # -P: a folder named like a module, where the command was typed, must not be imported.
         command = (sys.executable, "-P", "-m", "forebay_epp", *pairs)
-        self._children.append(await Child.start("epp", self._tell, *command))
+        self._children.append(await Child.start(uid, self._tell, *command))
 
     async def start_envoy(self) -> None:
         """Start Envoy, if it is wanted, once the EPP serves.
@@ -146,7 +174,10 @@ class Stack:
         given = self._settings
         if self._envoy is None:
             return
-        ports = envoy.Ports(given.http_port, given.grpc_port, self._admin_port, given.listen)
+        grpc_ports = [epp.grpc for epp in self._epps]
+        ports = envoy.Ports(
+            given.http_port, grpc_ports[0], self._admin_port, given.listen, tuple(grpc_ports[1:])
+        )
         config = json.dumps(
             envoy.bootstrap(ports, secure=given.secure_serving, responses=given.responses)
         )
@@ -162,11 +193,19 @@ class Stack:
         Raises:
             CommandError: it does not in time.
         """
-        checks = {"epp": self._epp_serves, "envoy": self._envoy_serves}
-        await asyncio.gather(*(_until(checks[child.name], child.name) for child in self._children))
+        checks: list[Callable[[], bool]] = [
+            partial(self._epp_serves, epp.health) for epp in self._epps
+        ]
+        checks.append(self._envoy_serves)
+        await asyncio.gather(
+            *(
+                _until(serves, child.name)
+                for serves, child in zip(checks, self._children, strict=False)
+            )
+        )
 
-    def _epp_serves(self) -> bool:
-        address = self.address(self._settings.grpc_health_port)
+    def _epp_serves(self, port: int) -> bool:
+        address = self.address(port)
         with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
             try:
                 answer = health_pb2_grpc.HealthStub(channel).Check(
@@ -177,7 +216,7 @@ class Stack:
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def _envoy_serves(self) -> bool:
-        """Ask Envoy whether it is live and sees the EPP as healthy."""
+        """Ask Envoy whether it is live and sees every EPP as healthy."""
         try:
             with closing(
                 http.client.HTTPConnection("127.0.0.1", self._admin_port, timeout=1)
@@ -191,14 +230,20 @@ class Stack:
                 clusters = admin.getresponse().read().decode()
         except (OSError, http.client.HTTPException):
             return False
-        return any(
+        healthy = sum(
             line.startswith("epp::") and line.endswith("::health_flags::healthy")
             for line in clusters.splitlines()
         )
+        return healthy == len(self._epps)
 
     def waits(self) -> list[Coroutine[None, None, str]]:
-        """Return what to wait for to learn of a process that ends by itself, and how it ended."""
-        return [child.wait() for child in self._children]
+        """Return what to wait for to learn of a process that ends by itself, and how it ended.
+
+        One of several EPPs may end: the others take over.
+        """
+        count = len(self._epps)
+        epps, others = self._children[:count], self._children[count:]
+        return [_all_ended(epps), *(child.wait() for child in others)] if epps else []
 
     async def stop(self, hurry: asyncio.Event) -> None:
         """End the processes, without waiting for open requests if there is a hurry.
@@ -207,6 +252,10 @@ class Stack:
         """
         for child in self._children:
             await child.stop(STOP_SECONDS, hurry)
+
+
+async def _all_ended(children: list[Child]) -> str:
+    return "\n".join(await asyncio.gather(*(child.wait() for child in children)))
 
 
 def _bind(host: str, port: int) -> int:

@@ -56,6 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a model server, instead of EndpointSlices; may be given several times",
     )
     add("--pool", metavar="NAME", help="the InferencePool to serve, if the folder holds several")
+    add(
+        "--epps",
+        type=_epps,
+        default=1,
+        metavar="N",
+        help="EPPs that share the pool; ports of further ones are free ones",
+    )
     add("--no-proxy", action="store_true", help="run no Envoy")
     add("--listen", type=_ip, default="127.0.0.1", metavar="IP", help="address of all ports")
     add("--http-port", type=_port, default=8080, metavar="PORT", help="Envoy's HTTP")
@@ -104,6 +111,12 @@ def _threads(text: str) -> int:
     if text.isdecimal() and 1 <= int(text) <= 256:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 256")
+
+
+def _epps(text: str) -> int:
+    if text.isdecimal() and 1 <= int(text) <= 32:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 32")
 
 
 def _ip(text: str) -> str:
@@ -191,7 +204,7 @@ class _Up:
             CommandError: one has ended by itself or does not serve in time.
         """
         stack = self._stack
-        await stack.start_epp(pool, control_port)
+        await stack.start_epps(pool, control_port)
         if not await self._unless_stopped(stack.ready()):
             return False
         await stack.start_envoy()
@@ -287,9 +300,10 @@ class _Up:
         say(f"endpoints  {', '.join(endpoint.address for endpoint in endpoints) or 'none'}")
         port = "" if self._operator_port == OPERATOR_PORT else f" --port={self._operator_port}"
         say(f"conditions forebay get{port}")
-        say(f"live page  http://{address(given.metrics_port)}/live")
-        say(f"queues     http://{address(given.metrics_port)}/debug/queues")
-        say(f"metrics    http://{address(given.metrics_port)}/metrics")
+        for metrics_port in self._stack.metrics_ports:
+            say(f"live page  http://{address(metrics_port)}/live")
+            say(f"queues     http://{address(metrics_port)}/debug/queues")
+            say(f"metrics    http://{address(metrics_port)}/metrics")
         if given.no_proxy:
             say(f"ext_proc   {address(given.grpc_port)}")
         else:

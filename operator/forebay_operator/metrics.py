@@ -37,6 +37,10 @@ STREAMS = Gauge("forebay_control_streams", "Open control streams", ["pool"])
 REFUSALS = Counter("forebay_control_refusals", "Control streams refused or ended", ["reason"])
 PROGRAMS = Counter("forebay_control_programs", "Programs sent to EPPs")
 ANSWERS = Counter("forebay_control_answers", "Answers to programs", ["answer"])
+SHARE_SLOTS = Series(
+    Gauge("forebay_share_slots", "Slots of a pool that an EPP of several holds", ["pool", "epp"])
+)
+SHARE_MOVES = Counter("forebay_share_moves", "Slots given to one of several EPPs", ["pool"])
 POOL_PROBLEMS = Gauge(
     "forebay_pool_problems", "1 for each current problem of a pool", ["pool", "reason"]
 )

@@ -67,8 +67,7 @@ def one():
     [
         pytest.param(2, spread(1, 1), spread(1, 1), 0.1, 0.01, id="2, even"),
         pytest.param(2, spread(1, 0), spread(0, 1), 0.1, 0.01, id="2, Critical at one only"),
-        # Sixteen slots an EPP: a slot that becomes free elsewhere takes two reports to come.
-        pytest.param(4, spread(9, 1, 1, 1), spread(1, 1, 1, 9), 0.3, 0.3, id="4, uneven"),
+        pytest.param(4, spread(9, 1, 1, 1), spread(1, 1, 1, 9), 0.1, 0.01, id="4, uneven"),
     ],
 )
 def test_priority_and_occupancy_are_those_of_one_epp(

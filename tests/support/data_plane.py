@@ -181,36 +181,26 @@ def answering(seconds: float = 0.0) -> Behaviour:
     return behave
 
 
-class DataPlane:
-    """Servers, EPP, Envoy and clients of one test; all end with it.
+class Clients:
+    """Model servers and clients of one test on a thread, and what each client got.
 
-    Args:
-        folder: for plan, log and configuration.
-        behaviours: one model server each.
-        addresses: model servers that run elsewhere, instead.
-        responses: whether answers are observed or pass through the EPP.
-        plan: arguments of `snapshot`.
+    Attributes:
+        envoy: which the clients ask; set by who starts it.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *behaviours: Behaviour,
-        addresses: list[str] | None = None,
-        responses: str = "Read",
-        **plan,
-    ) -> None:
+    envoy: Envoy
+
+    def __init__(self, *behaviours: Behaviour) -> None:
         self.thread = LoopThread()
         self.servers = Servers(self.thread)
         for behaviour in behaviours:
             self.servers.add(behaviour)
-        self.content = snapshot(addresses or self.servers.addresses, **plan)
-        self.epp = PlanFileEpp(folder, self.content)
-        self.envoy = Envoy(folder, self.epp.grpc, responses=responses)
         self.answers: list[Answer] = []
         self._sent = 0
         self._first = 0
-        until(lambda: self.send("critical")[0].result(60).outcome == "200", 30)
+
+    def forget(self) -> None:
+        """Count from here on."""
         self.answers.clear()
         self._first = self._sent
 
@@ -275,6 +265,45 @@ class DataPlane:
             int(retry_after[1]) if retry_after else None,
         )
 
+    def totals(self) -> Counter[str]:
+        """How many answers there were of each outcome."""
+        return Counter(answer.outcome for answer in self.answers)
+
+    def check(self) -> None:
+        """Every request had one answer; a server saw it once if that is 200, else at most once."""
+        assert len(self.answers) == self._sent - self._first
+        served = self.servers.served
+        for answer in self.answers:
+            count = served[answer.id]
+            assert count == 1 if answer.outcome == "200" else count <= 1, answer
+
+
+class DataPlane(Clients):
+    """Servers, EPP, Envoy and clients of one test; all end with it.
+
+    Args:
+        folder: for plan, log and configuration.
+        behaviours: one model server each.
+        addresses: model servers that run elsewhere, instead.
+        responses: whether answers are observed or pass through the EPP.
+        plan: arguments of `snapshot`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *behaviours: Behaviour,
+        addresses: list[str] | None = None,
+        responses: str = "Read",
+        **plan,
+    ) -> None:
+        super().__init__(*behaviours)
+        self.content = snapshot(addresses or self.servers.addresses, **plan)
+        self.epp = PlanFileEpp(folder, self.content)
+        self.envoy = Envoy(folder, self.epp.grpc, responses=responses)
+        until(lambda: self.send("critical")[0].result(60).outcome == "200", 30)
+        self.forget()
+
     def until_waiting(self, number: int) -> None:
         """Wait until exactly so many requests are queued."""
         until(lambda: self.epp.state().get("requests") == number, 30)
@@ -290,18 +319,6 @@ class DataPlane:
             ) and self.epp.metric("forebay_streams_open") == 0
 
         until(idle, 30)
-
-    def totals(self) -> Counter[str]:
-        """How many answers there were of each outcome."""
-        return Counter(answer.outcome for answer in self.answers)
-
-    def check(self) -> None:
-        """Every request had one answer; a server saw it once if that is 200, else at most once."""
-        assert len(self.answers) == self._sent - self._first
-        served = self.servers.served
-        for answer in self.answers:
-            count = served[answer.id]
-            assert count == 1 if answer.outcome == "200" else count <= 1, answer
 
     def stop(self) -> None:
         """End everything."""

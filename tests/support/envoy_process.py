@@ -100,10 +100,17 @@ class ModelServer:
 class Envoy:
     """One Envoy process with the product's own bootstrap, as `edit` changes it."""
 
-    def __init__(self, folder: Path, grpc_port: int, edit=lambda _: None, **options) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        grpc_port: int,
+        edit=lambda _: None,
+        more_grpc: tuple[int, ...] = (),
+        **options,
+    ) -> None:
         self.http, self.admin = free_port(), free_port()
         config = folder / f"envoy-{self.http}.json"
-        ports = envoy.Ports(self.http, grpc_port, self.admin)
+        ports = envoy.Ports(self.http, grpc_port, self.admin, more_grpc=more_grpc)
         bootstrap = envoy.bootstrap(ports, secure=False, **options)
         edit(bootstrap)
         config.write_text(json.dumps(bootstrap))

@@ -16,17 +16,18 @@ from forebay_control.plan import (
     UnmatchedPlan,
 )
 from forebay_control.v1 import control_pb2 as pb
+from forebay_epp.adapters.control.slots import REPORT_SECONDS, URGENT_SECONDS
 from forebay_epp.codec.shares import Reports
 from forebay_epp.core.controller import FlowController
 from forebay_epp.core.terms import Dispatched, Endpoint, Request, Verdict
 from forebay_operator.channel.shares import messages
 from forebay_operator.channel.shares.ledger import SETTLING_SECONDS, Ledger
+from forebay_operator.channel.sharing import ALLOT_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-REPORT_SECONDS = 0.05
-ALLOT_SECONDS = 0.02
+TICK_SECONDS = 0.005  # until an EPP's data plane takes what has come for it
 
 
 @dataclass(slots=True)
@@ -72,7 +73,12 @@ class EPPs:
         self._number = 0
         self._requests: dict[int, tuple[Request, int]] = {}
         self._reports = [Reports() for _ in range(epps)]
+        self._said_at = [0.0] * epps
+        self._hurried = [False] * epps
+        self.reports = 0
+        self.report_bytes = 0
         self._allotting = False
+        self._allot_at = 0.0
         self._busy_at = 0.0
         self.measured_from = 0.0
         for number, core in enumerate(self.cores):
@@ -136,6 +142,10 @@ class EPPs:
                 )
                 seconds = self._seconds * self.random.uniform(0.5, 1.5)
                 self.at(self.now + seconds, self._end, epp, request.id, decision.endpoint)
+        if self.cores[epp].take_urgent() and not self._hurried[epp]:
+            self._hurried[epp] = True
+            when = max(self.now, self._said_at[epp] + URGENT_SECONDS)
+            self.at(when + TICK_SECONDS, self._hurry, epp)
 
     def _end(self, epp: int, request_id: int, server: str) -> None:
         self._look()
@@ -146,33 +156,43 @@ class EPPs:
     # --- the channel
 
     def _tick(self, epp: int) -> None:
-        self._report(epp)
+        if self.now - self._said_at[epp] >= REPORT_SECONDS / 2:
+            self._report(epp)
         self.at(self.now + REPORT_SECONDS, self._tick, epp)
+
+    def _hurry(self, epp: int) -> None:
+        self._hurried[epp] = False
+        self._report(epp)
 
     def _report(self, epp: int) -> None:
         report = self._reports[epp].report(self.cores[epp].holdings(), anyway=True)
         if report is not None and self.operator:
-            self.at(self.now + self._delay, self._hear, epp, report.SerializeToString())
+            self._said_at[epp] = self.now
+            data = report.SerializeToString()
+            self.reports += 1
+            self.report_bytes += len(data)
+            self.at(self.now + self._delay, self._hear, epp, data)
 
     def _hear(self, epp: int, report: bytes) -> None:
         message = pb.Demand.FromString(report)
         self.ledger.report(str(epp), messages.demand(message), self.now)
         if not self._allotting:
             self._allotting = True
-            self.at(self.now + ALLOT_SECONDS, self._allot)
+            self.at(max(self.now, self._allot_at + ALLOT_SECONDS), self._allot)
 
     def _allot(self) -> None:
         self._allotting = False
+        self._allot_at = self.now
         for name, shares in self.ledger.allot(self.now).items():
             message = messages.shares(shares)
-            self.at(self.now + self._delay, self._take, int(name), message)
+            self.at(self.now + self._delay + TICK_SECONDS, self._take, int(name), message)
 
     def _take(self, epp: int, message: pb.Shares) -> None:
         shares = self._reports[epp].take(message)
         if shares is not None:
             self.cores[epp].set_shares(shares, self.now)
-            self._report(epp)
             self._poll(epp)
+            self._report(epp)
 
 
 def plan(*bands: BandPlan, slots: int, **more: object) -> Plan:

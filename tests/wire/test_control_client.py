@@ -10,10 +10,12 @@ import grpc
 import pytest
 from control_peers import POOL, program, snapshot
 
+from forebay_control.shares import Held, Shares
 from forebay_control.v1 import control_pb2 as pb
 from forebay_control.v1 import control_pb2_grpc as rpc
-from forebay_epp.adapters.control import ControlClient, Dial, Identity, dialling, stream
+from forebay_epp.adapters.control import ControlClient, Dial, Identity, Slots, dialling, stream
 from forebay_epp.codec.control import Programs
+from forebay_epp.core.holdings import Holdings
 
 WAIT_SECONDS = 30
 IDENTITY = Identity("default", "epp-0", "uid-0", "boot", "0")
@@ -49,6 +51,7 @@ class Client:
         self.applied: list = []
         self.gate: asyncio.Event | None = None
         self.reports = 0
+        self.shares: Shares | None = None
         self.report_error: Exception | None = None
         self.programs = Programs(POOL)
         usual = {"ca_path": None, "token_path": None, "cert_path": None}
@@ -58,6 +61,7 @@ class Client:
             self.programs,
             self._apply,
             self._stats,
+            Slots(self._holdings, self._share, lambda: None),
             1.0,
         )
 
@@ -65,6 +69,13 @@ class Client:
         if self.gate is not None:
             await self.gate.wait()
         self.applied.append(accepted.applied.version)
+
+    async def _holdings(self, _first: bool) -> Holdings:  # noqa: FBT001  # a callback
+        return Holdings(self.shares is not None, {}, {"10.0.0.1:8000": Held(2, 1, 8)})
+
+    async def _share(self, shares: Shares) -> Holdings:
+        self.shares = shares
+        return await self._holdings(_first=False)
 
     async def _stats(self) -> pb.Stats:
         self.reports += 1
@@ -319,3 +330,24 @@ async def test_a_peer_that_takes_connections_and_says_nothing_is_given_up(monkey
         await asyncio.gather(running, return_exceptions=True)
         for connection, _ in connections:
             connection.close()
+
+
+async def shares_out(operator: Operator, context) -> None:
+    """Answer the first report with shares, and wait for the one that says they are taken."""
+    await context.write(pb.FromOperator(ping=pb.Ping()))
+    first = await operator.listen(context, "demand")
+    assert (first.full, first.shared, first.endpoints[0].limit) == (True, False, 8)
+    share = pb.Share(address="10.0.0.1:8000", slots=3)
+    shares = pb.Shares(number=7, total=3, epps=2, shares=[share])
+    await context.write(pb.FromOperator(shares=shares))
+    while (await operator.listen(context, "demand")).seen != 7:
+        pass
+    operator.heard.append("taken")
+    await operator.listen(context, "bye")
+
+
+async def test_shares_are_taken_and_the_next_report_says_so():
+    """The first report of a stream names every endpoint; shares are in force before the answer."""
+    operator = Operator(shares_out)
+    client = await talk(operator, lambda _: None, lambda _: "taken" in operator.heard)
+    assert client.shares == Shares(7, 3, {"10.0.0.1:8000": 3}, epps=2)

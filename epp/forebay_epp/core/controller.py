@@ -85,6 +85,7 @@ class FlowController:
         self._dispatched: dict[int, tuple[Request, TrackedEndpoint]] = {}
         self._decisions: list[Decision] = []
         self._draining = False
+        self._waited = 0  # bands in which requests waited, as bits
         self._late: list[Request] = []  # came while draining: sent by the next poll, or refused
         self._changed = False
         self._expiry = Expiry(
@@ -142,6 +143,32 @@ class FlowController:
     def relax_shares(self) -> None:
         """Go by what scrapes show instead, for no new shares come."""
         self._endpoints.relax_shares()
+
+    def freeze_shares(self) -> None:
+        """Keep what is held, for new shares are about to come."""
+        self._endpoints.freeze_shares()
+
+    def give_back_shares(self, now: float) -> None:
+        """Give back the slots that no request takes: others may use them by now."""
+        self._endpoints.give_back_shares()
+        self._reschedule(now)
+
+    def take_urgent(self) -> bool:
+        """Return whether whoever divides the slots should hear of a change at once.
+
+        That is when slots were given back since the last call, or a band began or ceased to wait.
+        """
+        if self._endpoints.shares is None:
+            return False
+        waiting = sum(1 << n for n, band in enumerate(self._bands.all) if band.arrival)
+        changed, self._waited = waiting != self._waited, waiting
+        returned, self._endpoints.returned = self._endpoints.returned, 0
+        return changed or returned > 0
+
+    @property
+    def shared(self) -> bool:
+        """Whether several EPPs share the pool's slots, as far as is known."""
+        return self._endpoints.shares is not None
 
     def holdings(self) -> Holdings:
         """Return what the EPP has and wants, as far as whoever divides the slots needs to know."""

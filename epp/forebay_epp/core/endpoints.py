@@ -7,6 +7,7 @@ goes (selection/), nor what each endpoint holds (tracked.py).
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 from zlib import crc32
@@ -37,6 +38,7 @@ class EndpointSet:
         slots: of all of them, taken or not.
         next_at: when time alone may change anything; infinity for never.
         prefixes: what they are believed to have in their prefix caches.
+        returned: slots that were given back since the caller cleared this.
         opened: addresses of endpoints that have got a free slot since the caller cleared this.
     """
 
@@ -57,6 +59,7 @@ class EndpointSet:
         self._changes: list[HealthChange] = []
         self._shares: Shares | None = None
         self._excess = 0  # slots to give back
+        self.returned = 0
 
     def reconfigure(self, plan: SaturationPlan, now: float) -> None:
         """Take a new plan."""
@@ -148,7 +151,7 @@ class EndpointSet:
         held = tracked.held if self._excess else 0
         tracked.completed(request, verdict, now, blind=blind, counted=counted)
         if self._excess:
-            tracked.give_back(1)
+            self.returned += tracked.give_back(1)
             self._excess = max(0, self._excess - held + tracked.held)
         self._moved(tracked)
         if was_out or tracked.health.out:
@@ -192,6 +195,11 @@ class EndpointSet:
                 self._excess -= back
                 self._moved(tracked)
 
+    def give_back_shares(self) -> None:
+        """Give back at once what no request takes, and the rest as requests end."""
+        if self._shares is not None:
+            self.set_shares(replace(self._shares, total=0, slots={}, most={}, full=False))
+
     def relax_shares(self) -> None:
         """Share by what scrapes show from now on, until there are new shares.
 
@@ -204,7 +212,12 @@ class EndpointSet:
             self._excess = 0
             for tracked in self._states.values():
                 rank = (shares.rank + crc32(tracked.address.encode())) % shares.epps
-                tracked.split(shares.epps, rank)
+                tracked.split((shares.epps, rank))
+
+    def freeze_shares(self) -> None:
+        """Keep what is held from now on, until there are new shares."""
+        for tracked in self._states.values():
+            tracked.split(None)
 
     # --- time
 

@@ -288,7 +288,7 @@ class TrackedEndpoint:
         if capacity is None or not self.in_flight:
             self.kv_room_tokens = NEVER
         else:
-            self.kv_room_tokens = KV_PART * capacity - self.kv_tokens
+            self.kv_room_tokens = KV_PART * capacity * self._part - self.kv_tokens
         free = limit.value - occupancy if share is None else share - self.taken
         wake_at = limit.settled_until if self.settled else NEVER
         if self.fresh:
@@ -332,6 +332,11 @@ class TrackedEndpoint:
         """Slots that this EPP uses or may use."""
         return max(self.slots, self.taken)
 
+    @property
+    def _part(self) -> float:
+        """The part of the endpoint that is this EPP's."""
+        return 1.0 if self.share is None else min(1.0, self.held / self.limit.value)
+
     def set_share(self, share: int | None) -> None:
         """Take a share of the slots; None for no bound but the limit."""
         self.share = share
@@ -347,14 +352,14 @@ class TrackedEndpoint:
         self.refresh()
         return idle
 
-    def split(self, epps: int, rank: int) -> None:
+    def split(self, among: tuple[int, int] | None) -> None:
         """Have each scrape say what the share is: a part of what it shows to be free.
 
         Args:
-            epps: how many EPPs do the same.
-            rank: which of these takes part of a remainder first, from 0.
+            among: how many EPPs do the same, and which of them this one is, from 0; None to leave
+                the share as it is from now on.
         """
-        self._split = (epps, rank)
+        self._split = among
 
     def _divide(self) -> None:
         if self._split is not None:
@@ -379,7 +384,7 @@ class TrackedEndpoint:
         if not self.limit.learned:
             return NEVER
         self.prefill.drain(now)
-        return self.prefill.room(self._goal_seconds)
+        return self.prefill.room(self._goal_seconds * self._part)
 
     def _next_decay(self) -> float:
         """Return when the unknown foreign load, of which there is some, is less by one."""

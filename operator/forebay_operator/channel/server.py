@@ -30,6 +30,7 @@ from forebay_operator.channel.session import (
     Session,
     UnansweredError,
 )
+from forebay_operator.channel.sharing import Sharing
 from forebay_operator.channel.stream import WRITE_SECONDS, Stream
 from forebay_operator.resources import messages
 
@@ -48,6 +49,7 @@ MAX_STREAMS_PER_POD = 2
 CLOSE_SECONDS = 3.0
 REDIAL_SECONDS = 0.5
 LOG_SECONDS = 1.0
+MAX_BOOT_ID = 64
 
 _log = logging.getLogger(__name__)
 
@@ -81,6 +83,7 @@ class ControlServer(rpc.ControlServicer):
         self._leading_since = clock()
         self._rollouts: defaultdict[str, Rollout] = defaultdict(Rollout)
         self._streams: dict[str, list[Stream]] = {}
+        self._sharing = Sharing(lambda: self._epoch is not None and not self._quiet, clock)
         self._open = 0
         self._logged_at: dict[str, float] = {}
         self._server: grpc.aio.Server | None = None
@@ -245,7 +248,9 @@ class ControlServer(rpc.ControlServicer):
         now = self._clock()
         applied = hello.applied if hello.HasField("applied") else None
         known = features.NAMES & set(hello.features)
-        stream = Stream(hello.pool, uid, hello.pod_name, Session(now, applied, known), self._clock)
+        session = Session(now, applied, known)
+        boot_id = hello.boot_id[:MAX_BOOT_ID]
+        stream = Stream(hello.pool, uid, hello.pod_name, session, self._clock, boot_id)
         streams = self._streams.setdefault(hello.pool, [])
         mine = [other for other in streams if other.pod_uid == uid and not other.ended]
         for other in mine[: max(0, len(mine) + 1 - MAX_STREAMS_PER_POD)]:
@@ -263,6 +268,7 @@ class ControlServer(rpc.ControlServicer):
 
     def _remove(self, stream: Stream) -> None:
         stream.ended = True
+        self._sharing.leave(stream)
         streams = self._streams.get(stream.pool, [])
         if stream in streams:
             streams.remove(stream)
@@ -314,7 +320,10 @@ class ControlServer(rpc.ControlServicer):
                 stats = stream.session.on_stats(message.stats, now)
                 if stats is not None:
                     self._rollouts[stream.pool].reported(stream.pod_uid, stats, now)
+            case "demand" if features.SHARES in stream.session.features:
+                self._sharing.take(stream, message.demand)
             case "bye":
+                self._sharing.leave(stream, gone=True)
                 _log.info("EPP leaves", extra={"pod": stream.pod_name})
                 stream.end()
             case _:

@@ -37,8 +37,10 @@ class Stream:
         pod_name: of its pod.
         session: what it was sent and has answered.
         clock: monotonic seconds.
+        boot_id: of its process.
 
     Attributes:
+        epp: names the process.
         wake: set when there may be something to send.
         ended: whether nothing more is sent or read.
     """
@@ -50,10 +52,12 @@ class Stream:
         pod_name: str,
         session: Session,
         clock: Callable[[], float],
+        boot_id: str = "",
     ) -> None:
         self.pool = pool
         self.pod_uid = pod_uid
         self.pod_name = pod_name
+        self.epp = f"{pod_uid} {boot_id}"
         self.session = session
         self._clock = clock
         self.wake = asyncio.Event()

@@ -8,5 +8,6 @@ from __future__ import annotations
 
 from forebay_epp.adapters.control.client import ControlClient, Identity
 from forebay_epp.adapters.control.dialling import Dial
+from forebay_epp.adapters.control.slots import Slots
 
-__all__ = ["ControlClient", "Dial", "Identity"]
+__all__ = ["ControlClient", "Dial", "Identity", "Slots"]

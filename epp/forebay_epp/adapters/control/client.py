@@ -17,6 +17,7 @@ from forebay_control.channel import PROTOCOL
 from forebay_control.v1 import control_pb2 as pb
 from forebay_control.v1 import control_pb2_grpc as rpc
 from forebay_epp.adapters.control.dialling import NotReadyError
+from forebay_epp.adapters.control.slots import FROZEN_SECONDS
 from forebay_epp.adapters.control.stream import Stream
 from forebay_epp.codec.control import Accepted, Code, Nacked
 
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from forebay_epp.adapters.control.dialling import Dial
+    from forebay_epp.adapters.control.slots import Slots
     from forebay_epp.codec.control import Programs
 
 MIN_BACKOFF_SECONDS = 0.2
 MAX_BACKOFF_SECONDS = 10.0
+MAX_ABSENT_SECONDS = 1.0  # between attempts while nothing listens, which costs no operator anything
 
 _log = logging.getLogger("forebay_epp")
 
@@ -52,6 +55,7 @@ class ControlClient:
         programs: judges programs; holds what is in force.
         apply: puts a program into force, and returns when it is.
         stats: what to report.
+        slots: what the EPP holds of the pool's slots.
         stats_seconds: how often.
     """
 
@@ -62,6 +66,7 @@ class ControlClient:
         programs: Programs,
         apply: Callable[[Accepted], Awaitable[None]],
         stats: Callable[[], Awaitable[pb.Stats]],
+        slots: Slots,
         stats_seconds: float = 5.0,
     ) -> None:
         self._dial = dial
@@ -69,8 +74,10 @@ class ControlClient:
         self._programs = programs
         self._apply = apply
         self._stats = stats
+        self.slots = slots
         self._stats_seconds = stats_seconds
         self._said = ""
+        self._absent = False
         self._refused: Nacked | None = None
         self._judging = asyncio.Lock()
         self._tasks: set[asyncio.Task[pb.FromPicker]] = set()
@@ -83,6 +90,14 @@ class ControlClient:
 
     async def run(self) -> None:
         """Dial until asked to leave."""
+        relaxing = asyncio.create_task(self._relax())
+        try:
+            await self._dial_until_leaving()
+        finally:
+            relaxing.cancel()
+        self._left.set()
+
+    async def _dial_until_leaving(self) -> None:
         backoff = MIN_BACKOFF_SECONDS
         while not self._leaving:
             for address in await self._addresses():
@@ -95,8 +110,19 @@ class ControlClient:
                     await asyncio.sleep(wait)
             else:
                 await asyncio.sleep(random.uniform(0, backoff))  # noqa: S311  # spreads load
-                backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
-        self._left.set()
+                most = MAX_ABSENT_SECONDS if self._absent else MAX_BACKOFF_SECONDS
+                backoff = min(2 * backoff, most)
+
+    async def _relax(self) -> None:
+        """Have the EPP share by what scrapes show once the operator has been away for a while."""
+        relaxed_since = 0.0  # of which absence
+        while True:
+            since = self.disconnected_since
+            away = 0.0 if self.connected else time.monotonic() - since
+            if away >= FROZEN_SECONDS and relaxed_since != since:
+                relaxed_since = since
+                self.slots.relax()
+            await asyncio.sleep(max(0.5, FROZEN_SECONDS - away))
 
     async def leave(self, timeout_seconds: float) -> None:
         """Say goodbye: this EPP will not come back."""
@@ -121,6 +147,7 @@ class ControlClient:
         A failure costs only this stream: requests are still served.
         """
         stream = Stream(self)
+        self._absent = False
         try:
             channel = self._dial.channel(address)
             try:
@@ -133,6 +160,7 @@ class ControlClient:
         except NotReadyError as error:
             self._say(str(error))
         except grpc.aio.AioRpcError as error:
+            self._absent = error.code() is grpc.StatusCode.UNAVAILABLE
             self._say(f"{address}: {error.code().name}: {error.details()}")
         except (TimeoutError, asyncio.InvalidStateError, grpc.aio.BaseError) as error:
             self._say(f"{address}: {error}")

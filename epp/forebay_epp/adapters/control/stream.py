@@ -11,6 +11,7 @@ import grpc
 
 from forebay_control.channel import SILENCE_SECONDS
 from forebay_control.v1 import control_pb2 as pb
+from forebay_epp.adapters.control.slots import Sharing, Slots
 
 PING_SECONDS = 10.0
 MAX_RETRY_AFTER_SECONDS = 60.0
@@ -23,6 +24,7 @@ class Client(Protocol):
     """What a stream asks of the client that has opened it."""
 
     connected: bool
+    slots: Slots
 
     @property
     def stats_seconds(self) -> float:
@@ -49,6 +51,7 @@ class Stream:
         self._heard_at = time.monotonic()
         self._programs: asyncio.Queue[pb.Program] = asyncio.Queue()
         self._outbox: asyncio.Queue[pb.FromPicker] = asyncio.Queue()
+        self._sharing = Sharing(client.slots, self._outbox.put_nowait)
         self.served = False
         self.retry_after: float | None = None
 
@@ -62,7 +65,8 @@ class Stream:
         reading = asyncio.create_task(self._read(call))
         answering = asyncio.create_task(self._answer())
         writing = asyncio.create_task(self._write(call))
-        tasks = (reading, answering, writing)
+        sharing = asyncio.create_task(self._sharing.run(lambda: self._client.connected))
+        tasks = (reading, answering, writing, sharing)
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -86,6 +90,8 @@ class Stream:
                     self._client.opened()
                     self.served = True
                     self._programs.put_nowait(message.program)
+                case "shares":
+                    self._sharing.take(message.shares)
                 case "not_leader":
                     return
                 case "close":

@@ -43,10 +43,14 @@ DEADBAND = 16
 
 @dataclass(frozen=True, slots=True)
 class Entitlement:
-    """How many slots an EPP should have, and how many it keeps while others have urgent need."""
+    """How many slots an EPP should have, and how many it keeps while others have urgent need.
+
+    `urgent` of its requests have such need.
+    """
 
     slots: int
     kept: int
+    urgent: int = 0
 
 
 _K = TypeVar("_K")
@@ -90,7 +94,7 @@ def entitlements(
             settled = has
         if urgent[epp]:
             settled = max(settled, _running(demands[epp]) + urgent[epp])
-        result[epp] = Entitlement(settled, min(settled, ceil(firm[epp])))
+        result[epp] = Entitlement(settled, min(settled, ceil(firm[epp])), urgent[epp])
     return result
 
 

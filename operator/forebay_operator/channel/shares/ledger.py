@@ -37,6 +37,7 @@ AWAY_SECONDS = 1.5
 SETTLING_SECONDS = 12.0
 RESEND_SECONDS = 1.0
 PROBE_SECONDS = 10.0
+RACE = 64  # EPPs are asked for more than is urgent: whichever has a request end first gives it
 NOTHING = Held(0, 0, 0)
 
 
@@ -130,6 +131,10 @@ class Ledger:
         known.reported = False
         known.lowered.clear()
 
+    def knows(self, epp: str) -> bool:
+        """Whether the EPP takes part: one that was silent for long has to join again."""
+        return epp in self._epps
+
     def report(self, epp: str, demand: Demand, now: float) -> None:
         """Take a report; one that is older than the last, or of an unknown EPP, is ignored."""
         known = self._epps.get(epp)
@@ -201,7 +206,7 @@ class Ledger:
             max(0, slots - tally.bound)  # though at other endpoints they may hold too many
             for slots, tally in zip(room.values(), self._tallies.values(), strict=True)
         )
-        return self._messages(names, room, _totals(entitled, held, free), now)
+        return self._messages(names, room, _totals(entitled, held, free), entitled, now)
 
     def _room(self, now: float) -> dict[str, int]:
         """Return how many slots each endpoint has for all EPPs of the pool together."""
@@ -254,7 +259,12 @@ class Ledger:
         return int(now - self._idle_since.setdefault(address, now) >= PROBE_SECONDS)
 
     def _messages(
-        self, names: list[str], room: Mapping[str, int], totals: Mapping[str, int], now: float
+        self,
+        names: list[str],
+        room: Mapping[str, int],
+        totals: Mapping[str, int],
+        entitled: Mapping[str, Entitlement],
+        now: float,
     ) -> dict[str, Shares]:
         """Give free slots to those that lack them, and take back what endpoints have lost."""
         epps = [self._epps[name] for name in names]
@@ -264,20 +274,7 @@ class Ledger:
         if any(known.free for known in epps):
             self._bind(room, epps, changed)
         else:
-            held = [sum(known.bounds.values()) for known in epps]
-            lacking = [
-                max(0, totals[name] - held[number]) if ready[number] else 0
-                for number, name in enumerate(names)
-            ]
-            for address, slots in room.items():
-                if slots == self._tallies[address].bound:
-                    continue
-                bounds = [known.bounds.get(address, 0) for known in epps]
-                free = slots - sum(bounds)
-                if free > 0 and any(lacking):
-                    self._give(address, free, bounds, lacking, epps, changed)
-                elif free < 0:
-                    _take(address, slots, bounds, epps, most)
+            self._give_or_take(names, room, totals, entitled, now, changed, most)
         messages = {}
         for number, (name, known) in enumerate(zip(names, epps, strict=True)):
             place = (len(self._epps), number)
@@ -302,7 +299,7 @@ class Ledger:
     def _bind(
         self, room: Mapping[str, int], epps: list[_EPP], changed: list[dict[str, int]]
     ) -> None:
-        """Give EPPs that had no shares what the others leave, in equal parts.
+        """Give EPPs that had no shares what they run, and in equal parts what all leave.
 
         What such an EPP was sent before, it is sent again: it may have taken it.
         """
@@ -317,33 +314,73 @@ class Ledger:
                     kept += changed[number][address]
                 elif not known.free:
                     kept += known.bounds.get(address, 0)
-            part, rest = divmod(max(0, slots - kept), max(1, len(new)))
+            left = max(0, slots - kept)
+            run = [(epps[number].endpoints.get(address) or NOTHING).running for number in new]
+            total = sum(run)
+            part, rest = divmod(max(0, left - total), max(1, len(new)))
             for place, number in enumerate(new):
-                changed[number][address] = part + ((place + turn) % len(new) < rest)
+                own = run[place] if total <= left else run[place] * left // total
+                changed[number][address] = own + part + ((place + turn) % len(new) < rest)
+
+    def _give_or_take(
+        self,
+        names: list[str],
+        room: Mapping[str, int],
+        totals: Mapping[str, int],
+        entitled: Mapping[str, Entitlement],
+        now: float,
+        changed: list[dict[str, int]],
+        most: list[dict[str, int]],
+    ) -> None:
+        """Divide the free slots, first to urgent needs, and take back what endpoints have lost."""
+        epps = [self._epps[name] for name in names]
+        pressing, lacking = [], []
+        for name, known in zip(names, epps, strict=True):
+            held = sum(known.bounds.values())
+            lacks = max(0, totals[name] - held) if self._ready(known, now) else 0
+            pressing.append(min(lacks, _urgent(entitled[name], held)))
+            lacking.append(lacks - pressing[-1])
+        opened = {}
+        for address, slots in room.items():
+            free = slots - self._tallies[address].bound
+            if free > 0:
+                opened[address] = free
+            elif free < 0:
+                bounds = [known.bounds.get(address, 0) for known in epps]
+                _take(address, slots, bounds, epps, most)
+        for wants in (pressing, lacking):
+            for address in opened if any(wants) else ():
+                opened[address] -= self._give(address, opened[address], wants, epps, changed)
 
     def _give(
         self,
         address: str,
-        free: int,
-        bounds: list[int],
+        slots: int,
         lacking: list[int],
         epps: list[_EPP],
         changed: list[dict[str, int]],
-    ) -> None:
-        """Divide an endpoint's free slots among the EPPs that lack some, by how many they lack."""
+    ) -> int:
+        """Divide an endpoint's free slots among the EPPs that lack some, by how many they lack.
+
+        Returns:
+            How many of them were given.
+        """
+        free = slots
         lack = sum(lacking)
         # The most in need goes first, so that single slots do not always go to the first by name.
         for number in sorted(range(len(lacking)), key=lambda number: -lacking[number]):
             need = lacking[number]
             if free <= 0 or not need:
-                return
+                break
             part = min(need, -(-free * need // lack), free)
             lack -= need
             free -= part
             lacking[number] -= part
-            changed[number][address] = bounds[number] + part
+            bound = epps[number].bounds.get(address, 0)
+            changed[number][address] = changed[number].get(address, bound) + part
             epps[number].lowered.pop(address, None)
             self.moves += part
+        return slots - free
 
     def _ready(self, known: _EPP, now: float) -> bool:
         """Whether an EPP may be sent something: it has answered, or is late."""
@@ -382,21 +419,44 @@ def _totals(
             name: total + part + (number < rest)
             for number, (name, total) in enumerate(totals.items())
         }
-    for bound in ("slots", "kept"):
-        beyond = {
-            name: max(0, total - getattr(entitled[name], bound))
-            for name, total in totals.items()
-            if total <= held[name]  # the others lack some themselves
-        }
-        most = sum(beyond.values())
-        owed = 0.0
-        for name, slots in beyond.items():
-            owed += slots * min(1.0, short / most) if most else 0.0
-            back = min(slots, int(owed + 1e-6))
-            owed -= back
-            totals[name] -= back
-        short -= min(short, most)
+    kept = {name: entitlement.kept for name, entitlement in entitled.items()}
+    settled = {name: entitlement.slots for name, entitlement in entitled.items()}
+    short -= _lower(totals, short, settled, held)
+    _lower(totals, short, kept, held)
+    urgent = sum(_urgent(entitled[name], held[name]) for name in held) - free
+    if urgent > 0:
+        for name, has in held.items():
+            if not entitled[name].urgent:
+                totals[name] = min(totals[name], has)
+        lowered = sum(max(0, has - totals[name]) for name, has in held.items())
+        _lower(totals, RACE * urgent - lowered, kept, held)
     return totals
+
+
+def _urgent(entitlement: Entitlement, held: int) -> int:
+    """Return how many slots an EPP lacks that should come from lower bands of others."""
+    return min(entitlement.urgent, max(0, entitlement.slots - held))
+
+
+def _lower(
+    totals: dict[str, int], short: int, kept: Mapping[str, int], held: Mapping[str, int]
+) -> int:
+    """Have EPPs give up slots beyond what they keep, in proportion; return how many."""
+    beyond = {
+        name: total - kept[name]
+        for name, total in totals.items()
+        if total > kept[name] and total <= held[name]  # the others lack some themselves
+    }
+    most = sum(beyond.values())
+    if not most or short <= 0:
+        return 0
+    owed = 0.0
+    for name in sorted(beyond, key=lambda name: beyond[name]):  # the most gives the rest
+        owed += beyond[name] * min(1.0, short / most)
+        back = min(beyond[name], int(owed + 1e-6))
+        owed -= back
+        totals[name] -= back
+    return min(short, most)
 
 
 def _take(
