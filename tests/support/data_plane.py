@@ -230,13 +230,20 @@ class Clients:
         ]
 
     async def _ask(
-        self, request: str, headers: bytes, body: bytes, leave_after: float | None
+        self,
+        request: str,
+        headers: bytes,
+        body: bytes,
+        leave_after: float | None,
+        http: int | None = None,
     ) -> Answer:
         sent_at = time.monotonic()
         retry_after = None
         try:
             async with asyncio.timeout(CLIENT_SECONDS if leave_after is None else leave_after):
-                outcome, retry_after = await self._exchange(request, headers, body)
+                outcome, retry_after = await self._exchange(
+                    request, headers, body, http or self.envoy.http
+                )
         except TimeoutError:
             outcome = "no answer" if leave_after is None else "left"
         except (OSError, asyncio.IncompleteReadError) as error:
@@ -245,8 +252,10 @@ class Clients:
         self.answers.append(answer)
         return answer
 
-    async def _exchange(self, request: str, headers: bytes, body: bytes) -> tuple[str, int | None]:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.envoy.http)
+    async def _exchange(
+        self, request: str, headers: bytes, body: bytes, http: int
+    ) -> tuple[str, int | None]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", http)
         try:
             writer.write(
                 b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-id: %b\r\nconnection: close\r\n"

@@ -131,11 +131,23 @@ class SeveralEpps(Clients):
         self.epps.append(epp)
         return epp
 
-    def steadily(self, model: str, per_second: float, seconds: float) -> Future[list[Answer]]:
-        """Begin to send requests at a steady rate, whatever comes of them."""
-        return self.thread.submit(self._steadily(model, per_second, seconds))
+    def steadily(
+        self, model: str, per_second: float, seconds: float, envoy: Envoy | None = None
+    ) -> Future[list[Answer]]:
+        """Begin to send requests at a steady rate, whatever comes of them.
 
-    async def _steadily(self, model: str, per_second: float, seconds: float) -> list[Answer]:
+        Args:
+            model: whose.
+            per_second: how many.
+            seconds: for how long.
+            envoy: to which; None for the one of all EPPs.
+        """
+        http = (envoy or self.envoy).http
+        return self.thread.submit(self._steadily(model, per_second, seconds, http))
+
+    async def _steadily(
+        self, model: str, per_second: float, seconds: float, http: int
+    ) -> list[Answer]:
         began = time.monotonic()
         asked = []
         for number in range(round(per_second * seconds)):
@@ -143,7 +155,7 @@ class SeveralEpps(Clients):
             request = f"{model}-{self._sent}"
             self._sent += 1
             body = json.dumps({"model": model, "prompt": "x" * 20}).encode()
-            asked.append(asyncio.create_task(self._ask(request, b"", body, None)))
+            asked.append(asyncio.create_task(self._ask(request, b"", body, None, http)))
         return list(await asyncio.gather(*asked))
 
     def stop(self) -> None:
