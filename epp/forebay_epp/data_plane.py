@@ -21,6 +21,7 @@ from forebay_epp.codec.extproc.events import (
     Arrived,
     Finished,
     FirstChunk,
+    HeadersOnly,
     Progress,
     Rejected,
     Untied,
@@ -52,6 +53,9 @@ IDLE_TICK_SECONDS = 0.05
 SHARED_TICK_SECONDS = 0.01  # other EPPs wait for what this one gives back
 STOPPED_SECONDS = 1.0  # without a tick; the operator takes an EPP for lost after 1.5 s of silence
 TIMEOUT_MARGIN_SECONDS = 10.0
+# A proxy that shows headers only ends its stream right behind them. One that would show trailers,
+# too, ends it with the answer, and a stream of events takes longer.
+HEADERS_ONLY_SECONDS = 0.05
 UNSEEN = Finished(0, blind=True)
 
 
@@ -223,22 +227,13 @@ class DataPlane:
     def handle(self, exchange: Exchange, event: Event) -> None:
         """Pass a stream's event to the controller, and the decisions to the streams."""
         now = self.clock()
+        if isinstance(event, FirstChunk | HeadersOnly | Progress):
+            self._note(exchange, event, now)
+            return
         self._current = exchange
         match event:
             case Arrived():
                 self._arrive(exchange, event, now)
-            case FirstChunk():
-                request = exchange.request
-                if request is not None and exchange.id in self._submitted:
-                    self.controller.first_token(exchange.id, now)
-                    self._observer.first_token(request, now)
-                self._current = None
-                return
-            case Progress():
-                if exchange.id in self._submitted:
-                    self.controller.progress(exchange.id, event.answer_tokens, now)
-                self._current = None
-                return
             case Finished():
                 self._complete(exchange.watches or exchange, event, now)
             case Untied():
@@ -303,12 +298,30 @@ class DataPlane:
             return outcome
         return None
 
+    def _note(
+        self, exchange: Exchange, event: FirstChunk | HeadersOnly | Progress, now: float
+    ) -> None:
+        """Take what a part of an answer tells; it decides nothing."""
+        request = exchange.request
+        if request is None or exchange.id not in self._submitted:
+            return
+        match event:
+            case FirstChunk():
+                self.controller.first_token(exchange.id, now)
+                self._observer.first_token(request, now)
+            case HeadersOnly():
+                exchange.headers_at = now
+            case Progress():
+                self.controller.progress(exchange.id, event.answer_tokens, now)
+
     def _complete(self, exchange: Exchange, event: Finished, now: float) -> None:
         request = exchange.request
         if self._submitted.pop(exchange.id, None) is None or request is None:
             return
         judged = verdict(event.status, whole=event.whole)
-        self.controller.complete(exchange.id, event.usage, now, judged, blind=event.blind)
+        at_once = event.headers_only and now < exchange.headers_at + HEADERS_ONLY_SECONDS
+        blind = event.blind or at_once
+        self.controller.complete(exchange.id, event.usage, now, judged, blind=blind)
         self._observer.completed(request, event, now)
 
     def _watch(self, exchange: Exchange, secret: str) -> None:

@@ -45,11 +45,12 @@ class Exchange:
         request: what was submitted.
         refused: refused while it was read; it does not count as open any more.
         watches: the exchange whose answer this stream shows.
+        headers_at: when the headers of an answer came of which nothing else is shown.
     """
 
     __slots__ = (
         *("_owner", "id", "on_output"),
-        *("outbox", "refused", "request", "stream", "unread", "watches"),
+        *("headers_at", "outbox", "refused", "request", "stream", "unread", "watches"),
     )
 
     def __init__(
@@ -68,6 +69,7 @@ class Exchange:
         self.request: Request | None = None
         self.refused = False
         self.watches: Exchange | None = None
+        self.headers_at = 0.0
 
     @property
     def ended(self) -> bool:

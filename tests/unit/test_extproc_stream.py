@@ -18,6 +18,7 @@ from forebay_epp.codec.callers import CallerHeaders
 from forebay_epp.codec.extproc.events import (
     ABANDONED,
     FIRST_CHUNK,
+    HEADERS_ONLY,
     Abandoned,
     Arrived,
     BodyPart,
@@ -503,6 +504,20 @@ def test_half_close_in_each_state():
     assert unanswered.stream.half_close() == Finished(0, blind=True)
     for over in (silent, reading, answered, unanswered):
         assert (over.stream.ended, over.stream.reset()) == (True, None)
+
+
+@pytest.mark.parametrize("content_type", ["text/event-stream", "application/json"])
+def test_what_ends_behind_headers_alone_says_so(content_type):
+    """In mode NONE it may be the answer, or what the proxy shows of it; JSON comes at once."""
+    modes = (pb.FULL_DUPLEX_STREAMED, pb.NONE)
+    peer = Peer().arrived(headers(modes=modes), body())
+    peer.stream.dispatch("10.0.0.1:8000", None)
+    streamed = content_type == "text/event-stream"
+
+    assert peer.say(answer_headers(content_type=content_type)) == (
+        HEADERS_ONLY if streamed else None
+    )
+    assert peer.stream.half_close() == Finished(200, headers_only=streamed)
 
 
 def test_reset_in_each_state():

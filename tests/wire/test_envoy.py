@@ -27,6 +27,7 @@ from forebay_epp.core.terms import Outcome
 PARTIAL = {"request_body_mode": "BUFFERED_PARTIAL", "response_body_mode": "NONE"}
 MODES = {
     "duplex": {},
+    "duplex-none": {"response_body_mode": "NONE"},
     "buffered": {"request_body_mode": "BUFFERED", "response_body_mode": "BUFFERED"},
     "buffered-none": {"request_body_mode": "BUFFERED", "response_body_mode": "NONE"},
     "streamed": {"request_body_mode": "STREAMED", "response_body_mode": "STREAMED"},

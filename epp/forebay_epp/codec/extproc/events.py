@@ -66,6 +66,10 @@ class FirstChunk(msgspec.Struct, frozen=True, gc=False):
     """
 
 
+class HeadersOnly(msgspec.Struct, frozen=True, gc=False):
+    """A stream of events has begun as answer, and the proxy shows nothing of it but its headers."""
+
+
 class Progress(msgspec.Struct, frozen=True, gc=False):
     """The answer has about so many tokens by now, more than the event before said."""
 
@@ -80,20 +84,26 @@ class Finished(msgspec.Struct, frozen=True, gc=False):
         usage: tokens as the model server counted them; None where it did not tell.
         whole: whether the answer came to its end.
         blind: the proxy shows nothing of the answer, so that its end is unknown.
+        headers_only: `HeadersOnly` came before: what has ended may be the answer, or what the
+            proxy shows of it.
     """
 
     status: int
     usage: Usage | None = None
     whole: bool = False
     blind: bool = False
+    headers_only: bool = False
 
 
 class Untied(msgspec.Struct, frozen=True, gc=False):
     """The stream shows an answer, and not whose; it ends."""
 
 
-Event = BodyPart | Arrived | Rejected | Abandoned | FirstChunk | Progress | Finished | Untied
+Request = BodyPart | Arrived | Rejected | Abandoned
+Answer = FirstChunk | HeadersOnly | Progress | Finished
+Event = Request | Answer | Untied
 
 ABANDONED = Abandoned()
 UNTIED = Untied()
 FIRST_CHUNK = FirstChunk()
+HEADERS_ONLY = HeadersOnly()

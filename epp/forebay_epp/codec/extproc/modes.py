@@ -186,15 +186,17 @@ class UnshownRequest(RequestMode):
 
 
 class ResponseMode:
-    """NONE, STREAMED: each message of an answer's body is answered by one.
+    """STREAMED: each message of an answer's body is answered by one.
 
     Attributes:
+        shown: whether the body comes at all.
         whole: whether the body comes in one message.
         duplex: whether the proxy takes back what it is given, in pieces of any number.
     """
 
     __slots__ = ()
 
+    shown = True
     whole = False
     duplex = False
 
@@ -215,6 +217,14 @@ class ResponseMode:
 
     def give_back_held(self, outbox: deque[bytes], held: bytes) -> None:
         """Send what was held back before trailers."""
+
+
+class UnshownResponse(ResponseMode):
+    """NONE: the proxy shows no body."""
+
+    __slots__ = ()
+
+    shown = False
 
 
 class BufferedResponse(ResponseMode):
@@ -254,8 +264,9 @@ _REQUEST_MODES: dict[int, type[RequestMode]] = {
 }
 DUPLEX_REQUEST = RequestMode()
 DUPLEX_RESPONSE = DuplexResponse()
-_OTHER_RESPONSE = ResponseMode()
+_UNSHOWN_RESPONSE = UnshownResponse()
 _RESPONSE_MODES: dict[int, ResponseMode] = {
+    pb.STREAMED: ResponseMode(),
     pb.BUFFERED: BufferedResponse(),
     pb.BUFFERED_PARTIAL: BufferedResponse(),
     pb.FULL_DUPLEX_STREAMED: DUPLEX_RESPONSE,
@@ -270,4 +281,4 @@ def request_mode(number: int) -> RequestMode:
 
 def response_mode(number: int) -> ResponseMode:
     """Return the object for all streams whose answer travels in this mode."""
-    return _RESPONSE_MODES.get(number, _OTHER_RESPONSE)
+    return _RESPONSE_MODES.get(number, _UNSHOWN_RESPONSE)

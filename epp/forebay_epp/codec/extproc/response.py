@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 
 from forebay_epp.codec import openai
 from forebay_epp.codec.extproc import framing
-from forebay_epp.codec.extproc.events import FIRST_CHUNK, Finished, FirstChunk, Progress
+from forebay_epp.codec.extproc.events import FIRST_CHUNK, HEADERS_ONLY, Finished, Progress
 from forebay_epp.codec.extproc.modes import DUPLEX_RESPONSE, ResponseMode, response_mode
 
 if TYPE_CHECKING:
     from collections import deque
 
+    from forebay_epp.codec.extproc.events import Answer, HeadersOnly
     from forebay_extproc.v3 import external_processor_pb2 as pb
 
-    Seen = Finished | FirstChunk | Progress | None  # what a part of an answer tells
+    Seen = Answer | None  # what a part of an answer tells
 
 PROGRESS_TOKENS = 32  # after so many more, an answer's progress is reported
 
@@ -31,7 +32,8 @@ class ResponseHalf:
     """
 
     __slots__ = (
-        *("_mode", "_outbox", "_reader", "_report_at", "_restorer", "_unbegun_stream"),
+        *("_headers_only", "_mode", "_outbox", "_reader", "_report_at", "_restorer"),
+        *("_unbegun_stream",),
         "status",
     )
 
@@ -40,6 +42,7 @@ class ResponseHalf:
         self.status = 0
         self._mode: ResponseMode = DUPLEX_RESPONSE
         self._unbegun_stream = False
+        self._headers_only = False
         self._report_at = PROGRESS_TOKENS
         self._restorer: openai.ModelRestorer | None = None
         self._reader: openai.JSONUsageReader | openai.EventUsageReader | None = None
@@ -57,7 +60,9 @@ class ResponseHalf:
         """Whether bodies go back as they come, so that `echo` does for them."""
         return self._mode.duplex and self._restorer is None
 
-    def take_headers(self, message: pb.ProcessingRequest, *, conversation: bool) -> Finished | None:
+    def take_headers(
+        self, message: pb.ProcessingRequest, *, conversation: bool
+    ) -> Finished | HeadersOnly | None:
         """Read the headers; what follows those of a conversation is not an answer's body."""
         headers = message.response_headers
         events = encoded = False
@@ -81,7 +86,12 @@ class ResponseHalf:
             if self._restorer is not None
             else framing.CONTINUE_RESPONSE_HEADERS
         )
-        return self.finished(whole=True) if headers.end_of_stream else None
+        if headers.end_of_stream:
+            return self.finished(whole=True)
+        if events and not self._mode.shown:
+            self._headers_only = True
+            return HEADERS_ONLY
+        return None
 
     def echo(self, inner: bytes, body: bytes, end_of_stream: bool) -> Seen:  # noqa: FBT001  # unpacked from framing.read_streamed
         """Give a message's body back; the arguments are those of `framing.read_streamed`."""
@@ -121,7 +131,7 @@ class ResponseHalf:
     def finished(self, *, whole: bool = False, blind: bool = False) -> Finished:
         """Sum up the answer as far as it was seen."""
         usage = self._reader.usage() if self._reader else None
-        return Finished(self.status, usage, whole, blind)
+        return Finished(self.status, usage, whole, blind, self._headers_only and not whole)
 
     def _progress(self, body: bytes, end_of_stream: bool) -> Seen:  # noqa: FBT001  # once per token
         if self._reader is not None and body:
