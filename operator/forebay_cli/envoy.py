@@ -172,9 +172,8 @@ def _observer() -> dict[str, Any]:
         observability_mode=True,
         # An answer goes on without an EPP that sees it.
         failure_mode_allow=True,
-        # By default a stream is kept for 5 s after its answer has ended. Its end frees the slot,
-        # but the EPP must have read the headers before it.
-        deferred_close_timeout="0.003s",
+        # By default a stream is kept for 5 s after its answer has ended. Its end frees the slot.
+        deferred_close_timeout="0.001s",
         processing_mode={
             "request_header_mode": "SEND",  # or the stream would begin with the answer
             "request_body_mode": "NONE",

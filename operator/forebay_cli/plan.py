@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from forebay_operator.planning import Planned
 
 
+MAX_NAMES = 5
 BY_TOKENS = {FairnessName.WEIGHTED_FAIR_TOKENS: "WeightedFair by tokens"}
 
 
@@ -123,6 +124,18 @@ def _add_plan(root: Tree, plan: Plan, priorities: dict[str, int]) -> None:
     if plan.metrics is not None:
         _add_metrics(root, plan.metrics)
     root.add(f"without servers requests wait up to {plan.no_endpoints_ttl_seconds:g} s")
+    _add_answers(root, plan)
+
+
+def _add_answers(root: Tree, plan: Plan) -> None:
+    """Say what the proxy's default leaves out; which one it is, no manifest says."""
+    branch = root.add("answers by the proxy's `responses`: Observe, the default, leaves out")
+    branch.add("tokens of each answer: they are shared out by what servers have counted")
+    branch.add("times to first token: servers have them for the pool")
+    renamed = [model.name for model in plan.models if model.targets]
+    if renamed:
+        names = ", ".join(renamed[:MAX_NAMES]) + (", ..." if len(renamed) > MAX_NAMES else "")
+        branch.add(messages.printable(f"the client's name of a model in answers: {names}"))
 
 
 def _add_order(branch: Tree, band: BandPlan) -> None:

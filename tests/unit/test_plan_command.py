@@ -52,6 +52,9 @@ InferencePool default/chat
 ├── endpoint limit: learned; closed above 95% of its KV cache, prompts wait in it up to 0.5 s
 ├── a server is chosen by PrefixCache 3, Load 2, picker MaxScore
 ├── without servers requests wait up to 60 s
+├── answers by the proxy's `responses`: Observe, the default, leaves out
+│   ├── tokens of each answer: they are shared out by what servers have counted
+│   └── times to first token: servers have them for the pool
 └── 0 servers in the files
 """  # noqa: E501  # the command's own lines
 
@@ -62,3 +65,22 @@ def test_every_value_that_is_in_force_is_shown(tmp_path, capsys):
 
     assert plan.run(SimpleNamespace(paths=[tmp_path], output="tree")) == 0
     assert capsys.readouterr().out == SHOWN
+
+
+def test_models_that_observed_answers_name_otherwise_are_named(tmp_path, capsys):
+    """Those that a target renames, up to five."""
+    models = "".join(
+        f"""---
+apiVersion: inference.networking.x-k8s.io/v1alpha2
+kind: InferenceModel
+metadata: {{name: m{number}}}
+spec: {{modelName: m{number}, poolRef: {{name: chat}}, targetModels: [{{name: t, weight: 1}}]}}
+"""
+        for number in range(6)
+    )
+    (tmp_path / "all.yaml").write_text(MANIFESTS + models)
+
+    assert plan.run(SimpleNamespace(paths=[tmp_path], output="tree")) == 0
+
+    line = "the client's name of a model in answers: m0, m1, m2, m3, m4, ..."
+    assert line in capsys.readouterr().out

@@ -85,7 +85,7 @@ static_resources:
                 - {key: x-forebay-owner, value: "%DYNAMIC_METADATA(forebay:owner)%"}
               observability_mode: true
               failure_mode_allow: true
-              deferred_close_timeout: 0.003s
+              deferred_close_timeout: 0.001s
               processing_mode:
                 request_header_mode: SEND
                 request_body_mode: NONE
