@@ -1,7 +1,7 @@
 """The EPP on both transports against a bare grpc.aio servicer, each behind an Envoy of its own.
 
 The bare servicer does nothing; ours does everything: reading, classifying, queueing, dispatching,
-counting. They take turns. CPU is user plus system time of the EPP's process, from /proc. With
+counting. They take turns. CPU is that of the EPP's threads, from /proc. With
 `--against` the EPP of another checkout takes turns with them. Idle EPPs scrape so many endpoints,
 which another process serves. Needs wrk and nginx (Debian: apt-get install wrk nginx-light). All
 traffic is on loopback.
