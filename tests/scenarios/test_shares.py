@@ -58,11 +58,11 @@ class Serving:
         self.running = []
         self.order = []
 
-    def submit(self, model, tenant="", prompt=100, answer=10):
+    def submit(self, model, tenant="", prompt=100, answer=10, *, prefix=(), cached=None):
         """Queue one more request; four bytes are a token of its prompt."""
-        request = Request(len(self.requests), model, 4 * prompt, tenant=tenant)
+        request = Request(len(self.requests), model, 4 * prompt, tenant=tenant, prefix=prefix)
         self.requests.append(request)
-        self.usages.append(Usage(prompt, answer))
+        self.usages.append(Usage(prompt, answer, cached))
         self.controller.submit(request, self.now)
 
     def poll(self):
@@ -447,14 +447,31 @@ def test_tokens_from_the_cache_cost_nothing():
     """A flow whose prompts are mostly cached is served as often as its work is small."""
     serving = Serving(plan_of({"cached": 1, "fresh": 1}, TOKENS, slots=4))
     for _ in range(3000):
-        for model in ("cached", "fresh"):
-            serving.submit(model, prompt=1000, answer=50)
-            if model == "cached":
-                serving.usages[-1] = Usage(1000, 50, 900)
+        serving.submit("cached", prompt=1000, answer=50, cached=900)
+        serving.submit("fresh", prompt=1000, answer=50)
 
     counts = Counter(request.model for request in serving.serve(2500)[500:])
 
     assert counts["cached"] / counts["fresh"] == pytest.approx(1100 / 200, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("said", "cost"),
+    [(None, 1024 + 100), (4096, 1024 + 100), (0, 5120 + 100)],
+    ids=["no word of it", "cached as expected", "nothing cached"],
+)
+def test_what_the_prefix_index_believes_to_be_cached_is_not_charged(said, cost):
+    """Prompts of 20 blocks that begin alike, but for 4 at their ends; an answer knows better."""
+    serving = Serving(plan_of({"alike": 1, "fresh": 1}, TOKENS, slots=4))
+    begin = tuple(range(1, 17))  # names of blocks
+    for n in range(2000):
+        end = tuple(-4 * n - i - 1 for i in range(4))
+        serving.submit("alike", prompt=5120, answer=50, prefix=begin + end, cached=said)
+        serving.submit("fresh", prompt=5120, answer=50)
+
+    counts = Counter(request.model for request in serving.serve(1200)[200:])
+
+    assert counts["alike"] / counts["fresh"] == pytest.approx((5120 + 100) / cost, rel=0.05)
 
 
 @pytest.mark.parametrize("fairness", [TOKENS, FairnessName.WEIGHTED_FAIR_TOKENS])

@@ -93,9 +93,10 @@ def test_usage_of_a_stream(text, size, expected):
         ('"input_tokens_details": {"cached_tokens": 5}', 5),
         ('"prompt_tokens_details": {"cached_tokens": 70}', 7),
         ('"prompt_tokens_details": {"cached_tokens": -1}', 0),
-        ('"prompt_tokens_details": {"cached_tokens": null}', 0),
-        ('"prompt_tokens_details": null', 0),
-        ('"prompt_tokens_details": "none"', 0),
+        ('"prompt_tokens_details": {"cached_tokens": 0}', 0),
+        ('"prompt_tokens_details": {"cached_tokens": null}', None),
+        ('"prompt_tokens_details": null', None),
+        ('"prompt_tokens_details": "none"', None),
     ],
 )
 def test_cached_tokens_are_told_apart_where_the_server_says_which(details, cached):

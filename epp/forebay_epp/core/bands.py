@@ -17,7 +17,7 @@ from forebay_epp.core.terms import NEVER, BandState, Cost
 
 if TYPE_CHECKING:
     from forebay_control.plan import BandPlan, Plan
-    from forebay_epp.core.flows import Lane
+    from forebay_epp.core.flows import Flow, Lane
     from forebay_epp.core.levels import Weights
     from forebay_epp.core.terms import Request, Usage
 
@@ -116,11 +116,11 @@ class Band:
         self.lanes.add(flow, request, parked=blocked and request.subset is not None)
 
     def pop(self, lane: Lane, now: float) -> Request:
-        """Take out the lane's next request because it is dispatched now."""
+        """Take out the lane's next request because it is dispatched now.
+
+        The caller owes its flow the charge, by `charge_dispatched`, before anything else happens.
+        """
         request = lane.queue.pop()
-        request.charged_by = self.levels
-        cost = Cost(1, request.prompt_tokens, request.answer_tokens)
-        self.levels.charge(lane.flow, cost, now)
         self._drained = self._drained * self._decay(now) + 1.0
         self._drained_at = now
         self._leave(request, lane)
@@ -132,16 +132,26 @@ class Band:
         lane.queue.remove(request)
         self._leave(request, lane)
 
+    def charge_dispatched(self, flow: Flow, request: Request, now: float) -> None:
+        """Charge a flow for what is not cached of a prompt, and the answer to be expected."""
+        request.charged_by = self.levels
+        cost = Cost(1, request.uncached_tokens, request.answer_tokens)
+        self.levels.charge(flow, cost, now)
+
     def charge(self, request: Request, usage: Usage, now: float) -> None:
         """Correct what the flow of a dispatched request was charged by the tokens it took.
 
-        Where the policies have changed since, it was not charged by those of today.
+        What was cached is as it was expected where the usage does not say. Where the policies have
+        changed since the dispatch, it was not charged by those of today.
         """
         flow = self.levels.flows.get(request.path)
         if flow is not None and request.charged_by is self.levels:
+            cached_tokens = usage.cached_tokens
+            if cached_tokens is None:
+                cached_tokens = min(request.cached_tokens, usage.prompt_tokens)
             more = Cost(
                 0,
-                usage.prompt_tokens - usage.cached_tokens - request.prompt_tokens,
+                usage.prompt_tokens - cached_tokens - request.uncached_tokens,
                 usage.completion_tokens - request.answer_tokens,
             )
             self.levels.charge(flow, more, now)

@@ -96,13 +96,13 @@ class PrefixIndex:
         return len(self._holdings)
 
     def sent(self, endpoint: TrackedEndpoint, request: Request) -> None:
-        """Take note that an endpoint gets a prompt; write on its request what is cached of it."""
+        """Take note that an endpoint gets a prompt; write on its request what it has of it."""
         prefix = request.prefix
         holding = self._holdings.get(endpoint) or self._new(endpoint)
         matched = self._matched(holding.bit, prefix)
         tokens = matched * request.block_tokens
         holding.promise(tokens)
-        request.cached_tokens = int(tokens)
+        request.cached_tokens = int(tokens * holding.trust)
         blocks, bit, owners = holding.blocks, holding.bit, self._owners
         for name in reversed(prefix[matched:]):
             if name in blocks:

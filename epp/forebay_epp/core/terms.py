@@ -65,12 +65,12 @@ class Verdict(StrEnum):
 class Usage:
     """Tokens as the model server counted them.
 
-    `cached_tokens` are those of the prompt that were in its cache; 0 where it does not say.
+    `cached_tokens` are those of the prompt that were in its cache; None where it does not say.
     """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    cached_tokens: int = 0
+    cached_tokens: int | None = None
 
 
 @dataclass(slots=True)  # made once a request: to freeze it would take most of the time
@@ -121,7 +121,7 @@ class Request:
         answer_tokens: that its answer is expected to have, and its flow is charged for; more once
             it has come to more.
         block_tokens: of its prompt that a block of `prefix` is expected to have.
-        cached_tokens: of its prompt that its endpoint is expected to have in its prefix cache.
+        cached_tokens: of its prompt that its endpoint is trusted to have in its prefix cache.
         kv_tokens: tokens of KV cache that it is expected to take.
         prefill_mark: prompt tokens sent to its endpoint up to its own.
         predicted_seconds: how long it is expected to wait in the queue, None where nothing is
@@ -155,6 +155,11 @@ class Request:
     kv_tokens: int = 0
     prefill_mark: float = 0.0
     predicted_seconds: float | None = None
+
+    @property
+    def uncached_tokens(self) -> int:
+        """Those that its endpoint is expected to compute of its prompt; no request is free."""
+        return max(1, self.prompt_tokens - self.cached_tokens)
 
 
 @dataclass(slots=True)  # as `Cost`

@@ -139,7 +139,7 @@ class EventUsageReader:
             usage = Usage(
                 max(usage.prompt_tokens, so_far.prompt_tokens),
                 max(usage.completion_tokens, so_far.completion_tokens),
-                max(usage.cached_tokens, so_far.cached_tokens),
+                _most(usage.cached_tokens, so_far.cached_tokens),
             )
         self._usage = usage or so_far
 
@@ -360,20 +360,27 @@ def _counts(text: bytes) -> Usage | None:
 
 def _usage(fields: _Fields) -> Usage:
     prompt_tokens = fields.prompt_tokens or fields.input_tokens or 0
+    cached_tokens = _cached(fields.prompt_tokens_details or fields.input_tokens_details)
     return Usage(
         prompt_tokens,
         fields.completion_tokens or fields.output_tokens or 0,
-        min(prompt_tokens, _cached(fields.prompt_tokens_details or fields.input_tokens_details)),
+        cached_tokens if cached_tokens is None else min(prompt_tokens, cached_tokens),
     )
 
 
-def _cached(details: msgspec.Raw) -> int:
-    """Return the tokens of a prompt that were in the server's cache; 0 where it does not say."""
+def _cached(details: msgspec.Raw) -> int | None:
+    """Return the tokens of a prompt that were in the server's cache; None where it does not say."""
     text = bytes(details)
     if not text:
-        return 0
+        return None
     try:
         found = _details.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return 0
-    return max(0, found.cached_tokens or 0) if found is not None else 0
+        return None
+    cached_tokens: int | None = None if found is None else found.cached_tokens
+    return cached_tokens if cached_tokens is None else max(0, cached_tokens)
+
+
+def _most(one: int | None, other: int | None) -> int | None:
+    """Return the greater of two counts that are known, or the one that is."""
+    return max((count for count in (one, other) if count is not None), default=None)

@@ -17,7 +17,8 @@ class TokenFair(VirtualTime):
     """A virtual token counter: Sheng et al., Fairness in Serving Large Language Models, OSDI 2024.
 
     A prompt token counts 1 and a token of an answer 2, as there; one that was in the server's cache
-    counts nothing, where the server says so. A dispatch is charged for the tokens to be expected of
+    counts nothing: at dispatch by what the prefix index believes, in the end by what the answer
+    says, where it does. A dispatch is charged for the tokens to be expected of
     it, which is the paper's variant with predicted lengths: what an answer has beyond them is
     charged as it is produced, as far as it can be seen, and its end corrects the sum to the exact
     usage. An answer whose usage is not known, because the client went away for example, stays
