@@ -62,6 +62,7 @@ FEATURES = (
     Feature("DeadlineHeaders", "Plan.trust_deadline_headers", without=""),
     Feature("Selection", "Plan.selection", without=""),
     Feature("Observe", "Plan.mode"),
+    Feature("Shadow", "Plan.shadow", without=""),
 )
 
 NAMES = frozenset({SEPARATE_ENDPOINTS, SHARES, *(feature.name for feature in FEATURES)})

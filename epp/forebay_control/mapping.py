@@ -187,9 +187,10 @@ def _converter(field: Field, descriptor: Descriptor) -> _Convert:
     """Return what converts the value of a field that is more than a number, a text or a truth."""
     if not field.part:
         return (lambda items, _: tuple(items)) if field.many else _word_reader(field.kind)
-    reader = _reader(field.kind, descriptor.fields_by_name[field.name].message_type)
-    if not field.many:
-        return reader.one
+    part = descriptor.fields_by_name[field.name].message_type
+    if not field.many:  # looked up when it is read, for a plan may hold another
+        return lambda message, problems: _reader(field.kind, part).one(message, problems)
+    reader = _reader(field.kind, part)
     lengths = [bound for bound in field.bounds if isinstance(bound, Length)]
 
     def read_list(messages: Sequence[Message], problems: list[Problem]) -> tuple[Any, ...]:

@@ -332,6 +332,8 @@ class Plan:
     `tenant_header` names the header that says whose a request is; "": no header is trusted to.
     `trust_deadline_headers`: callers may say when a request is due and how long it may wait.
     In mode Observe requests are sent at once, and what the rest would do is computed beside them.
+    `shadow` is a plan that is computed beside this one and decides nothing; its own mode is no
+    matter, and of requests it sees what this plan has read.
     """
 
     pool: Annotated[str, Length(0, MAX_NAME_LENGTH + 64)] = "default/default"
@@ -355,6 +357,7 @@ class Plan:
     trust_deadline_headers: bool = False
     selection: SelectionPlan | None = None
     mode: Mode = Mode.ENFORCE
+    shadow: Plan | None = None
 
     @property
     def choice(self) -> SelectionPlan:
@@ -391,6 +394,11 @@ class Plan:
             problems.append(("unmatched.band", f"no band is named {self.unmatched.band!r}"))
         if (reserved := sum(band.reserved_percent for band in self.bands)) > 100:
             problems.append(("bands", f"reservedPercent must be at most 100 in sum, is {reserved}"))
+        if self.shadow is not None:
+            if self.shadow.shadow is not None:
+                problems.append(("shadow.shadow", "a shadow has none of its own"))
+            if self.mode is Mode.OBSERVE:
+                problems.append(("shadow", "a plan in mode Observe is its own shadow"))
         return problems
 
     def validate(self) -> None:

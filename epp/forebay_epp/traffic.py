@@ -105,7 +105,7 @@ class ModelLabels:
 
 
 class ShadowCounts:
-    """What a plan that only observes would have done. Keys are label values.
+    """What a plan that is computed beside the traffic would have done. Keys are label values.
 
     Attributes:
         outcomes: requests by (band, model label, outcome).
@@ -168,7 +168,7 @@ class Traffic(Observer):
         streams_refused: streams that were one too many; they are among the opened ones.
         streams_open: streams open now.
         watches: streams that show answers, by what became of them (`Watch`).
-        shadow: what a plan that only observes would have done.
+        shadow: what a plan that is computed beside the traffic would have done.
         stalls: seconds by which turns of the data plane came late.
     """
 

@@ -77,6 +77,10 @@ def tree(planned: Planned) -> Tree:
         if planned.plan.mode is Mode.OBSERVE:
             root.add("mode Observe: requests are sent at once; the rest is computed beside them")
         _add_plan(root, planned.plan, planned.priorities)
+        if planned.plan.shadow is not None and planned.shadow is not None:
+            name = messages.printable(planned.shadow.metadata.name)
+            beside = root.add(f"beside it, deciding nothing: FlowControlPolicy {name}")
+            _add_plan(beside, planned.plan.shadow, planned.priorities)
     endpoints = planned.snapshot.endpoints.endpoints
     servers = root.add(f"{len(endpoints)} servers in the files")
     for endpoint in endpoints:

@@ -20,9 +20,9 @@ from forebay_cli import check
 from forebay_control.v1 import control_pb2 as pb
 from forebay_epp.codec import metricstext
 from forebay_epp.codec import plan as plan_codec
-from forebay_epp.core.controller import FlowController
 from forebay_epp.core.fairness.token_fair import ANSWER_TOKEN, PROMPT_TOKEN
-from forebay_epp.core.terms import Dispatched, Endpoint, Request, Usage
+from forebay_epp.core.observation.shadowed import ShadowedController
+from forebay_epp.core.terms import Dispatched, Endpoint, Request, Usage, Verdict
 from forebay_operator import planning
 from forebay_operator.resources import FlowControlPolicy
 from forebay_operator.standalone import sources
@@ -52,7 +52,7 @@ class Play:
 
     def __init__(self, name: str) -> None:
         self._plan, self.endpoints = self._read(planned(name))
-        self.controller = FlowController(self._plan, Random(7))
+        self.controller = ShadowedController(self._plan, Random(7))
         self.now = 0.0
         self.sent: list[Request] = []
         self.usages: list[Usage | None] = []
@@ -109,7 +109,7 @@ class Play:
             assert self.ended < len(self.dispatched), f"only {self.dispatched[before:]} were served"
             number = self.dispatched[self.ended].id
             self.ended += 1
-            self.controller.complete(number, self.usages[number], self.now)
+            self.controller.complete(number, self.usages[number], self.now, Verdict.GOOD)
             self._poll()
         return self.dispatched[before : before + count]
 
@@ -321,6 +321,26 @@ def test_canary():
     assert set(names) == {"llama-chat-v1", "llama-chat-v2"}
     assert names.total() == 1000
     assert 70 <= names["llama-chat-v2"] <= 130  # three standard deviations
+
+
+def test_try_a_policy():
+    """The report waits behind 60 of chat; beside it is computed that it need not."""
+    play = Play("try-a-policy")
+    play.servers(SERVER)
+    play.send("llama-chat", SLOTS + 60)
+    (report,) = play.send("llama-report")
+    play.send("llama-chat", 60)
+    while play.band("Standard"):
+        play.now += 0.1
+        play.served(1)
+
+    assert play.dispatched.index(play.sent[report]) == SLOTS + 60
+    shadowed = play.controller.take_shadowed(play.now)
+    dispatched = [each.request.id for each in shadowed if isinstance(each.decision, Dispatched)]
+    assert dispatched.index(report) <= SLOTS + 2
+    refused = [each.decision for each in shadowed if not isinstance(each.decision, Dispatched)]
+    assert len(refused) == 20  # of chat, beyond 100 that wait
+    assert "the model's queue is full (100 requests)" in {each.message for each in refused}
 
 
 def test_trusted_objectives():

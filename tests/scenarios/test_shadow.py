@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -26,6 +27,7 @@ from forebay_control.plan import (
     UnmatchedPlan,
     WhenFull,
 )
+from forebay_control.shares import Shares
 from forebay_epp.core.controller import FlowController
 from forebay_epp.core.observation.shadow import as_if
 from forebay_epp.core.observation.shadowed import ShadowedController
@@ -41,7 +43,7 @@ from forebay_epp.core.terms import (
 
 A, B = "10.0.0.1:8000", "10.0.0.2:8000"
 TICK = 1 / 64
-ARRIVE, BEGIN, PROGRESS, END, LEAVE = range(5)
+ARRIVE, BEGIN, PROGRESS, END, LEAVE, SHARE, SCRAPE = range(7)
 
 
 class First:
@@ -71,8 +73,10 @@ class Caller:
 class Run:
     """Callers, and servers that take a fixed time for each, before one controller."""
 
-    def __init__(self, controller, callers, endpoints=(A, B)):
+    def __init__(self, controller, callers, endpoints=(A, B), shares=(), scrapes=()):
         self.controller = controller
+        self.shares = shares
+        self.where = {}
         self.callers = callers
         lots = Random(1)
         # No two answers end at the same moment, whenever they begin.
@@ -87,6 +91,10 @@ class Run:
         controller.set_endpoints([Endpoint(address) for address in endpoints], 0.0)
         for number, caller in enumerate(callers):
             self.at(caller.at * TICK, ARRIVE, number)
+        for number, (at, _) in enumerate(shares):
+            self.at(at * TICK, SHARE, number)
+        for at in scrapes:
+            self.at(at * TICK, SCRAPE, at)
 
     def at(self, when, what, number):
         self.order += 1
@@ -115,6 +123,7 @@ class Run:
                 if getattr(decision, "outcome", None) is not Outcome.EVICTED_CANCELLED:
                     self.told.append(decision)
                 if isinstance(decision, Dispatched):
+                    self.where[decision.request_id] = decision.endpoint
                     self.send(decision.request_id)
 
     def send(self, number):
@@ -124,7 +133,23 @@ class Run:
         self.at(self.now + seconds / 2, PROGRESS, number)
         self.at(self.now + seconds, END, number)
 
+    def scrape(self):
+        """Have both servers show what they run."""
+        for address in (A, B):
+            held = sum(self.where[number] == address for number in self.running)
+            kv = min(1.0, held / 6)
+            page = EndpointMetrics(address, min(held, 4), max(0, held - 4), kv, self.now, 0.2)
+            self.controller.observe(page, self.now)
+
     def happen(self, what, number):
+        if what == SHARE:
+            slots = dict(zip((A, B), self.shares[number][1], strict=True))
+            shares = Shares(number + 1, sum(slots.values()), slots, full=True, epps=2)
+            self.controller.set_shares(shares, self.now)
+            return
+        if what == SCRAPE:
+            self.scrape()
+            return
         caller = self.callers[number]
         usage = Usage(caller.size // 4 + 1, caller.tokens)
         if what == ARRIVE:
@@ -216,6 +241,154 @@ def test_the_shadow_decides_what_a_controller_in_force_decides(plan, callers, of
 
     known = [shadow.decision for shadow in shadowed]
     assert known == [decision for decision in enforced if not _unroutable(decision)]
+
+
+def patient(plan):
+    """Return the same plan, refusing nothing."""
+    bands = tuple(
+        replace(band, ttl_seconds=3600.0, max_requests=1000, flow_max_requests=1000)
+        for band in plan.bands
+    )
+    return replace(plan, bands=bands, limits=LimitsPlan(), unmatched=UnmatchedPlan())
+
+
+@settings(max_examples=150, deadline=None)
+@given(plan=plans().map(patient), other=plans(), callers=CALLERS, often=st.booleans())
+def test_a_policy_beside_the_one_in_force_decides_what_it_would_in_force(
+    plan, other, callers, often
+):
+    """Where that one holds requests longer, the shadow waits until their ends are known."""
+    enforced = Run(FlowController(other, First()), callers).play()
+    alone = Run(FlowController(plan, First()), callers).play()
+    watched = ShadowedController(replace(plan, shadow=other), First())
+    run = Run(watched, callers)
+
+    told = run.play(watch=watched if often else None)
+
+    shadowed = run.shadowed + watched.take_shadowed(run.now)
+    assert [shadow.decision for shadow in shadowed] == enforced
+    assert told == alone
+    state = watched.state(run.now)
+    assert (state.mode, state.shadow.requests, state.shadow.in_flight) == (Mode.ENFORCE, 0, 0)
+
+
+SHARES = st.lists(
+    st.tuples(st.integers(0, 600), st.tuples(st.integers(0, 4), st.integers(0, 4))), max_size=8
+).map(lambda shares: [*sorted(shares), (601, (4, 4))])
+
+
+@settings(max_examples=60, deadline=None)
+@given(plan=plans().map(patient), other=plans(), callers=CALLERS, shares=SHARES)
+def test_a_policy_beside_the_one_in_force_has_its_shares(plan, other, callers, shares):
+    """Where several EPPs serve the pool it decides what it would with the slots of this one."""
+    enforced = Run(FlowController(other, First()), callers, shares=shares).play()
+    watched = ShadowedController(replace(plan, shadow=other), First())
+    run = Run(watched, callers, shares=shares)
+
+    run.play()
+
+    assert [shadow.decision for shadow in watched.take_shadowed(run.now)] == enforced
+
+
+def test_a_policy_that_comes_later_has_the_shares_of_the_time():
+    """Of which each message names those only that differ."""
+    plan = Plan(saturation=SaturationPlan(SaturationMode.CONCURRENCY, 4))
+    controller = ShadowedController(plan, First())
+    controller.set_endpoints([Endpoint(A), Endpoint(B)], 0.0)
+    controller.set_shares(Shares(1, 5, {A: 2, B: 3}, full=True, epps=2), 0.0)
+    controller.set_shares(Shares(2, 4, {B: 2}, epps=2), 0.0)
+
+    controller.reconfigure(replace(plan, shadow=plan), 1.0)
+
+    state = controller.state(1.0)
+    assert [endpoint.free for endpoint in state.shadow.endpoints] == [2, 2]
+    assert [endpoint.free for endpoint in state.endpoints] == [2, 2]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    plan=plans(),
+    other=plans(),
+    callers=CALLERS,
+    scrapes=st.sets(st.integers(0, 900), max_size=60).map(sorted),
+    observes=st.booleans(),
+)
+def test_under_adaptive_limits_the_shadow_changes_nothing_and_decides_each_request_at_most_once(
+    plan, other, callers, scrapes, observes
+):
+    """What it learns from pages is of servers as full as they are, so equality is not claimed."""
+    plan = replace(plan, saturation=SaturationPlan())
+    other = replace(other, saturation=SaturationPlan())
+    if observes:
+        shadowed = replace(plan, mode=Mode.OBSERVE)
+        alone = Run(FlowController(shadowed, First()), callers, scrapes=scrapes)
+    else:
+        shadowed = replace(plan, shadow=other)
+        alone = Run(FlowController(plan, First()), callers, scrapes=scrapes)
+    often = ShadowedController(shadowed, First())
+    rarely = ShadowedController(shadowed, First())
+    runs = [Run(controller, callers, scrapes=scrapes) for controller in (often, rarely)]
+
+    told = alone.play()
+
+    assert [runs[0].play(watch=often), runs[1].play()] == [told, told]
+    known = runs[0].shadowed + often.take_shadowed(runs[0].now)
+    decisions = [shadow.decision for shadow in known]
+    assert decisions == [shadow.decision for shadow in rarely.take_shadowed(runs[1].now)]
+    ids = [decision.request_id for decision in decisions]
+    assert len(ids) == len(set(ids))
+    state = rarely.state(runs[1].now).shadow
+    assert (state.requests, state.in_flight) == (0, 0)
+
+
+def test_tokens_that_are_estimated_from_pages_are_charged_in_the_shadow():
+    """Nothing is seen of answers, and those of one model are five times as long."""
+    band = BandPlan("Standard", 0, fairness=FairnessName.TOKEN_FAIR, ttl_seconds=3600.0)
+    plan = Plan(
+        bands=(band,),
+        models=(ModelPlan("long", "Standard"), ModelPlan("short", "Standard")),
+        saturation=SaturationPlan(SaturationMode.CONCURRENCY, 1),
+    )
+    wide = SaturationPlan(SaturationMode.CONCURRENCY, 4)
+    controller = ShadowedController(replace(plan, saturation=wide, shadow=plan), First())
+    controller.set_endpoints([Endpoint(A)], 0.0)
+    total, ends, counts = 0.0, [], Counter()
+    for number in range(400):
+        controller.submit(Request(number, ("long", "short")[number % 2], 4), 0.0)
+    for tick in range(1, 400):
+        now = tick / 4
+        for decision in controller.poll(now):
+            tokens = (500, 100)[decision.request_id % 2]
+            heapq.heappush(ends, (now + tokens / 400, decision.request_id))
+        while ends and ends[0][0] <= now:
+            _, number = heapq.heappop(ends)
+            total += (500, 100)[number % 2]
+            controller.complete(number, None, now, Verdict.GOOD)
+        page = EndpointMetrics(A, len(ends), 0, None, now, 0.25, answer_tokens=total)
+        controller.observe(page, now)
+        for shadowed in controller.take_shadowed(now):
+            counts[shadowed.request.model] += 1
+
+    assert counts["short"] > 2 * counts["long"]
+
+
+def test_what_the_policy_in_force_refuses_is_answered_in_the_shadow_as_others_are():
+    """Its queue takes one; the shadow's takes all, and each of its answers takes a second."""
+    short = BandPlan("Standard", 0, max_requests=1)
+    one = SaturationPlan(SaturationMode.CONCURRENCY, 1)
+    shadow = Plan(saturation=one)
+    controller = ShadowedController(Plan(bands=(short,), saturation=one, shadow=shadow), First())
+    callers = [Caller(at, "chat", "", 1, 64, 1, 0, None) for at in (0, 70, 71, 72, 73)]
+    run = Run(controller, callers, endpoints=(A,))
+
+    told = run.play()
+
+    assert [getattr(decision, "outcome", None) for decision in told].count(
+        Outcome.REJECTED_QUEUE_FULL
+    ) == 2
+    decisions = [shadowed.decision for shadowed in controller.take_shadowed(run.now)]
+    assert [decision.request_id for decision in decisions] == [0, 1, 2, 3, 4]
+    assert [round(decision.waited_seconds) for decision in decisions] == [0, 0, 1, 2, 3]
 
 
 def _unroutable(decision):

@@ -92,6 +92,12 @@ def message(which, subject, *attachments):
         ("Programmed", SUBJECT, [at(service="")], "False", "NoEndpointPickers", "is connected"),
         ("Programmed", SUBJECT, [at(epp()), at(pool="b")], "False", "NoEndpointPickers", "b"),
         ("Programmed", SUBJECT, [at(held_by="old")], "Unknown", "PlanHeld", "old is not valid"),
+        ("Accepted", SUBJECT, [at(epp(), shadow_of="p")], "True", "Accepted", "shadow of"),
+        ("Programmed", SUBJECT, [at(epp(), shadow_of="p")], "False", "Shadow", "decides nothing"),
+        (
+            *("Programmed", SUBJECT, [at(epp(generation=2), shadow_of="p")]),
+            *("False", "Pending", "epp-0"),
+        ),
         ("Degraded", SUBJECT, [at(epp())], "False", "AsExpected", ""),
         ("Degraded", HELD_BACK, [at(epp())], "True", "LastValidInForce", "generation 2"),
         ("Degraded", INVALID, [at(epp())], "False", "AsExpected", ""),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,13 @@ from forebay_epp.adapters.live.report import (
 from forebay_epp.core.terms import (
     BandState,
     ControllerState,
+    Dispatched,
     EndpointState,
     FlowState,
     Outcome,
     Refused,
     Request,
+    Shadowed,
 )
 from forebay_epp.traffic import Traffic
 
@@ -52,6 +55,45 @@ def state(flows: int = 0, endpoints: int = 0, name: str = "t") -> ControllerStat
 
 def described(of: ControllerState, traffic: Traffic | None = None) -> dict:
     return describe(of, PolicyInForce(), History(traffic or Traffic()), None)
+
+
+def test_a_plan_beside_the_traffic_is_shown_by_band_and_model():
+    """Those first that would wait longest; nothing where there is none."""
+    traffic = Traffic()
+    traffic.configure(["fast", "slow"])
+    for number, (model, seconds) in enumerate([("fast", 1.0), ("slow", 4.0), ("slow", 8.0)]):
+        request = Request(number, model, 1, band="Critical", flow=model)
+        traffic.shadowed(Shadowed(request, Dispatched(number, "a", seconds), number == 2))
+    request = Request(9, "fast", 1, band="Critical", flow="fast")
+    full = Refused(9, Outcome.REJECTED_QUEUE_FULL, 1, 0.0, "full")
+    traffic.shadowed(Shadowed(request, full, overtaken=False))
+
+    data = described(replace(state(), shadow=state(flows=2)), traffic)
+
+    assert described(state(), traffic)["shadow"] is None
+    assert data["observes"] is False
+    assert data["shadow"] == {
+        "bands": [{"band": "Critical", "requests": 3}],
+        "rows": [
+            {
+                "band": "Critical",
+                "model": "slow",
+                "sent": 2,
+                "refused": 0,
+                "overtaken": 1,
+                "mean_wait_seconds": 6.0,
+            },
+            {
+                "band": "Critical",
+                "model": "fast",
+                "sent": 1,
+                "refused": 1,
+                "overtaken": 0,
+                "mean_wait_seconds": 1.0,
+            },
+        ],
+        "other_rows": 0,
+    }
 
 
 def client_of(report=None, *, remote: str | None = None, to_all: bool = False) -> TestClient:

@@ -15,6 +15,7 @@ from forebay_control import plan as core
 from forebay_epp.codec import metricstext
 from forebay_epp.codec import plan as plan_codec
 from forebay_operator import planning
+from forebay_operator.resources import SHADOW_LABEL
 
 X = "inference.networking.x-k8s.io/v1alpha2"
 
@@ -56,12 +57,17 @@ def objective(name, priority):
     )
 
 
-def policy(name="p", created=None, namespace="default", **spec):
+def policy(name="p", created=None, namespace="default", shadow_of=None, **spec):
     return resource_of(
         {
             "apiVersion": "forebay.dev/v1alpha1",
             "kind": "FlowControlPolicy",
-            "metadata": {"name": name, "namespace": namespace, "creationTimestamp": created},
+            "metadata": {
+                "name": name,
+                "namespace": namespace,
+                "creationTimestamp": created,
+                "labels": {} if shadow_of is None else {SHADOW_LABEL: shadow_of},
+            },
             "spec": {"targetRefs": [pool_ref("chat")], **spec},
         }
     )
@@ -613,3 +619,108 @@ def test_a_plan_that_is_held_leaves_pool_and_endpoints():
     assert held.snapshot.pool_uid == planned.snapshot.pool_uid
     assert held.snapshot.endpoints == planned.snapshot.endpoints
     assert planned.snapshot.HasField("plan")
+
+
+EARLY, LATE = "2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"
+
+
+def reasons(planned):
+    return {problem.name: problem.reason for problem in planned.problems}
+
+
+def test_a_policy_with_the_label_is_the_plans_shadow():
+    """Although it is older, it is not in force; both generations are named to EPPs."""
+    shadow = policy("next", EARLY, shadow_of="p", limits={"maxRequests": 7})
+
+    planned = planning.plan(pool(), [pool(), shadow, policy(created=LATE), model("m")])
+
+    assert planned.problems == ()
+    assert (planned.policy.metadata.name, planned.shadow.metadata.name) == ("p", "next")
+    assert planned.plan.limits.max_requests == core.LimitsPlan().max_requests
+    assert planned.plan.shadow.limits.max_requests == 7
+    assert planned.plan.shadow.models == planned.plan.models
+    assert [source.name for source in planned.snapshot.sources] == ["p", "next", "m"]
+
+
+@pytest.mark.parametrize(
+    ("others", "refused"),
+    [
+        pytest.param([policy("next", LATE, shadow_of="p")], {"next": "NotInForce"}, id="of none"),
+        pytest.param(
+            [policy(created=EARLY), policy("next", LATE, shadow_of="other")],
+            {"next": "NotInForce"},
+            id="of another",
+        ),
+        pytest.param(
+            [policy(created=EARLY), policy("next", LATE, shadow_of="next")],
+            {"next": "NotInForce"},
+            id="of itself",
+        ),
+        pytest.param(
+            [
+                policy(created=EARLY),
+                policy("first", EARLY, shadow_of="p"),
+                policy("second", LATE, shadow_of="p"),
+            ],
+            {"second": "Conflicted"},
+            id="two of one",
+        ),
+        pytest.param(
+            [policy(mode="Observe"), policy("next", shadow_of="p")],
+            {"next": "InForceObserves"},
+            id="of one that observes",
+        ),
+        pytest.param(
+            [policy(), policy("next", shadow_of="p", trustedHeaders=["Tenant"])],
+            {"next": "HeadersDiffer"},
+            id="trusts more",
+        ),
+        pytest.param(
+            [
+                policy(trustedHeaders=["Tenant"]),
+                policy(
+                    "next", shadow_of="p", trustedHeaders=["Tenant"], tenants={"header": "x-team"}
+                ),
+            ],
+            {"next": "HeadersDiffer"},
+            id="another header",
+        ),
+        pytest.param(
+            [
+                policy(),
+                policy("next", shadow_of="p", targetRefs=[pool_ref("chat"), pool_ref("code")]),
+            ],
+            {},
+            id="one pool more",
+        ),
+    ],
+)
+def test_a_policy_that_cannot_be_a_shadow_is_told_why(others, refused):
+    """It has no effect, and the one in force is not touched."""
+    planned = planning.plan(pool(), [pool(), *others])
+
+    assert reasons(planned) == {f"default/{name}": reason for name, reason in refused.items()}
+    assert (planned.plan.shadow is None) == ("next" in refused)
+    assert "next" not in (planned.policy.metadata.name if planned.policy else "")
+
+
+def test_a_shadow_of_another_pools_policy_is_told_at_its_own_pool():
+    """Of the two pools that it is for, the policy that it names is in force at one."""
+    shadow = policy("next", shadow_of="p", targetRefs=[pool_ref("chat"), pool_ref("code")])
+    resources = [pool(), pool("code"), policy(), shadow]
+
+    here, there = (planning.plan(each, resources) for each in resources[:2])
+
+    assert (reasons(here), reasons(there)) == ({}, {"default/next": "NotInForce"})
+    assert there.plan.shadow is None
+
+
+def test_a_shadow_that_makes_the_plan_too_large_is_left_out(monkeypatch):
+    """The policy in force is sent all the same, and the shadow is told."""
+    alone = planning.plan(pool(), [pool(), policy()]).snapshot.plan.ByteSize()
+    monkeypatch.setattr("forebay_operator.planning.planned.MAX_PLAN_BYTES", alone + 9)
+
+    planned = planning.plan(pool(), [pool(), policy(), policy("next", shadow_of="p")])
+
+    assert reasons(planned) == {"default/next": "TooLarge"}
+    assert (planned.plan.shadow, planned.shadow, planned.unsent) == (None, None, None)

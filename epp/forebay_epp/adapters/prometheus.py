@@ -226,7 +226,7 @@ def _observing(state: ControllerState) -> Iterator[Metric]:
     )
     waiting = GaugeMetricFamily(
         "forebay_shadow_queue_requests",
-        "Requests that would be waiting if the plan were enforced.",
+        "Requests that would be waiting by the plan, in mode Observe, or by its shadow.",
         labels=("band",),
     )
     for band in state.shadow.bands if state.shadow is not None else ():
@@ -237,7 +237,7 @@ def _observing(state: ControllerState) -> Iterator[Metric]:
 def _shadow(counts: ShadowCounts) -> Iterator[Metric]:
     yield _outcomes(
         "forebay_shadow_requests",
-        "Requests by what an enforced plan would have done.",
+        "Requests by what the plan, in mode Observe, or its shadow would have done.",
         counts.outcomes,
     )
     yield _histogram_by_band(

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from forebay_control.plan import Plan
     from forebay_control.shares import Shares
     from forebay_epp.core.bands import Band
+    from forebay_epp.core.residency import Produced
     from forebay_epp.core.terms import (
         Endpoint,
         EndpointMetrics,
@@ -181,7 +182,15 @@ class FlowController:
     def observe(self, metrics: EndpointMetrics, now: float) -> None:
         """Take what a scrape said; an endpoint that is not in the pool is ignored."""
         for produced in self._endpoints.observe(metrics, now):
-            self._charging.produced(produced, now)
+            self.charge_produced(produced, now)
+
+    def charge_produced(self, produced: Produced, now: float) -> None:
+        """Charge a flow for what an answer that cannot be seen is taken to have come to."""
+        self._charging.produced(produced, now)
+
+    def charge(self, request: Request, usage: Usage, now: float) -> None:
+        """Charge the flow of a request that has ended without usage for what it has used."""
+        self._charging.used(request, usage, now)
 
     def take_estimates(self) -> list[tuple[Request, Usage]]:
         """Return the answers that have ended without usage, and what they are taken to have used.

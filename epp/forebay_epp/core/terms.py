@@ -126,6 +126,8 @@ class Request:
         prefill_mark: prompt tokens sent to its endpoint up to its own.
         predicted_seconds: how long it is expected to wait in the queue, None where nothing is
             expected.
+        shadow: the same where another plan is computed beside, once its answer has ended there
+            without usage.
     """
 
     id: int
@@ -155,6 +157,7 @@ class Request:
     kv_tokens: int = 0
     prefill_mark: float = 0.0
     predicted_seconds: float | None = None
+    shadow: Request | None = None
 
     @property
     def uncached_tokens(self) -> int:
@@ -194,7 +197,7 @@ Decision = Dispatched | Refused
 
 @dataclass(slots=True)  # as `Cost`
 class Shadowed:
-    """What a plan that only observes would have decided about a request.
+    """What a plan that is computed beside the one in force would have decided about a request.
 
     `overtaken`: a request that came later would have been sent before it.
     """
@@ -334,7 +337,8 @@ class ControllerState:
     `saturation` >= 1.0 means no free slot. `prefix_blocks` are what endpoints are believed to have
     in their prefix caches.
 
-    `mode` is the plan's; where it is Observe, `shadow` is what would be if it were Enforce.
+    `mode` is the plan's; where it is Observe, `shadow` is what would be if it were Enforce, and
+    where it is Enforce, what would be under the plan's shadow if it has one.
     """
 
     pool: str

@@ -35,6 +35,7 @@ class Planned:
         plan: the one in the snapshot; None where it is left out, so that EPPs keep theirs.
         problems: of all resources, those of other namespaces excepted.
         policy: the one in force, if any.
+        shadow: the one that is computed beside it, if any.
         epps: the names of the pods that are to be programmed, by uid.
         held_by: the invalid policy because of which the plan is left out.
         unsent: reason and message where the plan is left out because EPPs would refuse it.
@@ -52,6 +53,7 @@ class Planned:
     unsent: tuple[str, str] | None = None
     shared_with: tuple[str, ...] = ()
     priorities: dict[str, int] = field(default_factory=dict)
+    shadow: FlowControlPolicy | None = None
 
 
 def plan(pool: AnyPool, resources: Iterable[Resource], unread: Iterable[Metadata] = ()) -> Planned:
@@ -87,7 +89,17 @@ def plan(pool: AnyPool, resources: Iterable[Resource], unread: Iterable[Metadata
         held_by = oldest.name
     else:
         unsent = _put(topology, snapshot)
+        if unsent is not None and topology.shadow is not None:
+            alone = replace(topology, plan=replace(topology.plan, shadow=None), shadow=None)
+            if _put(alone, snapshot) is None:
+                text = f"the policy in force is sent without it: together {unsent[1]}"
+                problems.append(
+                    problem_of("FlowControlPolicy", topology.shadow.metadata, unsent[0], text)
+                )
+                topology, unsent = alone, None
     if unsent is not None:
+        reason, text = unsent
+        unsent = reason, f"{text}; until then EPPs keep the plan they have, and take endpoints"
         problems.append(problem_of("InferencePool", pool.metadata, *unsent))
     return Planned(
         topology.plan.pool,
@@ -105,6 +117,7 @@ def plan(pool: AnyPool, resources: Iterable[Resource], unread: Iterable[Metadata
             and other.picker_service == pool.picker_service is not None
         ),
         topology.priorities,
+        topology.shadow,
     )
 
 
@@ -119,21 +132,20 @@ def held(planned: Planned) -> Planned:
 
 def _put(topology: Topology, snapshot: pb.Snapshot) -> tuple[str, str] | None:
     """Put the plan into a snapshot, or return the reason and message why EPPs would refuse it."""
-    until = "until then EPPs keep the plan they have, and take endpoints"
     pool = topology.plan.pool.partition("/")[2]
     try:
         message = plan_to_message(topology.plan)
     except PlanError as error:
-        return "InvalidPlan", f"the plan of InferencePool {pool} is not valid: {error}; {until}"
+        return "InvalidPlan", f"the plan of InferencePool {pool} is not valid: {error}"
     if (size_bytes := message.ByteSize()) > MAX_PLAN_BYTES:
         text = (
             f"the plan of InferencePool {pool} has {size_bytes} bytes and EPPs take "
-            f"{MAX_PLAN_BYTES}: have fewer InferenceModels, or shorter names; {until}"
+            f"{MAX_PLAN_BYTES}: have fewer InferenceModels, or shorter names"
         )
         return "TooLarge", text
     snapshot.plan.CopyFrom(message)
-    sources: list[Resource] = [topology.policy] if topology.policy else []
-    snapshot.sources.extend(_source(resource) for resource in [*sources, *topology.models])
+    sources = [topology.policy, topology.shadow, *topology.models]
+    snapshot.sources.extend(_source(resource) for resource in sources if resource is not None)
     return None
 
 

@@ -6,7 +6,7 @@ what has another shape or is derived.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from forebay_control.plan import (
@@ -29,6 +29,7 @@ from forebay_control.plan import (
 )
 from forebay_operator.planning.drawing import drawn
 from forebay_operator.planning.membership import means
+from forebay_operator.planning.policies import policies_of
 from forebay_operator.planning.problem import problem_of
 from forebay_operator.resources import (
     AnyPool,
@@ -72,12 +73,14 @@ class Topology:
     Attributes:
         plan: not validated.
         policy: the one in force, if any.
+        shadow: the one whose plan is the plan's shadow, if any.
         models: those that are in the plan.
         priorities: of the objectives that are in the plan, by name.
     """
 
     plan: Plan
     policy: FlowControlPolicy | None
+    shadow: FlowControlPolicy | None
     models: tuple[InferenceModel, ...]
     priorities: dict[str, int]
 
@@ -90,7 +93,22 @@ def topology_of(pool: AnyPool, resources: list[Resource], problems: list[Problem
         resources: of its namespace, the oldest first.
         problems: takes what has no effect, and why.
     """
-    policy = _policy(pool, resources, problems)
+    policy, shadow = policies_of(pool, resources, problems)
+    topology = _topology(pool, policy, resources, problems)
+    if shadow is None:
+        return topology
+    beside = _topology(pool, shadow, resources, [])  # what is wrong with it is known by now
+    plan = replace(topology.plan, shadow=beside.plan)
+    return replace(topology, plan=plan, shadow=shadow)
+
+
+def _topology(
+    pool: AnyPool,
+    policy: FlowControlPolicy | None,
+    resources: list[Resource],
+    problems: list[Problem],
+) -> Topology:
+    """Plan the queues of a pool by one policy, or by the defaults."""
     spec = policy.spec if policy else _NO_POLICY
     bands = _bands(spec)
     models, sources, left_out = _models(pool, spec, resources, problems)
@@ -123,27 +141,7 @@ def topology_of(pool: AnyPool, resources: list[Resource], problems: list[Problem
         selection=_selection(spec.selection),
         metrics=_metrics(spec.model_server_metrics),
     )
-    return Topology(plan, policy, sources, priorities)
-
-
-def _policy(
-    pool: AnyPool, resources: list[Resource], problems: list[Problem]
-) -> FlowControlPolicy | None:
-    candidates = [
-        policy
-        for policy in resources
-        if isinstance(policy, FlowControlPolicy)
-        and not policy.metadata.deletion_timestamp
-        and any(ref.name == pool.metadata.name for ref in policy.spec.target_refs)
-    ]
-    for loser in candidates[1:]:
-        message = (
-            f"FlowControlPolicy {candidates[0].metadata.name} is older and already for "
-            f"InferencePool {pool.metadata.name}; delete one of them"
-        )
-        kind, name = "FlowControlPolicy", pool.metadata.name
-        problems.append(problem_of(kind, loser.metadata, "Conflicted", message, name))
-    return candidates[0] if candidates else None
+    return Topology(plan, policy, None, sources, priorities)
 
 
 def _bands(spec: PolicySpec) -> tuple[BandPlan, ...]:

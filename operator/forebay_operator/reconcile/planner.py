@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from forebay_operator import metrics, planning
 from forebay_operator.resources import (
     KINDS,
+    SHADOW_LABEL,
     EndpointSlice,
     FlowControlPolicy,
     InferenceModel,
@@ -283,6 +284,7 @@ def _is_unread(entry: Entry, pool: str) -> bool:
         entry.kind.model is FlowControlPolicy
         and entry.resource is None
         and not entry.metadata.deletion_timestamp
+        and SHADOW_LABEL not in entry.metadata.labels
         and (entry.metadata.generation > 1 or comparing.was_in_force(entry.status))
         and any(name == pool for name, _ in targets(entry))
     )

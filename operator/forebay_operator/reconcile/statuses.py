@@ -161,6 +161,8 @@ class Statuses:
         if found is None:
             return Attachment(pool, group, None)
         resource, planned = found
+        policy, shadow = planned.policy, planned.shadow
+        is_shadow = shadow is not None and shadow.metadata.uid == entry.metadata.uid
         mine = (entry.kind.kind, f"{namespace}/{entry.metadata.name}")
         refused = next(
             (
@@ -186,7 +188,8 @@ class Statuses:
             held_by=planned.held_by,
             unsent=planned.unsent,
             shared_with=() if self._planner.standalone else planned.shared_with,
-            advice=self._planner.advice(name),
+            advice=() if is_shadow else self._planner.advice(name),
+            shadow_of=policy.metadata.name if is_shadow and policy is not None else "",
         )
 
 

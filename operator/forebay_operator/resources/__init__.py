@@ -24,6 +24,7 @@ from forebay_operator.resources.inference import (
 from forebay_operator.resources.kubernetes import (
     CONTROLLER_LABEL,
     POOL_LABEL,
+    SHADOW_LABEL,
     EndpointSlice,
     Pod,
     Service,
@@ -37,6 +38,7 @@ __all__ = [
     "POD",
     "POLICY",
     "POOL_LABEL",
+    "SHADOW_LABEL",
     "AnyPool",
     "Band",
     "Criticality",

@@ -16,6 +16,7 @@ from forebay_operator.resources.fields import (
 ACTIVE_PORTS = ("llm-d.ai/active-ports", "inference.networking.k8s.io/active-ports")
 POOL_LABEL = "forebay.dev/inference-pool"
 CONTROLLER_LABEL = "forebay.dev/controller"
+SHADOW_LABEL = "forebay.dev/shadow-of"  # of a policy: names the one beside which it is computed
 
 
 class _PodCondition(Foreign):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from forebay_operator.status.conditions import NOT_CLAIMED
 from forebay_operator.status.observed import CONTROLLER_DOMAIN, CONTROLLER_NAME
-from forebay_operator.status.verdicts import PLAN_HELD
+from forebay_operator.status.verdicts import PLAN_HELD, SHADOW
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -31,8 +31,11 @@ class Transition:
 
     @property
     def bad(self) -> bool:
-        """Whether the condition needs action: any status but True, or for Degraded True."""
-        return (self.status == "True") == (self.type == "Degraded")
+        """Whether the condition needs action: any status but True, or for Degraded True.
+
+        A shadow is meant not to be programmed.
+        """
+        return self.reason != SHADOW and (self.status == "True") == (self.type == "Degraded")
 
 
 def was_in_force(status: Mapping[str, Any]) -> bool:

@@ -56,7 +56,8 @@ class Attachment:
     `refused` is the reason and message why it does not count there, if it does not. `epps` is
     None where the pool does not exist. `service` is the one behind which they should be; None:
     the pool names none; "": there are no Services. `held_by` is the invalid policy for whose sake
-    the pool's EPPs keep the plan they have. `unsent` is the reason and message why they do, if they
+    the pool's EPPs keep the plan they have. `shadow_of` is the policy in force that it is the
+    shadow of. `unsent` is the reason and message why they do, if they
     would refuse the new one. `shared_with` are other pools that name the same Service. `advice` is
     what is valid there and surely not meant.
     """
@@ -72,6 +73,7 @@ class Attachment:
     unsent: tuple[str, str] | None = None
     shared_with: tuple[str, ...] = ()
     advice: tuple[str, ...] = ()
+    shadow_of: str = ""
 
 
 @dataclass(frozen=True, slots=True)

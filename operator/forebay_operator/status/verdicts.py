@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from forebay_operator.status.observed import EPP, Attachment, Subject
 
 PLAN_HELD = "PlanHeld"
+SHADOW = "Shadow"
 MAX_NAMED = 5
 
 Verdict = tuple[str, str, str]  # a condition's status, reason and message
@@ -147,6 +148,12 @@ def _accepted(subject: Subject, attachment: Attachment | None) -> Verdict:
         return "False", *attachment.refused
     if attachment is None or attachment.epps is None:
         return "False", "TargetNotFound", "its pool does not exist: see ResolvedRefs"
+    if attachment.shadow_of:
+        message = (
+            f"the shadow of FlowControlPolicy {attachment.shadow_of} at InferencePool "
+            f"{attachment.pool}: status.pools[].shadow tells what it would do"
+        )
+        return "True", "Accepted", message
     more = len(attachment.advice) - MAX_NAMED
     advice = "; ".join(attachment.advice[:MAX_NAMED]) + (f"; and {more} more" if more > 0 else "")
     return "True", "Accepted", f"look again at this: {advice}" if advice else ""
@@ -195,6 +202,8 @@ def _programmed(subject: Subject, attachment: Attachment | None) -> Verdict:
             text = problems[reason]
             return "False", _unsupported(epps) if reason == "Rejected" else reason, text
     behind = [epp.name for epp in epps if not programs(subject, epp)]
+    if not behind and attachment.shadow_of:
+        return "False", SHADOW, "decides nothing; every EPP computes it beside the policy in force"
     if not behind:
         return "True", "Programmed", "every EPP runs it"
     if attachment.unsent is not None:

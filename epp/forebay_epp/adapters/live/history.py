@@ -17,7 +17,7 @@ from forebay_epp.core.terms import Outcome
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from forebay_epp.traffic import Traffic
+    from forebay_epp.traffic import ShadowCounts, Traffic
 
 SAMPLE_SECONDS = 5.0
 RECENT_SECONDS = 10.0
@@ -50,6 +50,11 @@ class History:
         self._traffic = traffic
         self._samples: deque[Sample] = deque(maxlen=round(LONG_SECONDS / SAMPLE_SECONDS) + 1)
         self._samples.append(Sample(time.monotonic(), {}, {}))
+
+    @property
+    def shadow(self) -> ShadowCounts:
+        """What a plan that is computed beside the traffic would have done since the start."""
+        return self._traffic.shadow
 
     async def run(self) -> None:
         """Sample until cancelled."""

@@ -10,7 +10,8 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from forebay_control.plan import Between
+from forebay_control.plan import Between, Mode
+from forebay_epp.adapters.live.beside import would_do
 from forebay_epp.adapters.live.history import LONG_SECONDS, RECENT_SECONDS, quantile
 from forebay_epp.observers import Observer
 from forebay_epp.traffic import SECONDS_BUCKETS, printable
@@ -80,6 +81,8 @@ def describe(
         **_endpoints(state.endpoints),
         "refusals": _refusals(current, recent, long),
         "policy": {"changed_at": policy.changed_at, **(program or {"source": "File"})},
+        "observes": state.mode is Mode.OBSERVE,
+        "shadow": would_do(state, history.shadow),
     }
 
 
