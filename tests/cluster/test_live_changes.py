@@ -7,6 +7,7 @@ one by one. The first time the policy stays as it was.
 
 from __future__ import annotations
 
+import re
 import secrets
 import statistics
 import time
@@ -19,12 +20,23 @@ from typing import TYPE_CHECKING, Any
 import operator_account
 import pytest
 import yaml
-from control_plane import LOOPBACK, Authority, Operator, check_log, policy, pool, service
+from control_plane import (
+    LOOPBACK,
+    Authority,
+    EPPProcess,
+    Operator,
+    check_log,
+    policy,
+    pool,
+    service,
+)
 from ext_proc_peer import channel, until
 from held_requests import Held
 from loop_thread import LoopThread
 from operator_site import CRDS, SECONDS, Site, endpoints, install
 from ports import free_port
+
+from forebay_operator.resources import SHADOW_LABEL
 
 if TYPE_CHECKING:
     import asyncio
@@ -511,6 +523,17 @@ class Stage:
         return done_at
 
     @contextmanager
+    def beside(self, spec: Spec) -> Iterator[tuple[Site, EPPProcess]]:
+        """Have a policy `next` computed beside the one in force."""
+        shadow = policy("next", "chat", **models(), **spec)
+        shadow["metadata"]["labels"] = {SHADOW_LABEL: "chat"}
+        self._programmed(lambda: self._site.apply(shadow))
+        try:
+            yield self._site, self._epp
+        finally:
+            self._programmed(lambda: self._site.delete("fcp", "next"))
+
+    @contextmanager
     def without_endpoint(self) -> Iterator[None]:
         """Have the pool's endpoint leave, and come back afterwards."""
         self._programmed(lambda: self._server.run(ready=False))
@@ -613,6 +636,30 @@ def test_a_change_takes_effect_and_loses_nothing(stage, case):
     assert stage.play(case, changes=False) == case.old
     assert stage.play(case, changes=True) == case.new
     stage.check()
+
+
+def test_a_shadow_is_computed_beside_the_policy_in_force(stage):
+    """It has one slot for two requests, and holds none; its own status says what it is."""
+    case = Case("", "", "a1", "a1 |", "", before={"saturation": TWO_SLOTS}, after={})
+    stage.begin(case)
+    with stage.beside({"saturation": ONE_SLOT}) as (site, epp):
+        site.until("next", "Programmed", "False", "Shadow")
+        site.until("next", "Accepted", "True", "Accepted")
+        site.until_programmed("chat")
+
+        assert stage.play(case, changes=False) == case.old
+
+        until(lambda: _waited(epp) > 0, SECONDS)
+        assert epp.queues()["shadow"]["requests"] == 0
+    stage.check()
+    until(lambda: epp.queues()["shadow"] is None, SECONDS)
+
+
+def _waited(epp: EPPProcess) -> float:
+    """Seconds that requests of model a would have waited."""
+    waited = r'^forebay_shadow_waited_seconds_total\{band="Standard",model="a"\} (\S+)$'
+    found = re.search(waited, epp.page("/metrics") or "", re.MULTILINE)
+    return float(found[1]) if found else 0.0
 
 
 def leaves(schema: Spec, path: str = "") -> Iterator[str]:

@@ -15,7 +15,15 @@ from forebay_control.plan import Plan
 from forebay_epp.adapters import live
 from forebay_epp.adapters.live.history import History
 from forebay_epp.adapters.live.report import PolicyInForce, describe
-from forebay_epp.core.terms import BandState, ControllerState, EndpointState, FlowState
+from forebay_epp.core.terms import (
+    BandState,
+    ControllerState,
+    Dispatched,
+    EndpointState,
+    FlowState,
+    Request,
+    Shadowed,
+)
 from forebay_epp.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -46,7 +54,8 @@ class Site:
         self.state = STATE
         self._policy = PolicyInForce()
         self._policy.reconfigured(Plan("serving/chat"))
-        self._history = History(Traffic())
+        self.traffic = Traffic()
+        self._history = History(self.traffic)
 
     async def report(self) -> dict[str, object]:
         return describe(self.state, self._policy, self._history, None)
@@ -98,6 +107,22 @@ async def test_bars_follow_the_state(site):
     site.state = replace(STATE, bands=(replace(critical, requests=250), standard))
 
     await site.tab.until(f"{width} === '50%'")
+
+
+async def test_it_shows_what_a_policy_beside_the_one_in_force_would_do(site):
+    """What would wait now, and by band and model what it has made of requests so far."""
+    assert "would wait" not in await text(site)
+    request = Request(1, "llama", 1, band="Standard", flow="llama")
+    site.traffic.configure(["llama"])
+    site.traffic.shadowed(Shadowed(request, Dispatched(1, "a", 4.2), overtaken=True))
+
+    site.state = replace(STATE, shadow=STATE)
+
+    await site.tab.until("!document.getElementById('shadow').hidden")
+    shown = await text(site)
+    assert "What the shadow of the policy would do" in shown
+    assert "would wait now: Standard 500" in shown
+    assert "Standard\tllama\t1\t4.2 s\t0\t1" in shown
 
 
 async def test_names_are_text_whatever_they_contain(site):
