@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from forebay_control.plan import (
@@ -225,6 +225,25 @@ def plans(draw):
     )
 
 
+def _caller(at, model, seconds):
+    return Caller(at, model, "", 1, seconds, 1, 0, None)
+
+
+@example(  # the last comes at the moment at which the one before it expires
+    plan=Plan(
+        bands=tuple(
+            replace(band, ttl_seconds=0.5, max_requests=3, max_saturation_percent=50)
+            for band in Plan().bands
+        ),
+        models=(ModelPlan("gold", "Critical"),),
+        saturation=SaturationPlan(SaturationMode.CONCURRENCY, 1),
+    ),
+    callers=[
+        *(_caller(0, "gold", seconds) for seconds in (43, *[1] * 9)),
+        *(_caller(12, "chat", 299), _caller(310, "gold", 1), _caller(342, "gold", 1)),
+    ],
+    often=False,
+)
 @settings(max_examples=150, deadline=None)
 @given(plan=plans(), callers=CALLERS, often=st.booleans())
 def test_the_shadow_decides_what_a_controller_in_force_decides(plan, callers, often):

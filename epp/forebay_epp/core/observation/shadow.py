@@ -224,11 +224,10 @@ class Shadow:
             if events and events[0][0] <= self._now:
                 _, _, tokens, life = heappop(events)
                 self._happen(life, tokens)
-            elif wakeup is None or wakeup > self._now:
+            elif inbox and inbox[0][0] <= self._now:  # before what time alone brings, as in force
                 _, call, argument = inbox.popleft()
                 call(argument, self._now)
-            for decision in controller.poll(self._now):
-                self._decide(decision, self._now)
+            self._settle()
         if bound > now:
             self._now = now
 
@@ -251,6 +250,10 @@ class Shadow:
         """Keep what happens now until it is now here."""
         self._inbox.append((now, call, argument))
         self.advance(now)
+
+    def _settle(self) -> None:
+        for decision in self._controller.poll(self._now):
+            self._decide(decision, self._now)
 
     def _bound(self, now: float) -> float:
         """Return the moment from which on ends may come that are not known.
@@ -315,7 +318,8 @@ class Shadow:
         life = self._lives.get(request_id)
         if life is not None:
             self._note(life, tokens, now - life.real.dispatched_at, now)
-            self.advance(now)
+            if life.sent_at < NEVER:
+                self.advance(now)
 
     def _note(self, life: _Life, tokens: int, seconds: float, now: float = NEVER) -> None:
         """Take note of a step so long after the dispatch; `now` if the dispatches coincide."""
