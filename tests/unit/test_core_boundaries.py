@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -271,3 +272,25 @@ def test_tenants_beyond_the_cap_share_flows(monkeypatch):
 
     assert len(band.levels.flows) <= 10 + levels.OVERFLOW_FLOWS
     assert len(band.levels._idle) == len(band.levels.flows)
+
+
+def test_a_band_that_the_plan_drops_goes_before_one_that_comes_down_to_its_priority():
+    """No more requests come to it, so it is over soon."""
+    high = BandPlan("High", 10)
+    low = BandPlan("Standard", 0)
+    models = (ModelPlan("h", "High"), ModelPlan("s", "Standard"))
+    plan = Plan(bands=(high, low), models=models, saturation=ONE_SLOT)
+    controller = FlowController(plan, Random(1))
+    controller.submit(Request(1, "h", 1, None, None, 60.0), 0.0)
+    controller.submit(Request(2, "s", 1, None, None, 60.0), 0.0)
+    lowered = replace(
+        plan,
+        bands=(replace(high, priority=0),),
+        models=(ModelPlan("h", "High"), ModelPlan("s", "High")),
+        unmatched=replace(plan.unmatched, band="High"),
+    )
+    controller.reconfigure(lowered, 1.0)
+
+    controller.set_endpoints([Endpoint(A)], 2.0)
+
+    assert [decision.request_id for decision in controller.poll(2.0)] == [2]
