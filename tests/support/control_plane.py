@@ -46,7 +46,7 @@ QUICKSTART = Path(__file__).parents[2] / "crds" / "examples" / "quickstart"
 NAME = "forebay-operator"
 AUDIENCE = "forebay-control"
 LOOPBACK = "127.0.0.1"
-START_SECONDS = 60
+START_SECONDS = 120
 
 _VERSION = re.compile(r"^forebay_program_(epoch|revision) (\S+)$", re.MULTILINE)
 
