@@ -15,12 +15,12 @@ from forebay_epp.core.limits import LIMITS
 from forebay_epp.core.prefill import Prefill
 from forebay_epp.core.residency import Residency
 from forebay_epp.core.starts import Starts
-from forebay_epp.core.terms import NEVER, EndpointState
+from forebay_epp.core.terms import NEVER, EndpointState, Verdict
 
 if TYPE_CHECKING:
     from forebay_control.plan import SaturationPlan
     from forebay_epp.core.residency import Produced
-    from forebay_epp.core.terms import Endpoint, EndpointMetrics, Request, Verdict
+    from forebay_epp.core.terms import Endpoint, EndpointMetrics, Request
 
 STALE_SECONDS = 2.0
 SCRAPE_SECONDS = 1.0
@@ -205,6 +205,8 @@ class TrackedEndpoint:
         `counted` says that the answer's tokens are known.
         """
         self.residency.left(request, now, known=counted or blind)
+        if self.share is None and not blind and verdict is Verdict.GOOD:
+            self.limit.ended(now, occupied=self.occupancy >= self.limit.value)
         self.in_flight -= 1
         self.prefill.ended(request)
         if not self.in_flight:

@@ -50,6 +50,9 @@ class Limit(Protocol):
     def stuck(self) -> None:
         """Learn that what was sent does not begin, though others have begun sooner."""
 
+    def ended(self, now: float, *, occupied: bool) -> None:
+        """Learn that an answer has ended, before which all slots were taken or not."""
+
     def observe(
         self, page: EndpointMetrics, occupancy: int, arrivals: int, ended: int, now: float
     ) -> None:

@@ -23,13 +23,16 @@ page before, when the batch has kept its size for `STEADY_PAGES`, or when what w
 begun for much longer than usual. They prove nothing while a page stands still, as vLLM's does
 during a step, or while prompts fill the steps. A batch smaller than known is believed when requests
 wait beside it for `SHRUNK_PAGES`. Where an engine does not count its steps and no answer is seen to
-begin, pages alone have to do: learning is slower, and nothing stands by.
+begin, pages alone have to do: learning is slower, and nothing stands by. Where pages show nothing
+either, the limit climbs (climbing.py).
 """
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
+
+from forebay_epp.core.limits.climbing import Climb
 
 if TYPE_CHECKING:
     from forebay_control.plan import SaturationPlan
@@ -68,6 +71,7 @@ class AdaptiveLimit:
         "_arrivals",
         "_arrivals_before",
         "_batch_step_seconds",
+        "_climb",
         "_crowded",
         "_ended",
         "_ended_per_step",
@@ -76,6 +80,7 @@ class AdaptiveLimit:
         "_most_step_tokens",
         "_observed_at",
         "_probe_at",
+        "_shown",
         "_step_seconds",
         "_steps",
         "_stuck",
@@ -97,6 +102,8 @@ class AdaptiveLimit:
         self.value = FIRST_WINDOW
         self.settled_until = -math.inf
         self._stuck = False
+        self._shown = False  # whether a page has shown anything in the server
+        self._climb = Climb()
         self._steps: float | None = None
         self._tokens = 0.0
         self._least_step_seconds = math.inf
@@ -130,6 +137,14 @@ class AdaptiveLimit:
             self._stuck = True
             self._resize(0)
 
+    def ended(self, now: float, *, occupied: bool) -> None:
+        """Take note that an answer has ended, before which all slots were taken or not."""
+        if self._shown or self.batch:
+            return
+        limit = self._climb.ended(self.value, now, occupied=occupied)
+        if limit != self.value:
+            self._resize(limit)
+
     def observe(
         self, page: EndpointMetrics, occupancy: int, arrivals: int, ended: int, now: float
     ) -> None:
@@ -144,6 +159,7 @@ class AdaptiveLimit:
         """
         self._arrivals += arrivals
         self._ended += ended
+        self._shown = self._shown or page.running + page.waiting > 0
         moved = self._moved(page)
         if moved is None:
             return

@@ -32,6 +32,9 @@ class FixedLimit:
     def stuck(self) -> None:
         """Learn nothing."""
 
+    def ended(self, now: float, *, occupied: bool) -> None:
+        """Change nothing."""
+
     def observe(
         self, page: EndpointMetrics, occupancy: int, arrivals: int, ended: int, now: float
     ) -> None:
