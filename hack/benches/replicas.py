@@ -12,6 +12,8 @@ import argparse
 import asyncio
 import json
 import os
+import re
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,6 +31,7 @@ SERVERS, SLOTS = 4, 16
 ANSWER_SECONDS = 0.8
 PER_SECOND = SERVERS * SLOTS / ANSWER_SECONDS
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
+ID = re.compile(rb"\r\nx-id: (\S+)\r\n", re.IGNORECASE)
 WARM_SECONDS = 4.0
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -46,7 +49,11 @@ class Servers:
         """Return how one of the servers answers."""
 
         async def behave(head: bytes, writer: asyncio.StreamWriter) -> None:
-            request = head.split(b"x-id: ", 1)[1].split(b"\r", 1)[0].decode()
+            found = ID.search(head)
+            if found is None:  # an EPP asks for the models
+                writer.write(ANSWER)
+                return
+            request = found[1].decode()
             self.came_at[request] = time.monotonic()
             self.running[number] += 1
             self.most = max(self.most, self.running[number])
@@ -181,6 +188,7 @@ def real(seconds: float) -> dict[str, float]:
                 f"{prefix}.failed": several.failed,
                 f"{prefix}.cpu_ratio": several.cpu_seconds / one.cpu_seconds,
             }
+            print(prefix, "has run", figures, file=sys.stderr)
         figures |= killed(folder / "kill") | operator_away(folder / "away")
     return figures
 

@@ -195,7 +195,10 @@ def _grpc_service(**metadata: str) -> dict[str, Any]:
 
 
 def _retrying(service: dict[str, Any], *, several: bool) -> dict[str, Any]:
-    """Have another EPP take a stream that a dead one has refused, if there are several."""
+    """Have another EPP take a stream that is lost with an EPP which has not answered it yet.
+
+    What the EPP had decided has not reached Envoy then, so the request is nowhere twice.
+    """
     if several:
         service["retry_policy"] = {
             "num_retries": 5,
@@ -298,6 +301,7 @@ def _policies(kind: str, **config: Any) -> dict[str, Any]:
 
 
 def _epp_cluster(ports: Ports, *, secure: bool) -> dict[str, Any]:
+    http2: dict[str, Any] = {}
     cluster: dict[str, Any] = {
         "name": "epp",
         "type": "STATIC",
@@ -324,7 +328,7 @@ def _epp_cluster(ports: Ports, *, secure: bool) -> dict[str, Any]:
             }
         ],
         "typed_extension_protocol_options": _http_options(
-            explicit_http_config={"http2_protocol_options": {}}
+            explicit_http_config={"http2_protocol_options": http2}
         ),
         "load_assignment": _assignment(
             "epp", [(ports.address, ":", str(port)) for port in (ports.grpc, *ports.more_grpc)]
@@ -338,11 +342,13 @@ def _epp_cluster(ports: Ports, *, secure: bool) -> dict[str, Any]:
             "enforcing_consecutive_local_origin_failure": 100,
             "interval": "0.5s",
             "base_ejection_time": "5s",
+            "max_ejection_time": "5s",
             "max_ejection_percent": 100,
         }
-        # One that is frozen still takes connections.
+        # One that is frozen still takes connections. What waits in it goes to another one when it
+        # answers no ping; one that drains answers.
         cluster["health_checks"][0] |= {"timeout": "1s", "interval": "1s"}
-        cluster["close_connections_on_host_health_failure"] = True
+        http2["connection_keepalive"] = {"interval": "5s", "timeout": "5s"}
     if secure:
         cluster["transport_socket"] = {
             "name": "envoy.transport_sockets.tls",

@@ -31,7 +31,8 @@ def responses(request) -> str:
 
 @pytest.fixture(scope="module")
 def text(responses) -> str:
-    objects = chart.objects(f"--values={VALUES}", f"--set=standalone.proxy.responses={responses}")
+    options = (f"--set=standalone.proxy.responses={responses}", "--set=epp.replicas=2")
+    objects = chart.objects(f"--values={VALUES}", *options)
     return chart.one(objects, "ConfigMap", "chat-envoy")["data"]["envoy.yaml"]
 
 
@@ -42,7 +43,7 @@ def bootstrap(text) -> dict:
 
 @pytest.fixture
 def reference(responses) -> dict:
-    ports = envoy.Ports(http=8081, grpc=9002, admin=19000, address="0.0.0.0")
+    ports = envoy.Ports(8081, 9002, 19000, "0.0.0.0", more_grpc=(9003,))
     return envoy.bootstrap(ports, secure=True, responses=responses)
 
 
@@ -83,7 +84,9 @@ def test_it_is_the_bootstrap_of_one_machine_but_for_what_pods_need(bootstrap, re
     }
     expected["ignore_health_on_host_removal"] = True
     expected["health_checks"][0]["interval"] = "1s"
-    [endpoint] = expected["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    endpoints = expected["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    del endpoints[1:]  # DNS finds the others
+    [endpoint] = endpoints
     endpoint["endpoint"]["address"]["socket_address"] = {
         "address": "chat-epp-headless.forebay-system.svc.cluster.local",
         "port_value": 9002,

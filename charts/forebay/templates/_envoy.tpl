@@ -1,5 +1,5 @@
 {{- /* The bootstrap of a pool's Envoy: (dict "root" $ "values" PROXY VALUES "name" SERVICE OF THE
-ENDPOINT PICKERS "namespace" NAMESPACE "port" NUMBER "responses" Observe OR Read). It is what operator/forebay_cli/envoy.py makes for one machine, where
+ENDPOINT PICKERS "namespace" NAMESPACE "port" NUMBER "responses" Observe OR Read "several" BOOLEAN). It is what operator/forebay_cli/envoy.py makes for one machine, where
 each setting's reason stands, and what pods need besides: a test holds the two together. */}}
 {{- define "forebay.envoyBreakers" -}}
 thresholds:
@@ -53,6 +53,17 @@ static_resources:
                 envoy_grpc: {cluster_name: epp, authority: epp}
                 {{- if $observe }}
                 initial_metadata: [{key: x-forebay-responses, value: Observe}]
+                {{- end }}
+                {{- if .several }}
+                retry_policy:
+                  num_retries: 5
+                  retry_on: connect-failure,refused-stream,reset
+                  retry_back_off: {base_interval: 0.005s, max_interval: 0.05s}
+                  retry_host_predicate:
+                  - name: envoy.retry_host_predicates.previous_hosts
+                    typed_config:
+                      "@type": type.googleapis.com/envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate
+                  host_selection_retry_max_attempts: 30
                 {{- end }}
               failure_mode_allow: false
               processing_mode:
@@ -162,9 +173,19 @@ static_resources:
     ignore_health_on_host_removal: true
     circuit_breakers:
       {{- include "forebay.envoyBreakers" . | nindent 6 }}
+    {{- if .several }}
+    outlier_detection:
+      split_external_local_origin_errors: true
+      consecutive_local_origin_failure: 1
+      enforcing_consecutive_local_origin_failure: 100
+      interval: 0.5s
+      base_ejection_time: 5s
+      max_ejection_time: 5s
+      max_ejection_percent: 100
+    {{- end }}
     # One that drains says so, and is out within a second.
     health_checks:
-    - timeout: 2s
+    - timeout: {{ .several | ternary "1s" "2s" }}
       interval: 1s
       no_traffic_interval: 1s
       unhealthy_threshold: 2
@@ -173,7 +194,8 @@ static_resources:
     typed_extension_protocol_options:
       envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
         "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
-        explicit_http_config: {http2_protocol_options: {}}
+        explicit_http_config:
+          http2_protocol_options: {{ if .several }}{connection_keepalive: {interval: 5s, timeout: 5s}}{{ else }}{}{{ end }}
     transport_socket:
       name: envoy.transport_sockets.tls
       typed_config:
