@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import os
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
@@ -31,6 +32,7 @@ from forebay_epp.core.terms import Dispatched, Endpoint, Request, Usage
 
 A = "10.0.0.1:8000"
 MANY = 1_000_000
+FAIR_STEPS = int(os.environ.get("FOREBAY_FAIR_STEPS", "5000"))  # answers of each seed
 BAND = BandPlan("Standard", 0, ttl_seconds=3600.0, max_requests=MANY, flow_max_requests=MANY)
 WEIGHTED, TOKENS = FairnessName.WEIGHTED_FAIR, FairnessName.TOKEN_FAIR
 
@@ -183,7 +185,7 @@ def test_the_difference_of_two_backlogged_flows_is_within_the_published_bound(se
         arrive("a")
         arrive("b")
     serving.poll()
-    for step in range(5000):
+    for step in range(FAIR_STEPS):
         request, usage = serving.end_next()
         service[request.model] += (
             PROMPT_TOKEN * usage.prompt_tokens + ANSWER_TOKEN * usage.completion_tokens
