@@ -21,7 +21,10 @@ from forebay_control.plan import (
 )
 from forebay_epp.core import prefixes
 from forebay_epp.core.controller import FlowController
+from forebay_epp.core.endpoints import EndpointSet
 from forebay_epp.core.prefixes import PrefixIndex
+from forebay_epp.core.selection.budgets import PrefillRoom
+from forebay_epp.core.selection.scorers import PrefixCache
 from forebay_epp.core.terms import (
     PREFIX_BLOCK_BYTES,
     Dispatched,
@@ -287,3 +290,56 @@ def test_a_plan_without_prefix_cache_does_not_use_it():
 
     assert sent(controller, request(1, 2, 3, number=2)) != first
     assert not controller.plan.choice.rates(ScorerName.PREFIX_CACHE)
+
+
+RATE = 1024.0  # prompt tokens a second
+
+
+@pytest.fixture
+def pool():
+    """Endpoints A, which has blocks 1 to 8, and B, which has none; both of one speed."""
+    plan = SaturationPlan(SaturationMode.ADAPTIVE, time_to_first_token_seconds=1.0)
+    found = EndpointSet(plan)
+    found.replace([Endpoint(A), Endpoint(B)], 0.0)
+    for tracked in found.present:
+        tracked.prefill.rate = RATE
+    found.prefixes.sent(found.present[0], request(*range(1, 9)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("backlog_blocks", "score"), [(0, 1.0), (4, 0.5), (8, 0.0), (12, 0.0)], ids=str
+)
+def test_a_cached_prompt_is_worth_the_time_it_saves_less_the_wait_for_it(
+    pool, backlog_blocks, score
+):
+    """Where the speed is known: of 2 s to prefill all of it, and nothing below 0."""
+    a, b = pool.present
+    a.prefill.sent(request(*range(100, 100 + backlog_blocks)), 0.0)
+
+    scores = PrefixCache(pool).score(request(*range(1, 9)), [a, b], 0.0)
+
+    assert scores == pytest.approx([score, 0.0])
+
+
+def test_a_speed_that_is_not_known_is_taken_to_be_like_the_others(pool):
+    """One server that has not prefilled a long prompt yet does not turn seconds into tokens."""
+    a, b = pool.present
+    a.prefill.rate = 0.0
+    a.prefill.sent(request(*range(100, 104)), 0.0)
+
+    assert PrefixCache(pool).score(request(*range(1, 9)), [a, b], 0.0) == pytest.approx([0.5, 0.0])
+
+
+@pytest.mark.parametrize(("backlog_blocks", "kept"), [(7, True), (9, False)], ids=str)
+def test_a_cached_prompt_goes_without_room_where_that_saves_more_than_it_waits(
+    pool, backlog_blocks, kept
+):
+    """A prompt of 16 blocks, half of it cached, and a backlog of more than the goal allows."""
+    a, b = pool.present
+    for tracked in (a, b):
+        tracked.prefill.sent(request(*range(100, 100 + backlog_blocks)), 0.0)
+    long = request(*range(1, 9), *range(200, 208))
+
+    assert PrefillRoom(pool).keep(long, [a, b], 0.0) == ([a] if kept else [])
+    assert (a.crowded, b.crowded) == (not kept, True)
