@@ -203,3 +203,14 @@ def test_a_new_goal_counts_for_what_waits():
     controller.reconfigure(Plan(saturation=patient), 10.2)
 
     assert [decision.request_id for decision in controller.poll(10.2)] == [2]
+
+
+def test_what_is_cached_of_a_prompt_is_no_backlog():
+    """The server takes it from its cache, in no time."""
+    prefill = known(1000)
+    request = request_of(1, 1000)
+    request.cached_tokens = 600
+
+    prefill.sent(request, 1000.0)
+
+    assert prefill.backlog == 400

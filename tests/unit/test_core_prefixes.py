@@ -343,3 +343,16 @@ def test_a_cached_prompt_goes_without_room_where_that_saves_more_than_it_waits(
 
     assert PrefillRoom(pool).keep(long, [a, b], 0.0) == ([a] if kept else [])
     assert (a.crowded, b.crowded) == (not kept, True)
+
+
+def test_hits_beyond_what_was_promised_earn_no_more_than_full_trust():
+    """They are other clients' hits: no server has more of a prompt than all of it."""
+    index, a = PrefixIndex(), endpoint()
+    prompt = range(1, 1 + 2 * prefixes.JUDGED_TOKENS // BLOCK_TOKENS)
+    index.sent(a, request(*prompt))
+    index.observe(a, page(hits=0))
+    index.sent(a, request(*prompt))
+
+    index.observe(a, page(hits=10 * prefixes.JUDGED_TOKENS, at=2.0))
+
+    assert held(index, a, 1, 2) == 2
