@@ -137,6 +137,10 @@ class Envoy:
             connection.request("GET", path)
             return connection.getresponse().read().decode()
 
+    def avoids_one(self) -> bool:
+        """Whether a health check of an EPP has failed."""
+        return "/failed_active_hc" in self._admin("/clusters")
+
     def stat(self, name: str) -> int:
         """A counter of Envoy's own."""
         return int(self._admin(f"/stats?filter=^{name}$").rpartition(":")[2])
