@@ -17,7 +17,7 @@ from forebay_epp.core.terms import NEVER, BandState, Cost
 
 if TYPE_CHECKING:
     from forebay_control.plan import BandPlan, Plan
-    from forebay_epp.core.flows import Flow, Lane
+    from forebay_epp.core.flows import Lane
     from forebay_epp.core.levels import Weights
     from forebay_epp.core.terms import Request, Usage
 
@@ -115,28 +115,25 @@ class Band:
             self._note_deadline(request)
         self.lanes.add(flow, request, parked=blocked and request.subset is not None)
 
-    def pop(self, lane: Lane, now: float) -> Request:
-        """Take out the lane's next request because it is dispatched now.
+    def pop(self, lane: Lane, now: float) -> None:
+        """Take out the lane's next request, which has been sent, and charge its flow.
 
-        The caller owes its flow the charge, by `charge_dispatched`, before anything else happens.
+        That is for what its endpoint does not have cached of the prompt, and for an answer as long
+        as is to be expected.
         """
         request = lane.queue.pop()
+        request.charged_by = self.levels
+        cost = Cost(1, request.uncached_tokens, request.answer_tokens)
+        self.levels.charge(lane.flow, cost, now)
         self._drained = self._drained * self._decay(now) + 1.0
         self._drained_at = now
         self._leave(request, lane)
-        return request
 
     def remove(self, request: Request) -> None:
         """Take out this request without dispatching it."""
         lane = self.levels.flows[request.path].lanes[request.subset]
         lane.queue.remove(request)
         self._leave(request, lane)
-
-    def charge_dispatched(self, flow: Flow, request: Request, now: float) -> None:
-        """Charge a flow for what is not cached of a prompt, and the answer to be expected."""
-        request.charged_by = self.levels
-        cost = Cost(1, request.uncached_tokens, request.answer_tokens)
-        self.levels.charge(flow, cost, now)
 
     def charge(self, request: Request, usage: Usage, now: float) -> None:
         """Correct what the flow of a dispatched request was charged by the tokens it took.

@@ -489,7 +489,7 @@ class FlowController:
             self._send(request, endpoint, now)
 
     def _send_waiting(self, request: Request, endpoint: TrackedEndpoint, now: float) -> None:
-        """Send a request that has left its band."""
+        """Send a request that leaves its band now."""
         self._forget(request)
         self._send(request, endpoint, now)
 

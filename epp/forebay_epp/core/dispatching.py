@@ -38,8 +38,8 @@ class Dispatching:
         endpoints: where slots are.
         selection: chooses among them.
         footprints: tells what to expect of a request.
-        send: takes a request that has left its band, and the endpoint that it goes to, and writes
-            on it what that has cached of it.
+        send: takes a request that is to leave its band now, and the endpoint that it goes to, and
+            writes on it what that has cached of it.
     """
 
     __slots__ = ("_bands", "_endpoints", "_footprints", "_selection", "_send")
@@ -108,9 +108,8 @@ class Dispatching:
                     return Step.HELD_UP
                 lanes.park(lane)
                 continue
-            request = band.pop(lane, now)
             self._send(request, endpoint, now)
-            band.charge_dispatched(lane.flow, request, now)
+            band.pop(lane, now)
             if self._bands.reserving:
                 self._bands.account(band)
             return Step.SENT

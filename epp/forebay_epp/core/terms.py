@@ -162,7 +162,8 @@ class Request:
     @property
     def uncached_tokens(self) -> int:
         """Those that its endpoint is expected to compute of its prompt; no request is free."""
-        return max(1, self.prompt_tokens - self.cached_tokens)
+        tokens = self.prompt_tokens - self.cached_tokens
+        return tokens if tokens > 0 else 1
 
 
 @dataclass(slots=True)  # as `Cost`
