@@ -28,7 +28,8 @@ async def ask(post: Post, question: Callable[[float], _T], patience_seconds: flo
         running.call_soon_threadsafe(lambda: None if answer.done() else answer.set_result(result))
 
     post(call)
-    return await asyncio.wait_for(answer, patience_seconds)
+    async with asyncio.timeout(patience_seconds):  # wait_for may swallow a cancellation
+        return await answer
 
 
 async def hand_over(post: Post, call: Callable[[float], None], patience_seconds: float) -> None:

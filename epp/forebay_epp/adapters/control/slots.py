@@ -75,8 +75,10 @@ class Sharing:
         seconds = REPORT_SECONDS
         first = True
         while True:
+            # Not wait_for: until Python 3.12 it swallows a cancellation that crosses the event.
             with suppress(TimeoutError):
-                await asyncio.wait_for(urgent.wait(), seconds)
+                async with asyncio.timeout(seconds):
+                    await urgent.wait()
             if not self._news:
                 early = self._said_at + URGENT_SECONDS - time.monotonic()
                 if early > 0:
