@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -228,7 +229,10 @@ class Installation:
         pages = []
 
         def served() -> bool:
-            status, answer = self.cluster.ask("GET", path)
+            try:
+                status, answer = self.cluster.ask("GET", path)
+            except http.client.HTTPException:  # the pod, or the proxy to it, broke the answer off
+                return False
             pages.append(answer.get("message", ""))
             return status == 200
 
