@@ -345,13 +345,10 @@ class EndpointPicker:
         return await self._ask(ask_core)
 
     async def _share(self, shares: Shares) -> Holdings:
-        found: list[Holdings] = []
-
-        def share(now: float) -> None:
-            found.append(self._data_plane.share(shares, now))
-
-        await hand_over(self._data_plane.post, share, FINISH_SECONDS)
-        return found[0]
+        data_plane = self._data_plane
+        return await hand_over(
+            data_plane.post, lambda now: data_plane.share(shares, now), FINISH_SECONDS
+        )
 
     def _relax(self) -> None:
         self._data_plane.post(lambda _: self._controller.relax_shares())

@@ -32,14 +32,14 @@ async def ask(post: Post, question: Callable[[float], _T], patience_seconds: flo
         return await answer
 
 
-async def hand_over(post: Post, call: Callable[[float], None], patience_seconds: float) -> None:
-    """Have the other thread do something, or, if it is late, not do it at all.
+async def hand_over(post: Post, call: Callable[[float], _T], patience_seconds: float) -> _T:
+    """Have the other thread do something, or, if it is late, not do it at all; return its result.
 
     Raises:
         TimeoutError: it has not begun in time, and will not.
     """
     running = asyncio.get_running_loop()
-    done: asyncio.Future[None] = running.create_future()
+    done: asyncio.Future[_T] = running.create_future()
     undecided = [None]  # popped by the other thread to begin, or by this one to give up
 
     def begin(now: float) -> None:
@@ -47,14 +47,13 @@ async def hand_over(post: Post, call: Callable[[float], None], patience_seconds:
             undecided.pop()
         except IndexError:
             return
-        call(now)
-        running.call_soon_threadsafe(lambda: None if done.done() else done.set_result(None))
+        result = call(now)
+        running.call_soon_threadsafe(lambda: None if done.done() else done.set_result(result))
 
     post(begin)
     await asyncio.wait((done,), timeout=patience_seconds)
     try:
         undecided.pop()
     except IndexError:
-        await done
-    else:
-        raise TimeoutError("the data plane is busy")
+        return await done
+    raise TimeoutError("the data plane is busy")
