@@ -403,21 +403,19 @@ class FlowController:
 
     def _enqueue(self, request: Request, now: float) -> None:
         """Queue a classified request, or reject it."""
-        absent = False
+        band = self._bands.by_name[request.band]
         blocked = self._endpoints.free <= 0
         if request.subset is not None and self._endpoints.present:
             allowed = self._endpoints.within(request.subset)
-            absent = not allowed
+            if not allowed:
+                self._reject(
+                    request,
+                    Outcome.REJECTED_NO_ENDPOINTS,
+                    self._retry_after_seconds(band, now),
+                    "no endpoint of the pool is in the subset that the proxy allows",
+                )
+                return
             blocked = not any(endpoint.free > 0 for endpoint in allowed)
-        band = self._bands.by_name[request.band]
-        if absent:
-            self._reject(
-                request,
-                Outcome.REJECTED_NO_ENDPOINTS,
-                self._retry_after_seconds(band, now),
-                "no endpoint of the pool is in the subset that the proxy allows",
-            )
-            return
         full = band.full(request) or self._full(request, band, now)
         if full is not None:
             retry_after = self._retry_after_seconds(band, now)

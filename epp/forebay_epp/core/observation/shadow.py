@@ -157,7 +157,7 @@ class Shadow:
         self._number += 1
         life = _Life(real, request, self._number)
         self._lives[real.id] = life
-        self._keep(now, self._submit, request)
+        self._keep(now, self._controller.submit, request)
 
     def cancel(self, request_id: int, now: float) -> None:
         """The client has gone: the request takes part no longer."""
@@ -274,9 +274,6 @@ class Shadow:
         seconds = life.sent_at - life.real.dispatched_at
         if seconds < 0.0 and not life.known:
             heappush(self._early, (seconds, life.number, life))
-
-    def _submit(self, request: Request, now: float) -> None:
-        self._controller.submit(request, now)
 
     def _cancel(self, life: _Life, now: float) -> None:
         if self._lives.get(life.request.id) is life:
