@@ -60,6 +60,11 @@ class _EPP:
     bounds: dict[str, int] = field(default_factory=dict)
 
     @property
+    def held(self) -> int:
+        """The most slots that it may hold, of all endpoints."""
+        return sum(self.bounds.values())
+
+    @property
     def free(self) -> bool:
         """Whether it may use whatever it sees, because it has, or may have, no shares."""
         return not self.shared or any(shares.total is None for shares in self.sent.values())
@@ -199,7 +204,7 @@ class Ledger:
             known = self._epps[names[0]]
             alone = Shares(self._next(), None)
             return {names[0]: self._sent(known, alone, now)} if self._ready(known, now) else {}
-        held = {name: sum(self._epps[name].bounds.values()) for name in names}
+        held = {name: self._epps[name].held for name in names}
         slots = sum(room.values())
         entitled = entitlements({name: self._epps[name].bands for name in names}, held, slots)
         free = sum(
@@ -268,7 +273,7 @@ class Ledger:
     ) -> dict[str, Shares]:
         """Give free slots to those that lack them, and take back what endpoints have lost."""
         epps = [self._epps[name] for name in names]
-        ready = [known.reported and self._ready(known, now) for known in epps]
+        ready = [self._ready(known, now) for known in epps]
         changed: list[dict[str, int]] = [{} for _ in names]
         most: list[dict[str, int]] = [{} for _ in names]
         if any(known.free for known in epps):
@@ -336,7 +341,7 @@ class Ledger:
         epps = [self._epps[name] for name in names]
         pressing, lacking = [], []
         for name, known in zip(names, epps, strict=True):
-            held = sum(known.bounds.values())
+            held = known.held
             lacks = max(0, totals[name] - held) if self._ready(known, now) else 0
             pressing.append(min(lacks, _urgent(entitled[name], held)))
             lacking.append(lacks - pressing[-1])
@@ -402,9 +407,7 @@ class Ledger:
 
     def held(self) -> dict[str, int]:
         """Return how many slots each EPP that keeps to shares may hold."""
-        return {
-            name: sum(known.bounds.values()) for name, known in self._epps.items() if not known.free
-        }
+        return {name: known.held for name, known in self._epps.items() if not known.free}
 
 
 def _totals(
@@ -473,5 +476,5 @@ def _take(
 
 def _moves(known: _EPP, total: int) -> bool:
     """Whether a total would have the EPP give back more than it does, or less."""
-    held = sum(known.bounds.values())
+    held = known.held
     return (total < held or known.total < held) and total != known.total
