@@ -98,7 +98,7 @@ SMALL = Hardware(max_num_seqs=8)
 H100 = PRESETS["8b-h100"]
 
 
-def uniform(run: int = 0) -> Scenario:
+def uniform(run: int) -> Scenario:
     """Four servers of 8 slots from a cold start at twice what they can do.
 
     Each of these takes the number of the drawing: another one draws other arrivals.
@@ -107,13 +107,13 @@ def uniform(run: int = 0) -> Scenario:
     return Scenario("uniform", [SMALL] * 4, arrivals, (10.0, 60.0), (7, 8, 9, 10))
 
 
-def large(run: int = 0) -> Scenario:
+def large(run: int) -> Scenario:
     """Four 8B models on an H100 each at twice what they can do."""
     arrivals = mixed(300, 30, 100 * run + 2)
     return Scenario("large", [H100] * 4, arrivals, (10.0, 30.0), (224, 256, 264, 288))
 
 
-def heterogeneous(run: int = 0) -> Scenario:
+def heterogeneous(run: int) -> Scenario:
     """Batches of 8, 32, 256 and 1,024: no fixed limit fits all."""
     engines = [replace(H100, max_num_seqs=n, kv_blocks=60_000) for n in (8, 32, 256, 1024)]
     arrivals = mixed(190, 30, 100 * run + 3)
@@ -136,7 +136,7 @@ def _every_tenth(number: int) -> str:
     return (CHAT, SUMMARY, SUMMARY, SUMMARY, BATCH, BATCH, BATCH, BATCH, BATCH, BATCH)[number % 10]
 
 
-def long_prompts(run: int = 0) -> Scenario:
+def long_prompts(run: int) -> Scenario:
     """Chat with 2 % of prompts of 60,000 tokens, which keep prefill 40 % busy."""
     random = Random(100 * run + 5)  # noqa: S311  # a load, not a secret
     arrivals = together(
@@ -147,7 +147,7 @@ def long_prompts(run: int = 0) -> Scenario:
     return Scenario("long-prompts", engines, arrivals, (10.0, 120.0), (32, 64, 128, 256))
 
 
-def kv_bound(run: int = 0) -> Scenario:
+def kv_bound(run: int) -> Scenario:
     """8B on an L4, whose KV cache is full long before its batch."""
     random = Random(100 * run + 6)  # noqa: S311  # a load, not a secret
     arrivals = together(
@@ -158,20 +158,20 @@ def kv_bound(run: int = 0) -> Scenario:
     return Scenario("kv-bound", engines, arrivals, (20.0, 120.0), (8, 12, 16, 20, 24))
 
 
-def slow_server(run: int = 0) -> Scenario:
+def slow_server(run: int) -> Scenario:
     """One of four takes three times as long for everything."""
     slow = replace(SMALL, overhead_seconds=0.006, weights_seconds=0.024, token_seconds=0.00006)
     arrivals = mixed(30, 60, 100 * run + 7)
     return Scenario("slow-server", [SMALL] * 3 + [slow], arrivals, (10.0, 60.0), (7, 8, 9, 10))
 
 
-def overload(run: int = 0) -> Scenario:
+def overload(run: int) -> Scenario:
     """Three times what four small servers can do."""
     arrivals = mixed(54, 40, 100 * run + 8)
     return Scenario("overload", [SMALL] * 4, arrivals, (10.0, 40.0), (7, 8, 9, 10))
 
 
-def interactive(run: int = 0) -> Scenario:
+def interactive(run: int) -> Scenario:
     """Chat at a third of what the servers can do, beside more batch than they can."""
     random = Random(100 * run + 9)  # noqa: S311  # a load, not a secret
     arrivals = together(
@@ -181,14 +181,14 @@ def interactive(run: int = 0) -> Scenario:
     return Scenario("interactive", [SMALL] * 4, arrivals, (10.0, 60.0), (7, 8, 9, 10))
 
 
-def interactive_alone(run: int = 0) -> Scenario:
+def interactive_alone(run: int) -> Scenario:
     """The same chat without the batch."""
     random = Random(100 * run + 9)  # noqa: S311  # a load, not a secret
     arrivals = list(poisson(CHAT, 6, 60, lengths(200, 100), random))
     return Scenario("interactive-alone", [SMALL] * 4, arrivals, (10.0, 60.0), (8,))
 
 
-def scale(run: int = 0) -> Scenario:
+def scale(run: int) -> Scenario:
     """Two servers, four from second 20 on, two again from second 40 on."""
 
     def prepare(replay: Replay) -> None:
@@ -201,7 +201,7 @@ def scale(run: int = 0) -> Scenario:
     )
 
 
-def restart(run: int = 0) -> Scenario:
+def restart(run: int) -> Scenario:
     """One after another the four servers are killed, and are back, empty, 6 seconds later."""
 
     def prepare(replay: Replay) -> None:
