@@ -13,14 +13,12 @@ import argparse
 import asyncio
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from through_envoy import BODY, HERE, PROMPT_BYTES, Lane, free_port, snapshot
+from through_envoy import BODY, PROMPT_BYTES, Lane, free_port, snapshot, start_streaming
 
 from forebay_cli import envoy
 
@@ -81,8 +79,7 @@ class Bench:
         self.rounds: dict[str, list[float]] = {}
         self._folder = folder
         self.server = free_port()
-        arguments = [str(self.server), str(PACE_TOKENS), str(TOKEN_SECONDS)]
-        self._backend = subprocess.Popen([sys.executable, str(HERE / "sse_backend.py"), *arguments])
+        self._backend = start_streaming(self.server, PACE_TOKENS, TOKEN_SECONDS)
         self._lanes: list[Lane] = []
         self.lanes = {mode: self.lane(mode, self.server) for mode in MODES}
 

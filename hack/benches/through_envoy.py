@@ -44,6 +44,12 @@ def require(*programs: str) -> None:
         raise SystemExit(f"needs {' and '.join(missing)}; on Debian: apt-get install {install}")
 
 
+def start_streaming(port: int, tokens: int, token_seconds: float) -> subprocess.Popen[bytes]:
+    """Start a model server with streamed answers (sse_backend.py), which dies with the bench."""
+    arguments = (str(port), str(tokens), str(token_seconds))
+    return subprocess.Popen(dying_with_us(sys.executable, str(HERE / "sse_backend.py"), *arguments))
+
+
 class Lane:
     """One Envoy, one EPP behind it, and one JSON server behind both.
 

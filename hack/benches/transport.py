@@ -22,7 +22,15 @@ from pathlib import Path
 
 from pages import page
 from scrapes import PAGE_BYTES, SERVER
-from through_envoy import BODY, HERE, PROMPT_BYTES, Lane, free_port, require, snapshot
+from through_envoy import (
+    BODY,
+    PROMPT_BYTES,
+    Lane,
+    free_port,
+    require,
+    snapshot,
+    start_streaming,
+)
 
 CONCURRENCIES = (1, 8, 32, 128, 256)
 BODIES_KB, BODIES_CONCURRENCY = (4, 64, 450), 8
@@ -194,12 +202,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> Figures:
         for lane in lanes.values():
             lane.stop()
     server = free_port()
-    backend = subprocess.Popen(
-        [
-            *(sys.executable, str(HERE / "sse_backend.py")),
-            *(str(server), str(SSE_CHUNKS), str(SSE_INTERVAL_SECONDS)),
-        ]
-    )
+    backend = start_streaming(server, SSE_CHUNKS, SSE_INTERVAL_SECONDS)
     try:
         lanes = {
             name: start_lane(name, folder / f"{name}-sse", arguments.against, server)
